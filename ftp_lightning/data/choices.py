@@ -1,0 +1,165 @@
+"""Multiple-choice items as plain dicts, one per JSONL line: recall, story endings, and who is meant. [ours]
+
+Every item has `id, context, choices` (each with its leading space), `answer` (index of the right choice), `kind` and `document`. Contexts are
+stored without BOS; `context + choice` is the text to score.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ftp_lightning.data.filler import draw_filler
+from ftp_lightning.data.names import names_of
+from ftp_lightning.data.recall import Fact, Passage, build_passage, distractors, draw_facts
+from ftp_lightning.data.stories import Story
+from ftp_lightning.data.text import sentences_of
+from ftp_lightning.errors import UserError
+
+Item = dict[str, Any]
+_TRIES = 100
+
+
+def recall_items(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    rng: random.Random,
+    count: int,
+    prompt_tokens: int = 192,
+    facts: tuple[int, int] = (4, 6),
+) -> list[Item]:
+    """`count` questions, each on a passage of its own of `prompt_tokens` tokens (BOS included) with `facts` facts (from, to).
+
+    `context` is the passage, a line break and the question; `context_deleted` the same with all facts replaced by more filler, so what
+    is answered right there was not recalled. `distance` = tokens from the fact's end to the context's end. A passage whose text
+    does not tokenise back to the very ids (its first word was cut within) is drawn again; after 100 tries a UserError.
+    """
+    items = []
+    for number in range(count):
+        for _ in range(_TRIES):
+            item = _recall_item(tokenizer, documents, rng, prompt_tokens, rng.randint(*facts))
+            if item is not None:
+                break
+        else:
+            raise UserError("this tokenizer does not give back the tokens of a decoded passage\nrecall items need one that does")
+        items.append({"id": f"recall-{number}", **item})
+    return items
+
+
+def _recall_item(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rng: random.Random, prompt_tokens: int, facts: int
+) -> Item | None:
+    filler, document = draw_filler(rng, tokenizer, documents, prompt_tokens)
+    passage = build_passage(rng, tokenizer, filler, draw_facts(rng, facts), prompt_tokens)
+    asked = rng.randrange(facts)
+    fact = passage.facts[asked]
+    texts = [_asked(tokenizer, ids, fact) for ids in (passage.prompt_ids, passage.deleted_ids)]
+    if None in texts:
+        return None
+    choices, answer = _shuffled(rng, fact.answer, distractors(fact, passage.facts, rng))
+    return {
+        "context": texts[0],
+        "context_deleted": texts[1],
+        "choices": choices,
+        "answer": answer,
+        "kind": fact.kind,
+        "distance": _distance(tokenizer, passage, asked),
+        "document": document,
+    }
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, passage_ids: Sequence[int], fact: Fact) -> str | None:
+    """Passage and question as text, or None where the text's tokens are not the passage's and then the question's."""
+    ids = list(passage_ids)[tokenizer.bos_token_id is not None :]
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False) + "\n" + fact.question
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return text if encoded[: len(ids)] == ids else None
+
+
+def _distance(tokenizer: PreTrainedTokenizerBase, passage: Passage, asked: int) -> int:
+    question = tokenizer.encode("\n" + passage.facts[asked].question, add_special_tokens=False)
+    return len(passage.prompt_ids) - passage.fact_ends[asked] + len(question)
+
+
+def distance_bucket(distance: int) -> str:
+    """The stretch `distance` lies in: "0-64", then "64-128", "128-256" and so on, doubling; the upper bound is excluded."""
+    if distance < 0:
+        raise ValueError(f"distance is {distance}, must be >= 0")
+    low, high = 0, 64
+    while distance >= high:
+        low, high = high, 2 * high
+    return f"{low}-{high}"
+
+
+def ending_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
+    """One item per story: its first 75 % (to the next sentence end), then which ending follows.
+
+    The right choice is the story's next two sentences (one, if no more are left), the wrong ones those at the same place of three other stories.
+    Raises UserError for fewer than four stories.
+    """
+    _require_four(stories)
+    cuts = [_cut_story(story) for story in stories]
+    items = []
+    for number, (context, rest) in enumerate(cuts):
+        others = rng.sample([other for i, (_, other) in enumerate(cuts) if i != number], 3)
+        choices, answer = _shuffled(rng, rest, others)
+        items.append(_item("ending", number, context, choices, answer, number))
+    return items
+
+
+def _cut_story(story: Story) -> tuple[str, str]:
+    """The story up to the first sentence end at or after 75 % of its characters, and the next two sentences with a space before."""
+    sentences = sentences_of(story.text)
+    length, total = 0, sum(map(len, sentences))
+    for at, sentence in enumerate(sentences[:-1], 1):
+        length += len(sentence)
+        if length >= 0.75 * total:
+            break
+    return " ".join(sentences[:at]), " " + " ".join(sentences[at : at + 2])
+
+
+def name_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
+    """Who is meant: for every name in a story's last third that stood there before, the text up to it and four names.
+
+    The wrong names are the story's own first, then other stories'. See `names.names_of` for what counts as a name.
+    Raises UserError for fewer than four stories.
+    """
+    _require_four(stories)
+    texts = [" ".join(sentences_of(story.text)) for story in stories]
+    names = [names_of(text) for text in texts]
+    everyone = sorted(set().union(*names))
+    items: list[Item] = []
+    for document, (text, own) in enumerate(zip(texts, names, strict=True)):
+        for context, name in _blanks(text, own):
+            near = [other for other in own if other != name]
+            far = [other for other in everyone if other not in own]
+            wrong = (rng.sample(near, len(near)) + rng.sample(far, min(3, len(far))))[:3]
+            choices, answer = _shuffled(rng, f" {name}", [f" {other}" for other in wrong])
+            items.append(_item("name", len(items), context, choices, answer, document))
+    return items
+
+
+def _blanks(text: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(text before, name) for every name after two thirds of the text that follows a space and occurred before."""
+    for name in names:
+        for match in re.finditer(rf" {name}\b", text):
+            if match.start() >= len(text) * 2 / 3 and re.search(rf"\b{name}\b", text[: match.start()]):
+                yield text[: match.start()], name
+
+
+def _require_four(stories: Sequence[Story]) -> None:
+    if len(stories) < 4:
+        raise UserError(f"{len(stories)} stories are too few for four choices; at least 4 are needed")
+
+
+def _item(kind: str, number: int, context: str, choices: list[str], answer: int, document: int) -> Item:
+    return {
+        "id": f"{kind}-{number}", "context": context, "choices": choices, "answer": answer, "kind": kind, "document": document,
+    }  # fmt: skip
+
+
+def _shuffled(rng: random.Random, gold: str, wrong: Sequence[str]) -> tuple[list[str], int]:
+    choices = rng.sample([gold, *wrong], 1 + len(wrong))
+    return choices, choices.index(gold)

@@ -1,0 +1,116 @@
+"""Records of JSON, JSONL and Hub data sets, each made one document."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftp_lightning.errors import UserError
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def record_text(record: Any) -> str:
+    """The document of one record; ValueError (one line, no place) where it has no known form.
+
+    * `{"text": T}` -> T;
+    * `{"messages": [{"role": R, "content": C}, ...]}` -> `R: C` per message, a blank line between: plain text for any model;
+    * `{"instruction": I, "input": X, "output": O}` -> the Stanford Alpaca prompt, then O. With an input the prompt is "Below is an
+      instruction that describes a task, paired with an input that provides further context. Write a response that appropriately
+      completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`; without one the shorter wording of the same.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record must be an object, not {type(record).__name__}")
+    if "text" in record:
+        return _string(record, "text")
+    if "messages" in record:
+        return _chat_text(record["messages"])
+    if "instruction" in record and "output" in record:
+        return alpaca_prompt(record) + _string(record, "output")
+    raise ValueError("a record needs 'text', 'messages', or 'instruction' and 'output'; this one has " + ", ".join(sorted(record)[:6]))
+
+
+def alpaca_prompt(record: Mapping[str, Any]) -> str:
+    """The Stanford Alpaca prompt of a record, up to and with `### Response:` and its line break."""
+    fields = {"instruction": _string(record, "instruction"), "input": record.get("input") or ""}
+    return (ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT).format(**fields)
+
+
+def _string(record: Mapping[str, Any], key: str) -> str:
+    if not isinstance(record[key], str):
+        raise ValueError(f"{key!r} must be a string, not {type(record[key]).__name__}")
+    return record[key]
+
+
+def _chat_text(messages: Any) -> str:
+    try:
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    except (TypeError, KeyError):
+        raise ValueError("'messages' must be a list of objects with 'role' and 'content'") from None
+
+
+def jsonl_documents(path: Path) -> list[str]:
+    """One document per line; blank lines are skipped. A broken line is a UserError that names file and line."""
+    documents = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                documents.append(_line_document(path, number, line))
+    return documents
+
+
+def _line_document(path: Path, number: int, line: bytes) -> str:
+    try:
+        return record_text(json.loads(line))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise UserError(f"{path}, line {number}: {error}\nrepair or remove the line") from None
+
+
+def json_documents(path: Path) -> list[str]:
+    """One document per record of a JSON array. UserErrors name the file and the record."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}\nfor one record per line name it .jsonl") from None
+    if not isinstance(records, list):
+        raise UserError(f"{path} must hold a JSON array of records, not {type(records).__name__}")
+    return [_array_document(path, i, record) for i, record in enumerate(records, 1)]
+
+
+def _array_document(path: Path, number: int, record: Any) -> str:
+    try:
+        return record_text(record)
+    except ValueError as error:
+        raise UserError(f"{path}, record {number}: {error}\nrepair or remove the record") from None
+
+
+def hub_documents(name: str) -> list[str]:
+    """Records of the Hub data set `NAME` or `NAME:CONFIG`: its `train` part, or the first there is; blank ones are skipped."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    repository, _, config = name.partition(":")
+    try:
+        parts = load_dataset(repository, config or None)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise UserError(
+            f"data source {name}: no such file, and not to be had as a Hub data set ({_first_line(error)})\n"
+            "give a local file or folder, or fetch it where there is network: python -m ftp_lightning prefetch --data " + name
+        ) from None
+    records = parts["train" if "train" in parts else next(iter(parts))]
+    try:
+        return [text for record in records if (text := record_text(record)).strip()]
+    except ValueError as error:
+        raise UserError(f"data set {name}: {error}\nsave it as JSONL with a field 'text' and give that file") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

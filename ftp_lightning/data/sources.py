@@ -1,0 +1,115 @@
+"""Where text comes from: the embedded stories, files of several formats, a Hub data set; always as a list of documents per split."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftp_lightning.data.records import hub_documents, json_documents, jsonl_documents
+from ftp_lightning.data.stories import SPLITS, load_stories
+from ftp_lightning.data.text import normalise_book, paragraphs_of
+from ftp_lightning.errors import UserError
+
+SHARES = {"calibration": 0.30, "training": 0.40, "validation": 0.10, "test": 0.20}
+MANY_DOCUMENTS = 20
+MINIMUM_WORDS = 50
+
+
+def load_documents(source: str, split: str) -> list[str]:
+    """The documents of `source` that belong to `split` (one of SPLITS, or "all"), in a fixed order.
+
+    `source` is one of
+
+    * `embedded`: our stories, one document each;
+    * a text file: one document, or several with form feeds between them; see `text.normalise_book` for what is unwrapped;
+    * a folder of `*.txt` files, read so in the order of their names;
+    * a `.jsonl` file: per line `text`, or chat `messages`, or `instruction`/`input`/`output` (see `records.record_text`);
+    * a `.json` file: an array of such records, e.g. Stanford Alpaca's;
+    * otherwise a Hub data set `NAME` or `NAME:CONFIG` (its `train` part, or the first).
+
+    Splitting a source that has none of its own is fixed [ours]: see `split_documents`. Duplicated documents count once.
+    Raises UserError for unknown sources and splits, broken records, and fewer than 50 words in the split.
+    """
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"unknown split {split!r}\nchoose one of: {', '.join(SPLITS)}, all")
+    if source == "embedded":
+        documents = [story.text for name in SPLITS if split in (name, "all") for story in load_stories(name)]
+    else:
+        documents = split_documents(list(dict.fromkeys(text for text in _read(source) if text.strip())), split)
+    words = sum(len(text.split()) for text in documents)
+    if words < MINIMUM_WORDS:
+        raise UserError(f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\ngive it more text")
+    return documents
+
+
+def split_documents(documents: Sequence[str], split: str) -> list[str]:
+    """The part of `documents` that is `split`: 30 % calibration, 40 % training, 10 % validation, 20 % test. [ours]
+
+    With 20 documents or more each goes as a whole to one split, by the sha256 of its text (so adding documents moves none). With fewer,
+    every document is cut at paragraph boundaries into four contiguous parts of these shares of its characters, in this order.
+    """
+    if split == "all":
+        return list(documents)
+    if len(documents) >= MANY_DOCUMENTS:
+        return [text for text in documents if split_of(text) == split]
+    parts = ("\n\n".join(p for p, name in _paragraph_splits(text) if name == split) for text in documents)
+    return [part for part in parts if part]
+
+
+def split_of(text: str) -> str:
+    """The split that the sha256 of `text`, read as a number in [0, 1), falls into."""
+    return _split_at(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64)
+
+
+def documents_hash(documents: Sequence[str]) -> str:
+    """sha256 (hex) over the documents in order; lengths are hashed too, so moving a boundary changes it."""
+    digest = hashlib.sha256()
+    for data in (text.encode() for text in documents):
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _split_at(fraction: float) -> str:
+    """The split whose stretch of [0, 1) holds `fraction`."""
+    bound = 0.0
+    for name, share in SHARES.items():
+        bound += share
+        if fraction < bound:
+            return name
+    return SPLITS[-1]
+
+
+def _paragraph_splits(text: str) -> list[tuple[str, str]]:
+    """Every paragraph with its split, which the place of its middle character decides."""
+    paragraphs = paragraphs_of(text)
+    total, before, result = sum(map(len, paragraphs)), 0, []
+    for paragraph in paragraphs:
+        result.append((paragraph, _split_at((before + len(paragraph) / 2) / total)))
+        before += len(paragraph)
+    return result
+
+
+def _read(source: str) -> list[str]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        reader = {".jsonl": jsonl_documents, ".json": json_documents}.get(path.suffix.lower(), _read_text)
+        return reader(path)
+    if path.suffix.lower() in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
+        raise UserError(f"data source {source} does not exist\ngive a text file, a folder of .txt files, JSON(L), or 'embedded'")
+    return hub_documents(source)
+
+
+def _read_folder(folder: Path) -> list[str]:
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise UserError(f"data folder {folder} holds no .txt files\nput one text per file there, or name a .jsonl file")
+    return [document for file in files for document in _read_text(file)]
+
+
+def _read_text(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})\nconvert it first, e.g. with iconv") from None
+    return [normalise_book(part) for part in text.split("\f")]

@@ -1,0 +1,176 @@
+"""Windows: rows of exactly P prompt tokens and C continuation tokens, on which everything is measured.
+
+Two kinds: `plain` rows are prose; `recall` rows end in questions whose answers stand only in the prompt (see `recall.py`).
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor
+from transformers import PreTrainedTokenizerBase
+
+from ftp_lightning.data.filler import draw_filler
+from ftp_lightning.data.recall import Fact, build_passage, draw_facts
+from ftp_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows `input_ids` (n, P + C) int64 of `prompt_tokens` = P; per row its kind and the document it starts in (the bootstrap's unit)."""
+
+    input_ids: LongTensor
+    prompt_tokens: int
+    kinds: list[str]
+    documents: list[int]
+
+    def __post_init__(self) -> None:
+        if self.input_ids.dim() != 2 or self.input_ids.dtype != torch.int64:
+            raise ValueError(f"input_ids must be int64 (n, P + C), got {self.input_ids.dtype} {tuple(self.input_ids.shape)}")
+        if not 0 < self.prompt_tokens < self.input_ids.shape[1]:
+            raise ValueError(f"prompt_tokens is {self.prompt_tokens}, must be within rows of {self.input_ids.shape[1]} tokens")
+        if not len(self.kinds) == len(self.documents) == len(self.input_ids):
+            raise ValueError(f"{len(self.input_ids)} rows, {len(self.kinds)} kinds and {len(self.documents)} documents must be equal")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def continuation_tokens(self) -> int:
+        """C, the tokens of a row after its prompt."""
+        return self.input_ids.shape[1] - self.prompt_tokens
+
+    def subset(self, indices: Iterable[int]) -> "Windows":
+        """The rows `indices`, in that order."""
+        rows = list(indices)
+        ids = self.input_ids[torch.tensor(rows, dtype=torch.int64)]
+        return Windows(ids, self.prompt_tokens, [self.kinds[i] for i in rows], [self.documents[i] for i in rows])
+
+    def hash(self) -> str:
+        """sha256 (hex) over tokens, prompt length, kinds and documents."""
+        head = repr((tuple(self.input_ids.shape), self.prompt_tokens, self.kinds, self.documents))
+        return hashlib.sha256(head.encode() + self.input_ids.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def plain_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    prompt_tokens: int,
+    continuation_tokens: int,
+    count: int | None,
+    rng: random.Random,
+) -> Windows:
+    """Rows of prose, each with BOS in front (if the tokenizer has one).
+
+    Documents shorter than a window are packed, EOS after each; longer ones are cut on their own, so that no row crosses their end.
+    `count=None`: all consecutive windows from each beginning, in order. Otherwise `count` random ones: a pass over the text gives
+    windows that do not overlap, at random offsets, in random order; only when a pass is used up another begins, at other offsets.
+    The first n of `count` rows are the same for every count >= n. Raises UserError where the text is shorter than one window.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    size = prompt_tokens + continuation_tokens - len(bos)
+    tokens = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in documents]
+    if (total := sum(len(ids) + 1 for ids in tokens)) < size + 1:
+        raise UserError(f"the text has {max(0, total - len(tokens))} tokens, one window needs {size}\ngive more text or shorter windows")
+    if count is None:
+        rows = _cut(_streams(tokens, size, tokenizer.eos_token_id, None), size, None)
+    else:
+        rows = []
+        while len(rows) < count:
+            rows += _shuffled(_cut(_streams(tokens, size, tokenizer.eos_token_id, rng), size, rng), rng)
+    rows = rows[:count]
+    ids = torch.tensor([bos + ids for ids, _ in rows], dtype=torch.int64).reshape(-1, prompt_tokens + continuation_tokens)
+    return Windows(ids, prompt_tokens, ["plain"] * len(rows), [document for _, document in rows])
+
+
+# A stream is a list of (token, document index): text that windows may be cut from anywhere.
+Stream = list[tuple[int, int]]
+
+
+def _streams(tokens: Sequence[list[int]], size: int, eos: int | None, rng: random.Random | None) -> list[Stream]:
+    """One stream per document that fills a window; one for all shorter ones together, shuffled when there is an rng."""
+    long = [[(token, i) for token in ids] for i, ids in enumerate(tokens) if len(ids) >= size]
+    short = [i for i, ids in enumerate(tokens) if len(ids) < size]
+    if rng is not None:
+        rng.shuffle(short)
+    ending = [] if eos is None else [eos]
+    packed = [(token, i) for i in short for token in [*tokens[i], *ending]]
+    return [*long, packed] if len(packed) >= size else long
+
+
+def _cut(streams: Iterable[Stream], size: int, rng: random.Random | None) -> list[tuple[list[int], int]]:
+    """Consecutive windows of `size` tokens, each with the document of its first; from a random offset when there is an rng."""
+    rows = []
+    for stream in streams:
+        offset = rng.randint(0, min(size - 1, len(stream) - size)) if rng else 0
+        for start in range(offset, len(stream) - size + 1, size):
+            rows.append(([token for token, _ in stream[start : start + size]], stream[start][1]))
+    return rows
+
+
+def _shuffled(rows: list, rng: random.Random) -> list:
+    return rng.sample(rows, len(rows))
+
+
+def recall_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    prompt_tokens: int,
+    continuation_tokens: int,
+    count: int,
+    rng: random.Random,
+) -> Windows:
+    """Rows whose prompt is a passage with 4-6 facts and whose continuation asks for all of them.
+
+    The continuation is a line break, a question and its answer, for the facts in random order, over and over in new orders, cut at C
+    tokens. Filler comes from `documents`, from a random sentence on; the row's document is where it starts. Short prompts take fewer
+    facts: about one per 32 tokens, at least 2. The first n rows are the same for every count >= n.
+    """
+    rows, starts = [], []
+    for _ in range(count):
+        filler, document = draw_filler(rng, tokenizer, documents, prompt_tokens)
+        facts = draw_facts(rng, max(2, min(rng.randint(4, 6), prompt_tokens // 32)))
+        passage = build_passage(rng, tokenizer, filler, facts, prompt_tokens)
+        rows.append(passage.prompt_ids + _answers(rng, tokenizer, facts, continuation_tokens))
+        starts.append(document)
+    ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, prompt_tokens + continuation_tokens)
+    return Windows(ids, prompt_tokens, ["recall"] * count, starts)
+
+
+def _answers(rng: random.Random, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], length: int) -> list[int]:
+    """Exactly `length` ids of question-answer lines."""
+    text, ids = "", []
+    while len(ids) < length:
+        text += "".join(f"\n{fact.question}{fact.answer}" for fact in rng.sample(facts, len(facts)))
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids[:length]
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    prompt_tokens: int,
+    continuation_tokens: int,
+    count: int,
+    seed: int,
+    recall_share: float = 0.5,
+) -> Windows:
+    """The mixture that search, training and sensitivity look at: any first n rows hold floor(n * recall_share) recall rows.
+
+    Deterministic in `seed`; plain and recall rows draw from streams of their own, so a longer set begins with the shorter one.
+    """
+    if not 0 <= recall_share <= 1:
+        raise ValueError(f"recall_share is {recall_share}, must be in [0, 1]")
+    recalls = [math.floor(n * recall_share + 1e-9) for n in range(count + 1)]
+    shape = (tokenizer, documents, prompt_tokens, continuation_tokens)
+    plain = plain_windows(*shape, count - recalls[-1], random.Random(f"{seed}/plain"))
+    recall = recall_windows(*shape, recalls[-1], random.Random(f"{seed}/recall"))
+    both = _joined(plain, recall)
+    return both.subset(len(plain) + recalls[n] if recalls[n + 1] > recalls[n] else n - recalls[n] for n in range(count))
+
+
+def _joined(a: Windows, b: Windows) -> Windows:
+    return Windows(torch.cat([a.input_ids, b.input_ids]), a.prompt_tokens, a.kinds + b.kinds, a.documents + b.documents)

@@ -1,0 +1,132 @@
+"""Log-likelihood of choices after their contexts, many at once and equal to one by one.
+
+Lengths always come from the requests, never from token ids: id 0 is a real token in many vocabularies. G contexts of a batch,
+R (context, choice) pairs, L tokens of the longest choice, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ftp_lightning.evaluation.continuation import nll_per_token
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sum of log-probabilities of the tokens, and whether each of them is the most probable one."""
+
+    logprob: float
+    greedy: bool
+
+
+@torch.no_grad()
+def score_after_prompt(
+    model, contexts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]], batch_size: int
+) -> list[list[Score]]:
+    """Score the choices of each context through the cache of its prefill, causally (mode "prompt") [ours].
+
+    Every context is prefilled once, left padded, and routed where a pruner is attached; its choices are scored from copies
+    of its cache rows, `batch_size` pairs per forward. choices[g] belongs to contexts[g]; nothing may be empty.
+    Returns one list of scores per context, in order.
+    """
+    context_ids, context_mask = _pad(contexts, "left", model.device)
+    prefill = model(
+        input_ids=context_ids,
+        attention_mask=context_mask,
+        position_ids=(context_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    pairs = [(owner, tokens) for owner, group in enumerate(choices) for tokens in group]
+    scores: list[list[Score]] = [[] for _ in contexts]
+    for start in range(0, len(pairs), batch_size):
+        owners, tokens = zip(*pairs[start : start + batch_size], strict=True)
+        logits = _choice_logits(model, prefill, context_mask, torch.tensor(owners, device=model.device), tokens)
+        for owner, score in zip(owners, _scores(logits, tokens), strict=True):
+            scores[owner].append(score)
+    return scores
+
+
+@torch.no_grad()
+def score_in_sequence(model, contexts: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[Score]:
+    """Score continuations with context and continuation routed together in one pass (mode "sequence") [paper].
+
+    Texts are right padded with an attention mask, so that a router sees real tokens only. As in lm-eval the last token is
+    not fed. Returns one score per pair.
+    """
+    texts = [[*context, *tokens][:-1] for context, tokens in zip(contexts, continuations, strict=True)]
+    ids, mask = _pad(texts, "right", model.device)
+    first = min(len(context) for context in contexts) - 1  # no earlier position is read
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
+    longest = max(map(len, continuations))
+    rows = [
+        torch.nn.functional.pad(row[start : start + len(tokens)], (0, 0, 0, longest - len(tokens)))
+        for row, start, tokens in zip(logits, (len(c) - 1 - first for c in contexts), continuations, strict=True)
+    ]
+    return _scores(torch.stack(rows), continuations)
+
+
+def rolling_windows(
+    tokens: Sequence[int], prefix: int, prompt_tokens: int, continuation_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Cut a text into (prompt, continuation) windows that score every token exactly once [ours].
+
+    Window k scores tokens [C k, C (k + 1)) after the up to P tokens before them; the first one has the prefix token.
+    """
+    starts = range(0, len(tokens), continuation_tokens)
+    return [
+        (list(tokens[max(0, start - prompt_tokens) : start]) or [prefix], list(tokens[start : start + continuation_tokens]))
+        for start in starts
+    ]
+
+
+def _choice_logits(model, prefill, context_mask: Tensor, owners: Tensor, tokens: Sequence[Tokens]) -> Tensor:
+    """(R, L, V): the prompt's last logit, then those of the choice but its last token, right padded."""
+    first = prefill.logits[owners, -1:]
+    fed, fed_mask = _pad([choice[:-1] for choice in tokens], "right", owners.device)
+    if fed.shape[1] == 0:
+        return first
+    lengths = context_mask[owners].sum(1, keepdim=True)
+    rest = model(
+        input_ids=fed,
+        attention_mask=torch.cat([context_mask[owners], fed_mask], dim=1),
+        position_ids=lengths + torch.arange(fed.shape[1], device=owners.device),
+        past_key_values=_cache_rows(prefill.past_key_values, owners),
+        use_cache=True,
+    ).logits
+    return torch.cat([first, rest], dim=1)
+
+
+def _cache_rows(cache, rows: Tensor):
+    """A cache of its own that holds the given rows; the original stays as it was prefilled."""
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(rows)
+    return cache
+
+
+def _scores(logits: Tensor, tokens: Sequence[Tokens]) -> list[Score]:
+    """Scores of right-padded logits (R, L, V), summed in float64; padding counts nowhere."""
+    targets, mask = _pad(tokens, "right", logits.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = nll_per_token(logits, targets).double()
+    logprobs = -nll.masked_fill(mask == 0, 0.0).sum(1)
+    greedy = ((logits.argmax(-1) == targets) | (mask == 0)).all(1)
+    return [Score(*pair) for pair in zip(logprobs.tolist(), greedy.tolist(), strict=True)]
+
+
+def _pad(rows: Sequence[Tokens], side: str, device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (1 = real token), both int64 (rows, longest row)."""
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for tokens, ids_row, mask_row in zip(rows, ids, mask, strict=True):
+        place = slice(longest - len(tokens), None) if side == "left" else slice(len(tokens))
+        ids_row[place] = torch.tensor(tokens, dtype=torch.long)
+        mask_row[place] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,181 @@
+"""Models and tokenizers by name: `embedded`, a local folder, a Hub name, or `random:SHAPE`."""
+
+import hashlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ftp_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = Path(__file__).resolve().parent / "assets" / "llama"
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
+
+
+def _shape(blocks: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": blocks, "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp, "vocab_size": vocab, "max_position_embeddings": 4096, **more,
+    }  # fmt: skip
+
+
+# Random weights for speed and memory measurements: blocks, hidden, heads, KV heads, MLP, vocabulary.
+SHAPES = {
+    "tiny": _shape(3, 64, 4, 2, 128, 4096),
+    "llama-110m": _shape(12, 768, 12, 12, 3072, 32000),
+    "llama-7b": _shape(32, 4096, 32, 32, 11008, 32000),  # LLaMA2-7B
+    "llama-8b": _shape(  # Llama-3.1-8B
+        32, 4096, 32, 8, 14336, 128256, max_position_embeddings=131072, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+}  # fmt: skip
+
+
+def load_model(
+    name: str = "embedded", *, dtype: str = "float32", device: str = "cpu", revision: str | None = None, seed: int = 0
+) -> "PreTrainedModel":
+    """The causal language model `name`, frozen and in eval mode.
+
+    `dtype` is one of DTYPES, `device` a torch device or "auto", `revision` a Hub branch, tag or commit, `seed` draws the weights of
+    `random:SHAPE` (built directly in this dtype on this device). Code from the Hub is never executed.
+    Raises UserError for everything that can be wrong with these values, with its remedy.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}\nchoose one of: {', '.join(DTYPES)}")
+    place = resolve_device(device)
+    if name.startswith("random:"):
+        model = _random_model(name.removeprefix("random:"), DTYPES[dtype], place, seed)
+    else:
+        model = _pretrained("AutoModelForCausalLM", _checked(name, weights=True), name, revision, dtype=DTYPES[dtype]).to(place)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str = "embedded", *, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of model `name`; random shapes take the embedded model's. Raises UserError as `load_model`."""
+    if name.startswith("random:"):
+        _random_config(name.removeprefix("random:"))
+        name = "embedded"
+    return _pretrained("AutoTokenizer", _checked(name, weights=False), name, revision)
+
+
+def load(
+    name: str = "embedded", *, dtype: str = "float32", device: str = "cpu", revision: str | None = None, seed: int = 0
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Model and tokenizer of `name`, as `load_model` and `load_tokenizer` give them."""
+    model = load_model(name, dtype=dtype, device=device, revision=revision, seed=seed)
+    return model, load_tokenizer(name, revision=revision)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of `name`; "auto" is cuda where there is one, otherwise cpu. UserError where it is unknown or absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}\nchoose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {name!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices\nchoose auto or cpu")
+    return device
+
+
+def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
+    """What a pruner must find again in its base model: the fields that fix the shape, and `weights_sha256` over a sample of the weights.
+
+    The sample is every tensor's name, shape, first and last value, rounded to bfloat16: cheap, and the same for one checkpoint loaded
+    in float32 or bfloat16 on any device. It tells fine-tuned models apart; it is no protection against forgery.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    return {
+        "model_type": config.model_type,
+        "num_blocks": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "vocab_size": config.vocab_size,
+        "weights_sha256": _weights_sample(model),
+    }
+
+
+def _weights_sample(model: "PreTrainedModel") -> str:
+    tensors = {name: tensor for name, tensor in sorted(model.named_parameters()) if tensor.numel()}
+    ends = torch.stack([end for tensor in tensors.values() for end in (tensor.flatten()[0], tensor.flatten()[-1])])
+    head = repr([(name, tuple(tensor.shape)) for name, tensor in tensors.items()])
+    values = ends.detach().to(torch.bfloat16).to("cpu", torch.float32).numpy()
+    return hashlib.sha256(head.encode() + values.tobytes()).hexdigest()
+
+
+def _checked(name: str, weights: bool) -> str:
+    """Where to load `name` from, after the checks that transformers words badly; a Hub name is returned as it is."""
+    path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    if not path.is_dir():
+        if name == "embedded" or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+            raise UserError(f"model folder {name!r} does not exist\ngive a folder, a Hub name, 'embedded' or 'random:SHAPE'")
+        return name
+    if not (path / "config.json").is_file():
+        raise UserError(f"model folder {name} has no config.json\ngive a folder as `save_pretrained` writes it")
+    if weights and not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+        raise UserError(f"model folder {name} has no weights (*.safetensors or pytorch_model*.bin)\ncopy them there")
+    return str(path)
+
+
+def _pretrained(loader: str, where: str, name: str, revision: str | None, **options: Any) -> Any:
+    import transformers
+    from safetensors import SafetensorError
+
+    local = Path(where).is_dir()
+    try:
+        with _quiet():
+            return getattr(transformers, loader).from_pretrained(
+                where, revision=None if local else revision, trust_remote_code=False, **options
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if local:
+            raise UserError(f"model folder {name} cannot be loaded\n{reason}") from error
+        raise UserError(
+            f"model {name!r} is no local folder and cannot be had from the Hub: {reason}\n"
+            f"without network: give a local folder, or run `python -m ftp_lightning prefetch --model {name}` on a machine with network\n"
+            "and set HF_HUB_OFFLINE=1 here"
+        ) from error
+
+
+def _random_config(shape: str) -> "LlamaConfig":
+    from transformers import LlamaConfig
+
+    if shape not in SHAPES:
+        raise UserError(f"unknown random shape {shape!r}\nchoose one of: {', '.join(f'random:{name}' for name in SHAPES)}")
+    return LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=1, pad_token_id=2)
+
+
+def _random_model(shape: str, dtype: torch.dtype, device: torch.device, seed: int) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    config = _random_config(shape)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+@contextmanager
+def _quiet() -> "Iterator[None]":
+    """Transformers' progress bars off, and as before afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,107 @@
+"""Where only one block is pruned, the blocks below it compute what they compute densely: capture that once and start above it.
+
+Shapes: B rows, S tokens that entered the model (prompt and continuation, the text's last token does not), D hidden size, N blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ftp_lightning.pruning.blocks import cache_name, find_attention, find_blocks, sliding_window
+from ftp_lightning.pruning.calls import BlockCall, WrappedMethod
+
+
+@dataclass
+class BlockStates:
+    """Hidden states between the blocks of one text: (B, S, D) each, all passes over the text joined.
+
+    `entering(l)` is the input of block l; `entering(N)` the output of the last block. Memory: (N + 1) B S D numbers.
+    """
+
+    passes: list[list[Tensor]] = field(default_factory=list)
+
+    @functools.cache  # noqa: B019  joined once per block; the object lives for one batch
+    def entering(self, block: int) -> Tensor:
+        return torch.cat(self.passes[block], dim=1)
+
+    __hash__ = object.__hash__
+
+
+@contextmanager
+def capture(model: nn.Module) -> Iterator[BlockStates]:
+    """Record the hidden states between the blocks during the forwards of one text (prompt, then continuation)."""
+    blocks = find_blocks(model)
+    states = BlockStates([[] for _ in range(len(blocks) + 1)])
+
+    def enter(index: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        states.passes[index].append(args[0] if args else kwargs["hidden_states"])
+
+    def leave(block: nn.Module, args: tuple, output: Tensor) -> None:
+        states.passes[-1].append(output)
+
+    handles = [b.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, b in enumerate(blocks)]
+    handles.append(blocks[-1].register_forward_hook(leave))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[None]:
+    """Inside, forwards over the captured text start at `block`: the blocks below cost nothing and block - 1 returns the stored states.
+
+    Which pass it is says the cache: its length is the number of tokens already seen. So that it keeps saying so (position ids, masks
+    and the phase rule ask its lowest layer), a block that does not run deposits placeholder keys of one number per token.
+
+    Attach a pruner inside, not outside: its wrappers then lie above these. Its schedule must be 0 below `block`.
+    ValueError for a forward without a cache, or beyond the captured text.
+    """
+    undo = []
+    try:
+        for index, module in enumerate(find_blocks(model)[:block]):
+            stored = states if index == block - 1 else None
+            undo.append(WrappedMethod(module, "forward", functools.partial(_return_stored, index, module, stored)).undo)
+        yield
+    finally:
+        while undo:
+            undo.pop()()
+
+
+def first_needed_block(model: nn.Module, block: int, needs_attention: bool) -> int:
+    """The lowest block that must run so that a router decides at `block` as in the full forward.
+
+    A router that reads attention scores (`needs_attention`) needs the last dense block below that sees every token: it writes the
+    whole table anew, so what stood there before is of no account. Any other needs `block` alone.
+    """
+    if not needs_attention:
+        return block
+    below = list(find_blocks(model)[:block])
+    seeing_all = [index for index, module in enumerate(below) if sliding_window(find_attention(module)) is None]
+    return seeing_all[-1] if seeing_all else 0
+
+
+def _return_stored(index: int, block: nn.Module, states: BlockStates | None, inner, args: tuple, kwargs: dict) -> Tensor:
+    """What a block below the first pruned one does instead of computing."""
+    signature = inspect.signature(functools.partial(type(block).forward, block))
+    call = BlockCall(signature, cache_name(block), args, kwargs)
+    hidden, cache = call.hidden, call.cache
+    if cache is None:
+        raise ValueError("a forward that starts above the first block needs a key-value cache")
+    seen, new = cache.get_seq_length(index), hidden.shape[1]
+    placeholder = hidden.new_zeros(hidden.shape[0], 1, new, 1)
+    cache.update(placeholder, placeholder, index)
+    if states is None:
+        return hidden
+    stored = states.entering(index + 1)[:, seen : seen + new]
+    if stored.shape != hidden.shape:
+        raise ValueError(f"tokens {seen} to {seen + new} were not captured: stored {tuple(stored.shape)}, asked {tuple(hidden.shape)}")
+    return stored

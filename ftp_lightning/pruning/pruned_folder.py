@@ -1,0 +1,178 @@
+"""A pruner on disk: `pruner.json` (schedule, settings, router, base model) and `router.safetensors`. No pickle, no code.
+
+Written beside the target and swapped in, so that a folder is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.routing import ROUTERS
+from ftp_lightning.routing.base import Router
+from ftp_lightning.schedule import Schedule
+
+FORMAT = "ftp-lightning/pruner"
+VERSION = 1
+SETTINGS, WEIGHTS = "pruner.json", "router.safetensors"
+_LARGEST = 100_000
+"""Bytes a router or its settings may have [ours]: a router is a few kB, anything bigger is not one."""
+
+
+def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None = None) -> None:
+    """Write `pruner` to `folder`, replacing a pruner that is there.
+
+    Args:
+        base: name of the base model, for `load_pruned`.
+        model: the base model; its identity is stored, and checked when the folder is loaded.
+
+    Raises:
+        UserError: a router that cannot be stored, a target that is something else than a pruner, an unwritable place.
+    """
+    folder = Path(folder)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "router": {"name": _router_name(pruner.router), **pruner.router.config()},
+        "sparsity": list(pruner.schedule.sparsity),
+        "settings": pruner.settings(),
+        "base": base,
+        "base_identity": _identity(model),
+    }
+    if folder.exists() and not (folder / SETTINGS).is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and holds no pruner; it is left as it is.\nGive another folder.")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, record, pruner.router)
+        _swap(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the pruner to {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(folder: Path, record: dict, router: Router) -> None:
+    from safetensors.torch import save_file
+
+    (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(new, target)
+
+
+def load_pruner(folder):
+    """The pruner in `folder`; UserError where a file is missing, too large, broken, or of another shape."""
+    from ftp_lightning.pruning.pruner import TokenPruner
+
+    record = read_settings(folder)
+    try:
+        router = _build_router(dict(record["router"]))
+        schedule = Schedule(record["sparsity"])
+        pruner = TokenPruner(router, schedule, **record["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{Path(folder) / SETTINGS} does not describe a pruner: {error}") from None
+    _load_weights(router, Path(folder) / WEIGHTS)
+    return pruner
+
+
+def read_settings(folder) -> dict:
+    """The JSON of a pruner folder, checked for format and size."""
+    path = Path(folder) / SETTINGS
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"{path} has {path.stat().st_size} bytes; a pruner's settings have at most {_LARGEST}.")
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} is not a pruner: {path.name} cannot be read ({error.strerror}).\nMake one with `ftp-lightning train`.") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is broken: {error}") from None
+    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+        raise UserError(f'{path} is not "format": "{FORMAT}", "version": {VERSION}.')
+    return record
+
+
+def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
+    """(model, tokenizer): the base model that the folder names, with the pruner attached.
+
+    Raises:
+        UserError: the folder names no base, or the base is not the model the pruner was made for.
+    """
+    from ftp_lightning.models import load
+
+    record = read_settings(folder)
+    if not record.get("base"):
+        raise UserError(f"{folder} names no base model.\nLoad one yourself and use TokenPruner.load(folder).attach(model).")
+    pruner = load_pruner(folder)
+    model, tokenizer = load(record["base"], dtype=dtype, device=device)
+    check_base(record, model)
+    pruner.attach(model)
+    return model, tokenizer
+
+
+def check_base(record: dict, model: nn.Module) -> None:
+    """UserError where `model` is another one than the pruner in `record` was made for; a record without identity passes."""
+    stored, found = record.get("base_identity"), _identity(model)
+    if not stored:
+        return
+    different = [name for name in stored if stored[name] != found.get(name)]
+    if different:
+        what = ", ".join(f"{name} {stored[name]} / {found.get(name)}" for name in different[:3])
+        raise UserError(f"the pruner was made for another base model ({what}).\nUse the base {record.get('base')!r}.")
+
+
+def _identity(model: nn.Module | None) -> dict | None:
+    if model is None:
+        return None
+    from ftp_lightning.models import model_identity
+
+    return model_identity(model)
+
+
+def _router_name(router: Router) -> str:
+    name = next((name for name, kind in ROUTERS.items() if type(router) is kind), None)
+    if name is None:
+        raise UserError(f"a {type(router).__name__} cannot be stored; stored routers are {', '.join(ROUTERS)}.")
+    return name
+
+
+def _build_router(config: dict) -> Router:
+    name = config.pop("name")
+    if name not in ROUTERS:
+        raise UserError(f"router {name!r} is unknown; this version knows {', '.join(ROUTERS)}.")
+    if "names" in config:
+        config["names"] = tuple(config["names"])
+    return ROUTERS[name](**config)
+
+
+def _load_weights(router: Router, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"{path} has {path.stat().st_size} bytes; a router has at most {_LARGEST}.")
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the router's weights {path} cannot be read: {error}") from None
+    wanted = {name: tuple(t.shape) for name, t in router.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    if wanted != found:
+        raise UserError(f"{path} holds a router of another shape: {found}, expected {wanted}.")
+    router.load_state_dict(state)

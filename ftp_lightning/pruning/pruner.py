@@ -1,0 +1,174 @@
+"""The pruner: a router and a schedule, in force on a model between `attach` and `detach`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.engine import Decision, Engine
+from ftp_lightning.pruning.trace import Trace
+from ftp_lightning.routing.base import Router
+from ftp_lightning.routing.fixed import FixedRouter
+from ftp_lightning.schedule import Schedule
+
+KV = ("evict", "keep")
+CHOICES = ("topk", "threshold")
+DECODE = ("dense",)
+ATTENTION = ("window", "exact")
+
+
+def identity_skip(hidden: Tensor, block: int) -> Tensor:
+    """What a skipped token gets from a block: nothing, its hidden state stays (paper). hidden (B, T, D)."""
+    return hidden
+
+
+SKIP: dict[str, Callable[[Tensor, int], Tensor]] = {"identity": identity_skip}
+
+
+class TokenPruner:
+    """Token-wise pruning of a stock Hugging Face causal LM: `with pruner(model): model(**batch)`.
+
+    Args:
+        router: gives each token of a block a score.
+        schedule: sparsity per block; may be None with a FixedRouter, which obeys its list alone.
+        kv: "evict" (skipped tokens give no key and value in that block; paper) or "keep" (they do; queries, output
+            projection and MLP are saved), or a list of them, one per block.
+        choice: "topk" (exactly the scheduled number of tokens [ours]) or "threshold" (where p_compute > `threshold`; paper).
+        decode: policy for continuation tokens; "dense" computes all of them.
+        attention: queries that the attention score averages over: the last `window` kept ones, or "exact" = all kept ones.
+        skip: what a skipped token gets: "identity" (paper).
+
+    A forward on an empty cache (or none) is a *prompt* and is routed; a forward on a filled cache is a *continuation* and follows
+    `decode`. `with pruner.prompt():` makes a call on a filled cache a routed chunk: ranked within the chunk, its last token
+    reserved, scored against the cache.
+
+    Attributes:
+        trace: `Trace` of the last forward.
+        decisions: of the last training forward (`masked`), for the losses.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        schedule: Schedule | None,
+        kv: str | Sequence[str] = "evict",
+        choice: str = "topk",
+        threshold: float = 0.5,
+        decode: str = "dense",
+        attention: str = "window",
+        window: int = 32,
+        skip: str = "identity",
+    ):
+        if schedule is None and not isinstance(router, FixedRouter):
+            raise ValueError("a schedule is needed; only a FixedRouter goes without")
+        self.router, self.schedule = router, schedule
+        blocks = len(router.keep) if schedule is None else schedule.num_blocks
+        self.kv = _per_block(kv, blocks)
+        self.choice = _one_of("choice", choice, CHOICES)
+        self.decode = _one_of("decode", decode, DECODE)
+        self.attention = _one_of("attention", attention, ATTENTION)
+        self.skip = _one_of("skip", skip, tuple(SKIP))
+        self.skip_function = SKIP[skip]
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold is {threshold}, must be in [0, 1]")
+        if window < 1:
+            raise ValueError(f"window is {window}, must be at least 1 query")
+        self.threshold, self.window = float(threshold), int(window)
+        self.trace = Trace()
+        self.decisions: list[Decision] = []
+        self.routing_chunk = False
+        self.masked_prompt: int | None = None
+        self._engine: Engine | None = None
+
+    # ---------------------------------------------------------------- in force
+
+    def attach(self, model: nn.Module) -> TokenPruner:
+        """Put the pruner in force on `model`; ValueError where one is in force already or the block counts differ."""
+        from ftp_lightning.pruning.blocks import find_decoder
+        from ftp_lightning.pruning.calls import WrappedMethod
+
+        decoder, blocks = find_decoder(model)
+        if self._engine is not None:
+            raise UserError("this pruner is attached already; detach it first, or make a second one for a second model.")
+        if isinstance(decoder.__dict__.get("forward"), WrappedMethod):
+            raise UserError("another pruner is attached to this model; detach it first.")
+        if len(blocks) != len(self.kv):
+            raise UserError(f"the pruner was made for {len(self.kv)} blocks, the model has {len(blocks)}.")
+        self._engine = Engine(self, model)
+        return self
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`."""
+        if self._engine is not None:
+            self._engine.undo()
+            self._engine = None
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[TokenPruner]:
+        """`with pruner(model):` = attach, and detach whatever happens inside."""
+        self.attach(model)
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Inside, a forward on a filled cache is a routed chunk, not a continuation."""
+        before, self.routing_chunk = self.routing_chunk, True
+        try:
+            yield
+        finally:
+            self.routing_chunk = before
+
+    @contextmanager
+    def masked(self, prompt_tokens: int) -> Iterator[None]:
+        """Inside, a forward is the differentiable one that training needs: the first `prompt_tokens` of each row are routed, the
+        rest is computed as a continuation is, in one pass. Same decisions and same hidden states as prefill + continuation."""
+        before, self.masked_prompt = self.masked_prompt, int(prompt_tokens)
+        try:
+            yield
+        finally:
+            self.masked_prompt = before
+
+    # ---------------------------------------------------------------- on disk
+
+    def settings(self) -> dict:
+        """Everything but router and schedule, JSON-able: `TokenPruner(router, schedule, **settings)` is this pruner."""
+        names = ("choice", "threshold", "decode", "attention", "window", "skip")
+        return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
+
+    def with_schedule(self, schedule: Schedule) -> TokenPruner:
+        """The same router and settings under another schedule (the router is shared, not copied)."""
+        return TokenPruner(self.router, schedule, **self.settings())
+
+    def save(self, folder, base: str | None = None, model: nn.Module | None = None) -> None:
+        """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all. See `pruned_folder.save_pruner`."""
+        from ftp_lightning.pruning.pruned_folder import save_pruner
+
+        save_pruner(self, folder, base=base, model=model)
+
+    @staticmethod
+    def load(folder) -> TokenPruner:
+        """Read what `save` wrote. See `pruned_folder.load_pruner`."""
+        from ftp_lightning.pruning.pruned_folder import load_pruner
+
+        return load_pruner(folder)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}; this version knows {', '.join(allowed)}.")
+    return value
+
+
+def _per_block(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
+    modes = (kv,) * blocks if isinstance(kv, str) else tuple(kv)
+    for mode in modes:
+        _one_of("kv", mode, KV)
+    if len(modes) != blocks:
+        raise UserError(f"kv lists {len(modes)} blocks, the schedule {blocks}.")
+    return modes

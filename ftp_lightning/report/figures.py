@@ -1,0 +1,179 @@
+"""One function per figure: rows (see `series`) in, matplotlib Figure out. Call them inside `style.house_style`."""
+
+from typing import TYPE_CHECKING, Any
+
+from ftp_lightning.report.series import Rows
+from ftp_lightning.report.style import BLUE, CYCLE, GREEN, INK, LINES, ORANGE, PALE, VERMILLION, canvas, method_colour
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def column(rows: Rows, name: str) -> list[Any]:
+    """One column of the rows."""
+    return [row[name] for row in rows]
+
+
+def whiskers(rows: Rows, value: str = "share") -> list[list[float]]:
+    """Lengths below and above `value` of the interval [low, high], as matplotlib's xerr and yerr want them."""
+    return [[max(row[value] - row["low"], 0) for row in rows], [max(row["high"] - row[value], 0) for row in rows]]
+
+
+def block_axis(axis: Any) -> None:
+    """Whole block numbers, no vertical grid."""
+    axis.set_xlabel("block")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(visible=False, axis="x")
+
+
+def kl_scale(axis: Any, values: list[float]) -> None:
+    """A logarithmic y axis that still shows an exact 0, as the last block under kv = keep has it: linear near 0."""
+    positive = [value for value in values if value > 0]
+    if positive:
+        axis.set_yscale("symlog", linthresh=max(min(positive), max(positive) * 1e-5))
+    axis.set_ylim(bottom=0)
+
+
+def top_legend(axis: Any, columns: int = 4, **options: Any) -> None:
+    """The legend above the axes, where it hides no data."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axis.legend(**place, ncols=columns, handlelength=1.6, columnspacing=1.4, **options)
+
+
+def schedules(rows: Rows) -> "Figure":
+    """Sparsity per block: static search, after fine-tuning, and what the evaluation realised."""
+    figure, axis = canvas(11, 3.1)
+    bars = [name for name in ("static_search", "fine_tuned") if name in rows[0]]
+    names = {"static_search": ("static search", ORANGE), "fine_tuned": ("fine-tuned with the router", BLUE)}
+    width = 0.8 / len(bars)
+    for index, name in enumerate(bars):
+        places = [row["block"] + (index - (len(bars) - 1) / 2) * width for row in rows]
+        label, colour = names[name]
+        axis.bar(places, column(rows, name), width * 0.94, color=colour, label=label)
+    if "realised" in rows[0]:
+        blocks = [row["block"] + (len(bars) - 1) / 2 * width for row in rows]
+        axis.plot(blocks, column(rows, "realised"), "D", color=INK, markersize=4, label="realised in the evaluation")
+    last = column(rows, bars[-1])
+    axis.axhline(sum(last) / len(last), color=INK, linestyle="--", linewidth=1, label="budget (mean)")
+    axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens skipped)", xlim=(0.4, len(rows) + 0.6))
+    block_axis(axis)
+    top_legend(axis)
+    return figure
+
+
+def sensitivity(rows: Rows) -> "Figure":
+    """KL when one block alone skips tokens, one curve per share skipped."""
+    figure, axis = canvas()
+    levels = [name for name in rows[0] if name != "block"]
+    for level, colour, marker in zip(levels, CYCLE * len(levels), "osD^vP" * len(levels)):
+        axis.plot(column(rows, "block"), column(rows, level), marker + "-", color=colour, label=level)
+    kl_scale(axis, [row[level] for row in rows for level in levels])
+    axis.set_ylabel("KL to dense (nats per token)")
+    block_axis(axis)
+    top_legend(axis)
+    return figure
+
+
+def influence(rows: Rows) -> "Figure":
+    """Block Influence, and the share of tokens that a block hardly turns."""
+    shares = [name for name in rows[0] if name.startswith("cosine")]
+    figure, axes = canvas(nrows=2 if shares else 1, sharex=True, squeeze=False)
+    axes[0, 0].bar(column(rows, "block"), column(rows, "block_influence"), 0.75, color=BLUE)
+    axes[0, 0].set_ylabel("Block Influence\n1 - cos(in, out)")
+    for name, colour in zip(shares, (ORANGE, GREEN, VERMILLION) * len(shares)):
+        axes[1, 0].plot(column(rows, "block"), column(rows, name), "o-", color=colour, label=f"{name}")
+        axes[1, 0].set(ylabel="share of tokens", ylim=(0, 1.05))
+        axes[1, 0].legend(loc="best")
+    for axis in axes[:, 0]:
+        block_axis(axis)
+        axis.label_outer()
+    return figure
+
+
+def convergence(rows: Rows) -> "Figure":
+    """Best and mean KL of each generation against tokens spent; the allocations as horizontal marks."""
+    figure, axis = canvas(5.4, 3.3)
+    best, mean = ([row for row in rows if row["series"] == name] for name in ("best", "mean"))
+    axis.plot(column(mean, "forward_tokens"), column(mean, "kl"), color=PALE, linewidth=1, label="population mean")
+    label = f"best  {best[-1]['kl']:.2g}" if best else "best"
+    axis.step(column(best, "forward_tokens"), column(best, "kl"), where="post", color=BLUE, linewidth=2.4, label=label)
+    marks = sorted((row for row in rows if row["series"] not in ("best", "mean")), key=lambda row: -row["kl"])
+    for index, row in enumerate(marks):
+        look = {"color": CYCLE[1:][index % 5], "linestyle": LINES[1:][index % 3], "linewidth": 1.3}
+        axis.axhline(row["kl"], **look, label=f"{row['series'].replace('_', ' ')}  {row['kl']:.2g}")
+    kl_scale_to_range(axis, column(rows, "kl"))
+    axis.set(xlabel="forward tokens spent", ylabel="KL to dense (nats per token)")
+    axis.xaxis.set_major_formatter(si_formatter())
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def kl_scale_to_range(axis: Any, values: list[float]) -> None:
+    """Logarithmic where every value allows it: a search moves within one or two powers of ten."""
+    if min(values) > 0:
+        axis.set_yscale("log")
+        axis.set_ylim(min(values) * 0.8, max(values) * 1.2)
+
+
+def si_formatter() -> Any:
+    """12000 -> 12 k."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep=" ")
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """mean(values[max(0, i - width + 1) .. i]): looks back only, so the curve never knows its future."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    starts = [max(0, end - width) for end in range(1, len(values) + 1)]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
+
+
+def losses(rows: Rows) -> "Figure":
+    """The three losses, each on its own scale: every step faintly, the running mean over 5 % of the steps boldly."""
+    figure, axes = canvas(5.4, 4.6, nrows=3, sharex=True)
+    steps, width = column(rows, "step"), max(1, len(rows) // 20)
+    for axis, name, colour in zip(axes, ("distillation", "sparsity", "guide"), (BLUE, ORANGE, GREEN), strict=True):
+        values = column(rows, name)
+        axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        axis.plot(steps, running_mean(values, width), color=colour)
+        axis.set_ylabel(f"{name}\nloss")
+        axis.set_ylim(bottom=0)
+    axes[-1].set_xlabel("training step")
+    figure.align_ylabels(axes)
+    return figure
+
+
+def agreement(rows: Rows) -> "Figure":
+    """How often the router decides as the static one does, and how strongly it is still told to."""
+    figure, axis = canvas(5.4, 2.2)
+    steps, width = column(rows, "step"), max(1, len(rows) // 20)
+    axis.plot(steps, column(rows, "agreement"), color=BLUE, alpha=0.3, linewidth=0.8)
+    axis.plot(steps, running_mean(column(rows, "agreement"), width), color=BLUE, label="agreement with the static router")
+    axis.plot(steps, column(rows, "guide_weight"), "--", color=GREEN, label="weight of the guide loss")
+    axis.set(xlabel="training step", ylabel="share, weight", ylim=(0, None))
+    top_legend(axis, 2)
+    return figure
+
+
+def validation(rows: Rows) -> "Figure":
+    """KL on validation windows while training."""
+    figure, axis = canvas(5.4, 2.2)
+    axis.plot(column(rows, "step"), column(rows, "kl"), "o-", color=BLUE)
+    axis.set(xlabel="training step", ylabel="KL to dense\n(nats per token)", ylim=(0, None))
+    return figure
+
+
+def target_and_soft(rows: Rows) -> "Figure":
+    """What the schedule asks of the router, and what the router's probabilities say."""
+    figure, axis = canvas()
+    blocks = column(rows, "block")
+    axis.bar(blocks, column(rows, "soft"), 0.75, color=BLUE, label="soft: 1 - mean p(compute)")
+    axis.hlines(column(rows, "target"), [b - 0.45 for b in blocks], [b + 0.45 for b in blocks], color=ORANGE, linewidth=2.6,
+                label="target")  # fmt: skip
+    axis.set(ylim=(0, 1), ylabel="sparsity")
+    block_axis(axis)
+    top_legend(axis)
+    return figure

@@ -1,0 +1,107 @@
+"""The figures of evaluation and benchmark: rows (see `series`) in, matplotlib Figure out."""
+
+from typing import TYPE_CHECKING, Any
+
+from ftp_lightning.report.figures import column, top_legend, whiskers
+from ftp_lightning.report.series import Rows
+from ftp_lightning.report.style import CYCLE, INK, canvas, method_colour
+from ftp_lightning.report.tables import number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def method_axis(rows: Rows) -> tuple["Figure", Any]:
+    """A figure whose y axis names the methods, the first on top; as high as their number asks."""
+    figure, axis = canvas(5.4, 1.1 + 0.38 * len(rows))
+    axis.set_yticks(range(len(rows)), column(rows, "label"))
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.grid(visible=False, axis="y")
+    axis.tick_params(axis="y", length=0)
+    return figure, axis
+
+
+def kept(rows: Rows) -> "Figure":
+    """Share of the answers that need the prompt and are still right, with 95 % intervals."""
+    figure, axis = method_axis(rows)
+    colours = [method_colour(row["method"], index) for index, row in enumerate(rows)]
+    axis.barh(range(len(rows)), column(rows, "share"), 0.66, color=colours)
+    bars = {"fmt": "none", "ecolor": INK, "elinewidth": 1.4, "capsize": 3}
+    axis.errorbar(column(rows, "share"), range(len(rows)), xerr=whiskers(rows), **bars)
+    for index, row in enumerate(rows):
+        axis.annotate(percent(row["share"]), (row["high"], index), (6, 0), textcoords="offset points", va="center")
+    axis.set(xlim=(0, 1.17), xlabel="answers kept (share, 95 % interval)", xticks=[0, 0.25, 0.5, 0.75, 1])
+    return figure
+
+
+def kl(rows: Rows) -> "Figure":
+    """Mean KL per continuation token (dot) and its 99th percentile (end of the line) beside the noise floor.
+
+    Dots, not bars: the values span powers of ten, and on a logarithmic axis a bar's length means nothing.
+    """
+    figure, axis = method_axis(rows)
+    for index, row in enumerate(rows):
+        colour = method_colour(row["method"], index)
+        axis.plot([row["mean"], row["p99"]], [index, index], color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt")
+        axis.plot(row["mean"], index, "o", color=colour, markersize=8)
+        axis.plot(row["p99"], index, "|", color=colour, markersize=10, markeredgewidth=2)
+        axis.annotate(number(row["mean"]), (row["mean"], index), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    floor = rows[0]["noise_floor"]
+    if floor is not None:
+        axis.axvline(floor, color=INK, linestyle="--", linewidth=1, label="noise floor (dense against dense)")
+        top_legend(axis)
+    if min(column(rows, "mean")) > 0 and (floor is None or floor > 0):
+        axis.set_xscale("log")
+    axis.set_xlabel("KL to dense (nats per continuation token): mean, line to the 99th percentile")
+    return figure
+
+
+def kept_by_distance(rows: Rows) -> "Figure":
+    """Share kept by how far back in the prompt the fact lies, with 95 % intervals; methods side by side."""
+    figure, axis = canvas(11, 3.2)
+    distances, labels = (list(dict.fromkeys(column(rows, key))) for key in ("distance", "label"))
+    for index, label in enumerate(labels):
+        mine = [row for row in rows if row["label"] == label and row["share"] is not None]
+        shift = (index - (len(labels) - 1) / 2) * 0.6 / max(len(labels), 1)
+        places = [distances.index(row["distance"]) + shift for row in mine]
+        look = {"color": method_colour(mine[0]["method"], index), "marker": "osD^vP"[index % 6], "capsize": 2.5}
+        axis.errorbar(places, column(mine, "share"), yerr=whiskers(mine), **look, linewidth=1.2, label=label)
+    axis.set_xticks(range(len(distances)), distances)
+    axis.set(ylim=(0, 1.03), ylabel="answers kept (share)", xlabel="distance of the fact from the question (tokens)")
+    axis.grid(visible=False, axis="x")
+    top_legend(axis, 6)
+    return figure
+
+
+def speed(rows: Rows) -> "Figure":
+    """Measured prefill speed-up with its interval (filled) beside the FLOPs limit (hollow, dashed), per budget and kv."""
+    settings = sorted({(row["budget"], row["kv"]) for row in rows})
+    figure, axes = canvas(5.4 if len(settings) == 1 else 11, 3.3, ncols=len(settings), sharey=True, squeeze=False)
+    for axis, (budget, kv) in zip(axes[0], settings, strict=True):
+        mine = [row for row in rows if (row["budget"], row["kv"]) == (budget, kv)]
+        for index, batch in enumerate(sorted({row["batch"] for row in mine})):
+            draw_speed(axis, [row for row in mine if row["batch"] == batch], CYCLE[index % len(CYCLE)], f"batch {batch}")
+        axis.axhline(1, color=INK, linewidth=1)
+        axis.set_title(f"budget {percent(budget, 0)}, kv {kv}", loc="right", fontsize=9)
+        axis.set_xlabel("prompt length (tokens)")
+        length_axis(axis, sorted(set(column(mine, "length"))))
+    axes[0, 0].set_ylabel("prefill speed-up (dense time / pruned time)")
+    axes[0, 0].legend(loc="best")
+    return figure
+
+
+def draw_speed(axis: Any, rows: Rows, colour: str, label: str) -> None:
+    """One batch size: measured and limit."""
+    rows = sorted(rows, key=lambda row: row["length"])
+    lengths = column(rows, "length")
+    look = {"color": colour, "marker": "o", "capsize": 3}
+    axis.errorbar(lengths, column(rows, "speedup"), yerr=whiskers(rows, "speedup"), **look, label=f"{label}, measured")
+    limit = {"color": colour, "marker": "o", "markerfacecolor": "none", "linestyle": "--", "linewidth": 1.1}
+    axis.plot(lengths, column(rows, "flops_limit"), **limit, label=f"{label}, FLOPs limit")
+
+
+def length_axis(axis: Any, lengths: list[int]) -> None:
+    """Lengths are powers of two or nearly: equal steps for equal factors, a tick at each measured length."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()

@@ -1,0 +1,156 @@
+"""Builds the report of one run: reads the stages' folders, draws the figures, renders one self-contained page."""
+
+import csv
+import io
+import os
+import shutil
+import tempfile
+from base64 import b64encode
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ftp_lightning.report import tables
+from ftp_lightning.report.reading import Run, read_origins, read_run
+from ftp_lightning.report.sections import SECTIONS, Plot, Section
+from ftp_lightning.report.series import Rows
+from ftp_lightning.report.style import house_style, to_png, to_svg
+from ftp_lightning.report.verdict import cards, cautions, verdict
+
+HERE = Path(__file__).parent
+
+
+def build_report(run_folder: Path) -> Path:
+    """Writes `run_folder/report.html`, and every figure as PNG with its data as CSV in `run_folder/report/`.
+
+    A stage that has not been run is left out with a sentence. The figures come first, the page last; each is replaced
+    whole, so an interrupted call leaves the former page readable.
+    Errors: UserError if the folder is missing or a stage's product is not JSON.
+    """
+    folder = Path(run_folder)
+    run = read_run(folder)
+    drawn = {plot.name: draw(plot, plot.rows(run)) for section in SECTIONS for plot in section.plots}
+    drawn = {name: files for name, files in drawn.items() if files}
+    write_folder(folder / "report", drawn)
+    page = folder / "report.html"
+    write_whole(page, render(context(folder, run, {name: files["svg"] for name, files in drawn.items()})))
+    return page
+
+
+def draw(plot: Plot, rows: Rows) -> dict[str, Any] | None:
+    """{"svg": text, "png": bytes, "csv": bytes} of one figure, or None where there are no data."""
+    if not rows:
+        return None
+    with house_style(plot.name):
+        figure = plot.draw(rows)
+        return {"svg": to_svg(figure), "png": to_png(figure), "csv": to_csv(rows)}
+
+
+def to_csv(rows: Rows) -> bytes:
+    """The rows with a header line; floats are written so that reading them gives the same number back."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
+    """Everything the template names."""
+    results = run["evaluate"]
+    return {
+        "name": folder.resolve().name,
+        "verdict": verdict(run),
+        "cautions": cautions(run),
+        "cards": cards(run),
+        "sections": [section_context(section, run, svgs) for section in SECTIONS],
+        "headline_columns": tables.HEADLINE,
+        "headline": tables.headline_rows(results) if results else [],
+        "headline_label": headline_label(results),
+        "method_labels": [label for _, label in tables.method_labels(results)],
+        "tasks": tables.task_rows(results) if results else [],
+        "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune") if run[stage]},
+        "training": run["train"],
+        "story": story(run["tokens"]),
+        "origins": read_origins(folder),
+        "number": tables.number,
+    }
+
+
+def section_context(section: Section, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
+    """One section: its figures that could be drawn, and the stages it misses."""
+    plots = [{"plot": plot, "svg": svgs[plot.name]} for plot in section.plots if plot.name in svgs]
+    present = any(run[product] is not None for product in section.needs)
+    return {"section": section, "plots": plots, "missing": section.missing(run), "present": present}
+
+
+def headline_label(results: dict[str, Any] | None) -> str | None:
+    """The label of the row the verdict speaks about."""
+    chosen = tables.headline_method(results)
+    return next((label for method, label in tables.method_labels(results) if method is chosen), None)
+
+
+def search_summary(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a search spent and won: generations, the last counts, best KL, and the best allocation it had to beat."""
+    allocations = metrics.get("allocations") or {}
+    rival = min(allocations, key=allocations.__getitem__, default=None)
+    return {
+        "generations": len(metrics["generations"]),
+        "last": metrics["generations"][-1] if metrics["generations"] else {},
+        "value": metrics["value"],
+        "rival": rival,
+        "rival_kl": allocations.get(rival),
+    }
+
+
+def story(tokens: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Each token with the share of blocks that computed it and its decisions as a string of 0 and 1, one per block."""
+    if not tokens:
+        return None
+    blocks = tokens["num_blocks"]
+    decisions = ["".join(str(int(block[place])) for block in tokens["keep"]) for place in range(len(tokens["tokens"]))]
+    words = [
+        {"text": text, "count": count, "share": round(count / blocks, 3), "keep": keep}
+        for text, count, keep in zip(tokens["tokens"], tokens["computed_by"], decisions, strict=True)
+    ]
+    return {"title": tokens["title"], "words": words, "blocks": blocks}
+
+
+def render(values: dict[str, Any]) -> str:
+    """The page. Every value is escaped; only the figures, which matplotlib escaped, go in as they are.
+
+    The page's own policy forbids all loading, and allows one script: the slider, by its hash.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    slider = (HERE / "slider.js").read_text(encoding="utf-8")
+    policy = b64encode(sha256(slider.encode()).digest()).decode()
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    return environment.get_template("template.html").render(**values, style=style, slider=slider, slider_hash=policy)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces `path` at once: a reader sees the old file or the new one."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def write_folder(folder: Path, drawn: dict[str, dict[str, Any]]) -> None:
+    """Replaces `folder` by NAME.png and NAME.csv of every figure; figures of an earlier report do not linger."""
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    for name, files in drawn.items():
+        (partial / f"{name}.png").write_bytes(files["png"])
+        (partial / f"{name}.csv").write_bytes(files["csv"])
+    partial.chmod(0o755)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

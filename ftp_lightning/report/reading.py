@@ -1,0 +1,56 @@
+"""Reads what the stages left in a run folder; a stage that has not been run is `None`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ftp_lightning.errors import UserError
+
+STAGES = ("sensitivity", "search", "train", "finetune", "evaluate", "benchmark")
+
+PRODUCTS = {
+    "sensitivity": "sensitivity/sensitivity.json",
+    "search": "search/metrics.json",
+    "search_schedule": "search/schedule.json",
+    "train": "train/metrics.json",
+    "finetune": "finetune/metrics.json",
+    "finetune_schedule": "finetune/schedule.json",
+    "evaluate": "evaluate/results.json",
+    "tokens": "evaluate/tokens.json",
+    "benchmark": "benchmark/benchmark.json",
+}
+
+Run = dict[str, Any]
+"""Product name (a key of `PRODUCTS`) -> the parsed JSON, or None where the file does not exist."""
+
+
+def read_run(folder: Path) -> Run:
+    """Every product of the run, by name.
+
+    Errors: UserError if `folder` is no folder, or a product is not JSON.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.\nGive the output folder of `run`.")
+    return {name: read_json(folder / path) for name, path in PRODUCTS.items()}
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.\nRun its stage again with --overwrite.") from error
+
+
+def read_origins(folder: Path) -> list[dict[str, Any]]:
+    """How each stage came about: `{"stage", "provenance", "config"}` of the stages that left either file, in run order."""
+    origins = []
+    for stage in STAGES:
+        config = folder / stage / "config.yaml"
+        provenance = read_json(folder / stage / "provenance.json")
+        text = config.read_text(encoding="utf-8") if config.is_file() else None
+        if provenance is not None or text is not None:
+            origins.append({"stage": stage, "provenance": provenance or {}, "config": text})
+    return origins

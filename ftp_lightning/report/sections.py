@@ -1,0 +1,93 @@
+"""What the page shows and in which order: the table of its sections and figures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ftp_lightning.report import figures, outcome_figures, series
+from ftp_lightning.report.reading import Run
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure: `rows` takes the run and gives the data, `draw` takes these and gives the Figure."""
+
+    name: str
+    title: str
+    caption: str
+    rows: Callable[[Run], series.Rows]
+    draw: Callable[[series.Rows], Any]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. `needs`: product (a key of `reading.PRODUCTS`) -> the stage that makes it."""
+
+    key: str
+    title: str
+    intro: str
+    needs: dict[str, str]
+    plots: tuple[Plot, ...] = ()
+
+    def missing(self, run: Run) -> list[str]:
+        """The stages this section would have liked to read, but which left nothing."""
+        return list(dict.fromkeys(stage for product, stage in self.needs.items() if run[product] is None))
+
+
+OUTCOME = (
+    Plot("kept", "Answers kept", "Of the items that dense answers right, and wrong without the passage: the share still "
+         "right. Whiskers: 95 % interval.", series.kept, outcome_figures.kept),
+    Plot("kl", "Distance from the dense model", "Dot: mean over continuation tokens. Tick at the end of the line: 99th "
+         "percentile. Left of the dashed line no difference can be measured.", series.kl, outcome_figures.kl),
+    Plot("kept_by_distance", "Answers kept, by distance", "Pruning hurts where the answer lies far back; plain prose does "
+         "not show it. Whiskers: 95 % interval.", series.kept_by_distance, outcome_figures.kept_by_distance, True),
+)  # fmt: skip
+
+SCHEDULE = (
+    Plot("schedule", "Sparsity of every block", "Found with the static router, then fine-tuned with the trained one. "
+         "Diamonds: what the evaluation realised.", series.schedules, figures.schedules, True),
+)  # fmt: skip
+
+BLOCKS = (
+    Plot("sensitivity", "One block at a time", "This block alone skips tokens (static router), all others are dense.",
+         series.sensitivity, figures.sensitivity),
+    Plot("influence", "Block Influence and redundancy", "Above: how far a block turns its input. Below: the share of "
+         "tokens whose input and output nearly agree.", series.influence, figures.influence),
+)  # fmt: skip
+
+SEARCH = (
+    Plot("search", "Search with the static router", "Every schedule has the same mean. Horizontal lines: allocations "
+         "that need no search.", partial(series.convergence, stage="search"), figures.convergence),
+    Plot("finetune", "Fine-tuning with the trained router", "The same search, from the schedule found, with the router "
+         "that will be deployed.", partial(series.convergence, stage="finetune"), figures.convergence),
+)  # fmt: skip
+
+TRAINING = (
+    Plot("losses", "Losses", "Faint: every step. Bold: running mean over the last 5 % of the steps.", series.losses,
+         figures.losses),
+    Plot("target_and_soft", "Target and soft sparsity", "At the end of training. The sparsity loss pulls where a bar "
+         "stays below its mark.", series.target_and_soft, figures.target_and_soft),
+    Plot("validation", "Validation", "KL per continuation token on windows that were not trained on.", series.validation,
+         figures.validation),
+    Plot("agreement", "Guide", "How often the router decides as the static one, and how strongly it is told to.",
+         series.losses, figures.agreement),
+)  # fmt: skip
+
+SPEED = (
+    Plot("speed", "Prefill, measured", "Filled: measured, with its interval. Hollow: what the FLOPs saved would allow. "
+         "Decoding is not part of it.", series.speed, outcome_figures.speed, True),
+)  # fmt: skip
+
+SECTIONS = (
+    Section("result", "Result", "", {"evaluate": "evaluate"}, OUTCOME),
+    Section("schedule", "Schedule", "The share of tokens that skip each block; the mean is the budget. Blocks are "
+            "numbered from 1, nearest the input.", {"search_schedule": "search", "finetune_schedule": "finetune"}, SCHEDULE),
+    Section("story", "Which tokens are computed", "", {"tokens": "evaluate"}),
+    Section("speed", "Speed", "", {"benchmark": "benchmark"}, SPEED),
+    Section("tasks", "Tasks", "", {"evaluate": "evaluate"}),
+    Section("blocks", "Sensitivity of the blocks", "What the search starts from.", {"sensitivity": "sensitivity"}, BLOCKS),
+    Section("search", "Search", "", {"search": "search", "finetune": "finetune"}, SEARCH),
+    Section("training", "Training of the router", "", {"train": "train"}, TRAINING),
+)  # fmt: skip

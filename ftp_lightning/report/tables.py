@@ -1,0 +1,119 @@
+"""The tables of the report as text: one set of rows for the terminal and for the page."""
+
+import math
+from typing import Any
+
+MISSING = "–"
+HEADLINE = (
+    "method", "skipped", "FLOPs cut", "kept [95 %]", "KL", "KL p99", "top-1", "PPL prompt", "PPL sequence", "retention",
+)  # fmt: skip
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` to `digits` significant digits without an exponent where it can be read; a dash for what is not there."""
+    if value is None or math.isnan(value):
+        return MISSING
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) < 1e-5:
+        return f"{value:.{digits - 1}e}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(decimals, 0)}f}"
+
+
+def percent(share: float | None, digits: int = 1, unit: str = " %") -> str:
+    """A share in [0, 1] as per cent."""
+    return MISSING if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"
+
+
+def kept_text(kept: dict[str, Any] | None) -> str:
+    """ "91.2 % [89.7, 92.5]": the share of answers kept and its 95 % interval."""
+    if not kept:
+        return MISSING
+    return f"{percent(kept['share'])} [{percent(kept['low'], unit='')}, {percent(kept['high'], unit='')}]"
+
+
+def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], str]]:
+    """(method, label) of every evaluated method; labels name budget and kv mode only where these differ within the run."""
+    methods = (results or {}).get("methods") or []
+    budgets, modes = {method["budget"] for method in methods}, {method["kv"] for method in methods}
+
+    def label(method: dict[str, Any]) -> str:
+        budget = f" {percent(method['budget'], 0)}" if len(budgets) > 1 else ""
+        return method["name"] + budget + (f" {method['kv']}" if len(modes) > 1 else "")
+
+    return [(method, label(method)) for method in methods]
+
+
+def headline_method(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The method the report speaks about first: `dynamic` (trained and fine-tuned), else the last that was evaluated."""
+    methods = (results or {}).get("methods") or []
+    trained = [method for method in methods if method["name"] == "dynamic"]
+    return (trained or methods[-1:] or [None])[0]
+
+
+def headline_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row of text per line of the headline table, in the order of `HEADLINE`: dense, noise floor, then the methods."""
+    ppl = results["dense"].get("ppl")
+    rows = [("dense", percent(0.0), percent(0.0), percent(1.0), "0", "0", percent(1.0), number(ppl), number(ppl), "100.0")]
+    floor = results.get("noise_floor")
+    if floor:
+        agreement = percent(floor.get("top1"), 2)
+        rows.append(("noise floor", *[MISSING] * 3, number(floor["kl"]), MISSING, agreement, *[MISSING] * 3))
+    return rows + [(label, *method_cells(method)) for method, label in method_labels(results)]
+
+
+def method_cells(method: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of one method, without its label."""
+    kl, ppl, retention = method.get("kl") or {}, method.get("ppl") or {}, method.get("retention")
+    return (
+        percent(method.get("realised_sparsity")),
+        percent(method.get("flops_reduction")),
+        kept_text(method.get("kept")),
+        number(kl.get("mean")),
+        number(kl.get("p99")),
+        percent(kl.get("top1"), 2),
+        number(ppl.get("prompt")),
+        number(ppl.get("sequence")),
+        MISSING if retention is None else f"{retention:.1f}",
+    )
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The headline table as plain aligned text: `results` is the content of evaluate/results.json."""
+    rows = [HEADLINE, *headline_rows(results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADLINE))]
+    lines = [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def task_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per task: its name, dense accuracy, and for every method a cell `{"text", "skill", "measures"}`.
+
+    `measures` False marks scores that measure nothing: dense is within 2 standard errors of chance, or the prompts were
+    too short to be pruned. They count in no mean.
+    """
+    rows = []
+    for task, dense in (results["dense"].get("tasks") or {}).items():
+        cells = [task_cell((method.get("tasks") or {}).get(task)) for method, _ in method_labels(results)]
+        chance, items = percent(dense.get("chance")), dense.get("n", MISSING)
+        measures = any(cell["measures"] for cell in cells)
+        rows.append(
+            {"task": task, "dense": accuracy(dense), "chance": chance, "n": items, "measures": measures, "cells": cells}
+        )
+    return rows
+
+
+def task_cell(score: dict[str, Any] | None) -> dict[str, Any]:
+    """Accuracy with its standard error, and skill where it is defined."""
+    if score is None:
+        return {"text": MISSING, "skill": MISSING, "measures": False}
+    return {"text": accuracy(score), "skill": percent(score.get("skill")), "measures": score["measures"]}
+
+
+def accuracy(score: dict[str, Any]) -> str:
+    """ "61.3 ± 1.2 %" """
+    return f"{percent(score['acc'], unit='')} ± {percent(score.get('stderr'))}"

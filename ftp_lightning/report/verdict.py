@@ -1,0 +1,82 @@
+"""One sentence, and a handful of numbers, computed from what the run measured."""
+
+import math
+from typing import Any
+
+from ftp_lightning.report.reading import Run
+from ftp_lightning.report.tables import headline_method, kept_text, number, percent
+
+ENOUGH_ITEMS = 2000  # [ours] fewer answers than this are a quick look (method, section 8)
+
+
+def verdict(run: Run) -> str:
+    """What was skipped, what it cost and what it brought: only clauses whose numbers exist."""
+    method, row = headline_method(run["evaluate"]), speed_row(run)
+    clauses = []
+    if method:
+        clauses.append(f"{percent(method['realised_sparsity'])} of the prompt's token-block computations are skipped")
+    if method and method.get("kept"):
+        clauses.append(f"{kept_text(method['kept'])} of the answers that need the prompt are kept")
+    if row:
+        clauses.append(speed_clause(row))
+    if not clauses:
+        return "This run has not been evaluated yet."
+    sentence = "; ".join(clauses)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def speed_clause(row: dict[str, Any]) -> str:
+    """Measured time beside what the FLOPs allow, at the length it was measured."""
+    pace = f"{row['speedup']:.2f}x faster" if row["speedup"] >= 1 else f"slower ({row['speedup']:.2f}x the dense speed)"
+    return f"prefill of {row['length']:,} tokens {pace} (limit {row['flops_limit']:.2f}x)"
+
+
+def speed_row(run: Run) -> dict[str, Any] | None:
+    """The benchmark row of the headline method's budget and kv mode: smallest batch, then longest prompt.
+
+    The rule is fixed beforehand, so the row cannot be picked by its result; other settings are never quoted.
+    """
+    rows = (run["benchmark"] or {}).get("rows") or []
+    method = headline_method(run["evaluate"])
+    if method:
+        same = (method["budget"], method["kv"])
+        rows = [row for row in rows if math.isclose(row["budget"], same[0], abs_tol=1e-9) and row["kv"] == same[1]]
+    return min(rows, key=lambda row: (row["batch"], -row["length"]), default=None)
+
+
+def cautions(run: Run) -> list[str]:
+    """What a reader must know before quoting the verdict."""
+    method = headline_method(run["evaluate"]) or {}
+    items = (method.get("kept") or {}).get("items")
+    found = []
+    if items is not None and items < ENOUGH_ITEMS:
+        found.append(f"A quick look: {items:,} answers; quote at least {ENOUGH_ITEMS:,}.")
+    realised, budget = method.get("realised_sparsity"), method.get("budget")
+    if budget and realised is not None and realised < budget / 2:
+        found.append(f"Not exercised: only {percent(realised)} was skipped where {percent(budget, 0)} was asked for.")
+    return found
+
+
+def cards(run: Run) -> list[dict[str, str]]:
+    """The numbers at the top of the page: `{"value", "name", "note"}`."""
+    method, row = headline_method(run["evaluate"]), speed_row(run)
+    found = []
+    if method:
+        floor = (run["evaluate"].get("noise_floor") or {}).get("kl")
+        kept, kl = method.get("kept") or {}, method.get("kl") or {}
+        limits = f"95 %: {percent(kept.get('low'), unit='')} to {percent(kept.get('high'))}"
+        found += [
+            card(percent(method["realised_sparsity"]), "skipped", f"budget {percent(method['budget'], 0)}, kv {method['kv']}"),
+            card(percent(method.get("flops_reduction")), "fewer FLOPs", "over the prompt"),
+            card(percent(kept.get("share")), "answers kept", limits),
+            card(number(kl.get("mean")), "KL to dense", f"nats per token; noise floor {number(floor)}"),
+        ]
+    if row:
+        note = f"at {row['length']:,} tokens; limit {row['flops_limit']:.2f}x"
+        found.append(card(f"{row['speedup']:.2f}x", "prefill speed", note))
+    return found
+
+
+def card(value: str, name: str, note: str) -> dict[str, str]:
+    """One number of the strip at the top."""
+    return {"value": value, "name": name, "note": note}

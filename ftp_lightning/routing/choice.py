@@ -1,0 +1,65 @@
+"""From scores to `keep`: the only place where tokens are counted and chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ftp_lightning.schedule import kept_tokens
+
+
+@dataclass(frozen=True)
+class RoutedPart:
+    """The tokens that are routed together: one prompt, or one chunk of it.
+
+    Attributes:
+        real: (B, T) bool, False for padding.
+        position: (B, T) int64, index among the row's real tokens.
+        lengths: real tokens of each row, on the host: counts are known without asking the device.
+        reserved: (B, T) bool, always kept: the row's first token (attention sink) and its last (its logits are wanted).
+        reserved_counts: how many of those each row has.
+        padded: whether any row has padding.
+    """
+
+    real: Tensor
+    position: Tensor
+    lengths: tuple[int, ...]
+    reserved: Tensor
+    reserved_counts: tuple[int, ...]
+    padded: bool
+
+    @staticmethod
+    def of(real: Tensor, padded: bool, first_chunk: bool = True) -> RoutedPart:
+        """`padded=False` promises that `real` is all True and spares the one look at the device."""
+        batch, tokens = real.shape
+        position = real.to(torch.int64).cumsum(1) - 1 if padded else torch.arange(tokens, device=real.device).expand(batch, tokens)
+        lengths = tuple(real.sum(1).tolist()) if padded else (tokens,) * batch
+        last = torch.tensor(lengths, device=real.device)[:, None] - 1
+        reserved = real & ((position == last) | (position == 0)) if first_chunk else real & (position == last)
+        counts = tuple(min(n, 2 if first_chunk else 1) for n in lengths)
+        return RoutedPart(real, position, lengths, reserved, counts, padded)
+
+    def kept(self, sparsity: float) -> tuple[int, ...]:
+        """Tokens of each row that enter a block of this sparsity."""
+        return tuple(kept_tokens(n, sparsity, r) for n, r in zip(self.lengths, self.reserved_counts))
+
+
+def choose_topk(score: Tensor, part: RoutedPart, kept: tuple[int, ...]) -> Tensor:
+    """Exactly `kept[b]` tokens with the highest score in row b, the reserved ones first [ours]; ties go to the earlier token.
+
+    Args: score (B, T). Returns keep (B, T) bool. Invariant: keep.sum(1) == kept, keep <= real.
+    """
+    ranked = score.masked_fill(part.reserved, torch.inf).masked_fill(~part.real, -torch.inf)
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    if len(set(kept)) == 1:
+        return torch.zeros_like(part.real).scatter(1, order[:, : kept[0]], True)
+    rank = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    counts = torch.tensor(kept, device=score.device)[:, None]
+    return torch.zeros_like(part.real).scatter(1, order, rank < counts)
+
+
+def choose_threshold(probability: Tensor, part: RoutedPart, threshold: float) -> Tensor:
+    """Compute where p_compute > threshold (paper), and the reserved tokens: the realised sparsity floats. (B, T) bool."""
+    return ((probability > threshold) & part.real) | part.reserved

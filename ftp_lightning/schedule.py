@@ -1,0 +1,105 @@
+"""The schedule: which share of the tokens skips each block. Also the one rounding rule and the integer level step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftp_lightning.errors import UserError
+
+FORMAT = "ftp-lightning/schedule"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The sparsity of every block: `sparsity[l]` is the share of tokens, in [0, 1], that skip block l (first block first).
+
+    A value: equal and hashed by its numbers. Raises ValueError for an empty list or a number outside [0, 1].
+    """
+
+    sparsity: tuple[float, ...]
+
+    def __init__(self, sparsity: Sequence[float]):
+        values = tuple(float(s) + 0.0 for s in sparsity)  # + 0.0: no negative zero
+        if not values:
+            raise ValueError("a schedule needs at least one block, got none")
+        for block, s in enumerate(values):
+            if not 0.0 <= s <= 1.0:  # also catches NaN
+                raise ValueError(f"sparsity of block {block} is {s}, must be in [0, 1]")
+        object.__setattr__(self, "sparsity", values)
+
+    @classmethod
+    def uniform(cls, num_blocks: int, budget: float) -> Schedule:
+        """The schedule with the same sparsity `budget` in each of `num_blocks` blocks."""
+        return cls([budget] * num_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.sparsity)
+
+    @property
+    def budget(self) -> float:
+        """Mean token sparsity over the blocks (method.md, section 2)."""
+        return math.fsum(self.sparsity) / self.num_blocks
+
+    def key(self) -> str:
+        """16 hex digits of the sha256 of the numbers: the same value gives the same key on every machine."""
+        return hashlib.sha256(json.dumps(self.sparsity).encode()).hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the schedule as JSON, whole or not at all."""
+        path = Path(path)
+        record = {"format": FORMAT, "version": VERSION, "sparsity": list(self.sparsity)}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Schedule:
+        """Read what `save` wrote. UserError where the file is missing, broken or something else."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+                raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
+            return cls(record["sparsity"])
+        except OSError as error:
+            raise UserError(f"cannot read the schedule {path}: {error.strerror}\nGive the path of a schedule.json.") from None
+        except KeyError as error:
+            reason = f"it has no {error}"
+        except (ValueError, TypeError) as error:
+            reason = str(error)
+        raise UserError(f"{path} is not a schedule: {reason}\nMake one with `ftp-lightning search` or Schedule.save.")
+
+
+def kept_tokens(length: int, sparsity: float, reserved: int) -> int:
+    """Tokens of a row that enter a block: max(min(reserved, T), T - round_half_even(s * T)), in float64.
+
+    The one rounding rule [ours, method.md section 2]; everybody who counts tokens calls it. `length` T is the row's real
+    length (padding not counted), `reserved` the number of tokens that are always kept. s = 0 gives T, s = 1 the reserved.
+    """
+    return max(min(reserved, length), length - round(float(sparsity) * length))  # round() rounds half to even
+
+
+def level_step(num_blocks: int, budget: float, step: float = 0.05) -> float:
+    """The step nearest the requested one that divides num_blocks * budget exactly, so that integer levels meet the budget.
+
+    N * B / step is then an integer k >= 1, the sum of all levels. [ours] A budget of 0 has no levels: `step` comes back.
+    """
+    if not 0.0 <= budget < 1.0:
+        raise UserError(f"budget is {budget}, must be in [0, 1)\nIt is the mean share of tokens that skip a block.")
+    if not 0.0 < step <= 1.0:
+        raise UserError(f"step is {step}, must be in (0, 1]\nIt is the difference of two neighbouring sparsity levels.")
+    total = num_blocks * budget
+    if total == 0.0:
+        return step
+    fewest = max(1, math.floor(total / step))
+    return min((total / k for k in (fewest, fewest + 1)), key=lambda candidate: abs(candidate - step))

@@ -1,0 +1,103 @@
+"""Scores after a prompt: many at once equal one by one, and equal the plain definition."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # far from uniform, so that a wrong position or mask shows
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(rng, length):
+    return [rng.randrange(48) for _ in range(length)]  # id 0 among them: it is a token, not padding
+
+
+@pytest.fixture
+def requests():
+    """Contexts of different lengths, several choices each, some of a single token."""
+    rng = random.Random(1)
+    contexts = [tokens(rng, length) for length in (9, 1, 14, 5)]
+    choices = [[tokens(rng, length) for length in lengths] for lengths in ((3, 1, 5), (2,), (4, 4), (1, 2, 1, 7))]
+    return contexts, choices
+
+
+def plain(model, context, choice):
+    """The definition: one unpadded forward over everything, float64 sum."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([[*context, *choice]])).logits[0, len(context) - 1 : -1].log_softmax(-1).double()
+    target = torch.tensor(choice)
+    return logprobs.gather(1, target[:, None]).sum().item(), bool((logprobs.argmax(-1) == target).all())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_grouped_scores_equal_plain_ones(model, requests, batch_size):
+    contexts, choices = requests
+    scores = score_after_prompt(model, contexts, choices, batch_size)
+    for context, group, got in zip(contexts, choices, scores, strict=True):
+        assert len(got) == len(group)
+        for choice, score in zip(group, got, strict=True):
+            logprob, greedy = plain(model, context, choice)
+            assert score.logprob == pytest.approx(logprob, abs=1e-4)
+            assert score.greedy is greedy
+
+
+def test_sequence_scores_equal_plain_ones(model, requests):
+    contexts, choices = requests
+    pairs = [(context, choice) for context, group in zip(contexts, choices, strict=True) for choice in group]
+    for (context, choice), score in zip(pairs, score_in_sequence(model, *zip(*pairs, strict=True)), strict=True):
+        assert (score.logprob, score.greedy) == (pytest.approx(plain(model, context, choice)[0], abs=1e-4), score.greedy)
+        assert score.greedy is plain(model, context, choice)[1]
+
+
+def test_greedy_choice_is_seen_as_greedy(model):
+    context = tokens(random.Random(2), 6)
+    text = list(context)
+    with torch.no_grad():
+        for _ in range(4):
+            text.append(model(torch.tensor([text])).logits[0, -1].argmax().item())
+    best = text[6:]
+    wrong = [*best[:3], (best[3] + 1) % 48]
+    right, wrong = score_after_prompt(model, [context], [[best, wrong]], 2)[0]
+    assert right.greedy and not wrong.greedy and right.logprob > wrong.logprob
+
+
+def test_each_context_is_prefilled_once(model, requests):
+    contexts, choices = requests
+    prefilled = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: prefilled.append(len(kwargs["input_ids"])) if "logits_to_keep" in kwargs else None,
+        with_kwargs=True,
+    )
+    score_after_prompt(model, contexts, choices, 2)
+    hook.remove()
+    assert prefilled == [len(contexts)]
+
+
+@given(st.integers(0, 300), st.integers(1, 80), st.integers(1, 80))
+def test_rolling_windows_score_every_token_once(length, prompt_tokens, continuation_tokens):
+    text = list(range(1, length + 1))
+    windows = rolling_windows(text, 0, prompt_tokens, continuation_tokens)
+    assert [token for _, continuation in windows for token in continuation] == text
+    for k, (prompt, continuation) in enumerate(windows):
+        before = text[: k * continuation_tokens][-prompt_tokens:]
+        assert prompt == (before or [0])
+        assert 1 <= len(continuation) <= continuation_tokens

@@ -1,0 +1,304 @@
+"""The report: shows what the stages measured, leaves out what was not run, and loads nothing from anywhere."""
+
+import csv
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.report import build_report, headline
+from ftp_lightning.report.figures import running_mean
+from ftp_lightning.report.sections import SECTIONS
+from ftp_lightning.report.tables import number, task_rows
+from ftp_lightning.report.verdict import cautions, speed_row, verdict
+
+BLOCKS = 12
+STAGES = ("sensitivity", "search", "train", "finetune", "evaluate", "benchmark")
+STORY = (
+    "Mara hid the brass key under the third flowerpot. Then the rain came, and for an hour nobody left the house. Her brother "
+    "read an old newspaper aloud, the cat slept, and the kettle sang twice. When the sun returned they asked her where it was."
+)
+
+
+def schedule(rng: random.Random, budget: float = 0.3) -> list[float]:
+    """Twelve sparsities with the given mean: a noisy ramp, the first block dense."""
+    raw = [0.0] + [block / BLOCKS + rng.uniform(0, 0.3) for block in range(1, BLOCKS)]
+    return [round(value * budget * BLOCKS / sum(raw), 4) for value in raw]
+
+
+def search_metrics(rng: random.Random, start: float) -> dict[str, Any]:
+    best = [start * (0.35 + 0.65 * math.exp(-g / 9)) for g in range(31)]
+    generations = [
+        {"generation": g, "best": kl, "mean": kl * rng.uniform(1.1, 1.5), "forward_tokens": 49152 * (g + 1),
+         "evaluations": 24 * (g + 1), "memo_hits": 3 * g} for g, kl in enumerate(best)
+    ]  # fmt: skip
+    allocations = {"uniform": start * 1.4, "ramp": start, "block_influence": start * 2.6, "sensitivity": start * 0.8}
+    return {"value": best[-1], "allocations": allocations, "generations": generations}
+
+
+def train_metrics(rng: random.Random) -> dict[str, Any]:
+    steps = []
+    for step in range(1, 301):
+        fade, weight = math.exp(-step / 80), max(0.0, 1 - step / 150)
+        parts = {"distillation": 0.02 + 0.1 * fade * rng.uniform(0.6, 1.4), "sparsity": 0.01 + 0.9 * fade * rng.random(),
+                 "guide": 0.45 + 0.25 * fade + 0.03 * rng.random()}  # fmt: skip
+        total = parts["distillation"] + parts["sparsity"] + weight * parts["guide"]
+        steps.append({"step": step, **parts, "guide_weight": weight, "total": total, "agreement": 0.86 - 0.3 * fade})
+    target = schedule(rng)
+    kl = [{"step": step, "kl": 0.0016 + 0.004 * math.exp(-step / 70)} for step in range(50, 301, 50)]
+    soft = [max(0.0, value + rng.uniform(-0.04, 0.03)) for value in target]
+    return {"parameters": 450, "steps": steps, "validation_kl": kl, "target_sparsity": target, "soft_sparsity": soft}
+
+
+def method(name: str, share: float, kl: float, rng: random.Random) -> dict[str, Any]:
+    def kept(at: float, items: int) -> dict[str, Any]:
+        half = 1.96 * math.sqrt(max(at * (1 - at), 0) / items)
+        return {"share": at, "low": at - half, "high": at + half, "items": items}
+
+    bins = {bounds: kept(max(0.02, share - 0.04 * i), 500) for i, bounds in enumerate(("0-64", "64-96", "96-128", "128-192"))}
+    scores = {"recall": (share * 0.8, share * 0.95, True), "names": (share * 0.7, share, True), "coin": (0.51, None, False)}
+    tasks = {t: {"acc": acc, "stderr": 0.011, "skill": skill, "measures": ok} for t, (acc, skill, ok) in scores.items()}
+    per_block = schedule(rng)
+    return {
+        "name": name, "budget": 0.3, "kv": "keep", "realised_sparsity": 0.2987, "realised_per_block": per_block,
+        "flops_reduction": 0.2711, "kl": {"mean": kl, "p99": kl * 14, "top1": 1 - kl * 9}, "kl_sequence": kl * 900,
+        "ppl": {"prompt": 9.41 * (1 + kl), "sequence": 9.41 * (1 + 70 * kl)},
+        "kept": {**kept(share, 2000), "gained": 21, "by_distance": bins}, "retention": 100 * (0.4 + 0.6 * share), "tasks": tasks,
+    }  # fmt: skip
+
+
+def results(rng: random.Random) -> dict[str, Any]:
+    tasks = {name: {"acc": acc, "stderr": 0.011, "chance": chance, "n": 2000}
+             for name, acc, chance in (("recall", 0.83, 0.0), ("names", 0.74, 0.25), ("coin", 0.51, 0.5))}  # fmt: skip
+    values = {"random": (0.412, 0.0192), "uniform": (0.701, 0.0051), "static": (0.804, 0.0021),
+              "dynamic (before fine-tuning)": (0.886, 0.0013), "dynamic": (0.912, 0.0009)}  # fmt: skip
+    methods = [method(name, share, kl, rng) for name, (share, kl) in values.items()]
+    return {"dense": {"ppl": 9.41, "tasks": tasks}, "noise_floor": {"kl": 2.3e-5, "top1": 0.9993}, "methods": methods}
+
+
+def story_tokens(rng: random.Random) -> dict[str, Any]:
+    tokens = re.findall(r"\s?\S+", STORY)
+    levels = [[rng.random() + 0.6 * any(c.isupper() for c in t) for t in tokens] for _ in range(BLOCKS)]
+    keep = [[int(score > 0.07 * block) for score in row] for block, row in enumerate(levels)]
+    counts = [sum(column) for column in zip(*keep, strict=True)]
+    return {"title": "The brass key", "tokens": tokens, "computed_by": counts, "keep": keep, "num_blocks": BLOCKS}
+
+
+def benchmark(rng: random.Random) -> dict[str, Any]:
+    rows = []
+    for batch in (1, 8):
+        for length in (256, 512, 1024, 2048):
+            speedup = 1.36 - 40 / length - 0.03 * (batch == 1)
+            rows.append({"length": length, "batch": batch, "kv": "keep", "budget": 0.3, "speedup": speedup,
+                         "low": speedup - 0.02, "high": speedup + 0.03, "flops_limit": 1.372, "dense_ms": length / 9 * batch,
+                         "pruned_ms": length / 9 * batch / speedup, "realised_sparsity": 0.299})  # fmt: skip
+    return {"rows": rows}
+
+
+def write_run(folder: Path, stages: tuple[str, ...] = STAGES) -> Path:
+    """A made-up run: the files that the given stages leave."""
+    rng = random.Random(0)
+    kl = [[level**2 * 0.004 * (1 + 6 * math.exp(-b)) * (b < BLOCKS - 1) for level in (0.3, 0.6, 0.9)] for b in range(BLOCKS)]
+    influence = [0.4 * math.exp(-b / 2) + 0.05 + 0.15 * (b == BLOCKS - 1) for b in range(BLOCKS)]
+    found = {"num_blocks": BLOCKS, "levels": [0.3, 0.6, 0.9], "block_influence": influence, "kl": kl, "tokens": 65536,
+             "redundancy": {"0.8": [1 - x for x in influence]}}  # fmt: skip
+    made = {
+        "sensitivity": {"sensitivity.json": found},
+        "search": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.004)},
+        "train": {"metrics.json": train_metrics(rng)},
+        "finetune": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.0015)},
+        "evaluate": {"results.json": results(rng), "tokens.json": story_tokens(rng)},
+        "benchmark": {"benchmark.json": benchmark(rng)},
+    }
+    for stage in stages:
+        (folder / stage).mkdir(parents=True)
+        origin = {"command": f"ftp-lightning {stage} --seed 0", "seed": 0, "commit": "4f2a9c1", "versions": {"torch": "2.13.0"},
+                  "data": {"stories": "sha256:9d1e"}}  # fmt: skip
+        for name, content in {**made[stage], "provenance.json": origin}.items():
+            (folder / stage / name).write_text(json.dumps(content))
+        (folder / stage / "config.yaml").write_text(f"model: embedded\noutput: {stage}\n")
+    return folder
+
+
+def edit(path: Path, change: Any) -> None:
+    """Changes one JSON file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; knows nothing of how the page was made."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def ids(self) -> set[str | None]:
+        return {attributes.get("id") for _, attributes in self.tags}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "first")
+    assert build_report(folder) == folder / "report.html"
+    return folder
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+PLOTS = {plot.name: section for section in SECTIONS for plot in section.plots}
+
+
+def test_every_figure_is_on_the_page_as_a_picture_and_as_data(run: Path) -> None:
+    page = Page(run / "report.html")
+    assert {f"figure-{name}" for name in PLOTS} <= page.ids()
+    assert sum(tag == "svg" for tag, _ in page.tags) == len(PLOTS)
+    assert {path.name for path in (run / "report").iterdir()} == {f"{n}.{kind}" for n in PLOTS for kind in ("png", "csv")}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "report").glob("*.png"))
+    assert {path.name for path in run.iterdir()} == {*STAGES, "report", "report.html"}  # nothing half-written is left
+
+
+def test_the_csv_holds_the_numbers_of_the_input_exactly(run: Path) -> None:
+    found = json.loads((run / "sensitivity/sensitivity.json").read_text())
+    rows = read_csv(run / "report/sensitivity.csv")
+    assert [[float(row[f"sparsity {level:g}"]) for level in found["levels"]] for row in rows] == found["kl"]
+    influence = [float(row["block_influence"]) for row in read_csv(run / "report/influence.csv")]
+    assert influence == found["block_influence"]
+    for stage, column in (("search", "static_search"), ("finetune", "fine_tuned")):
+        sparsity = json.loads((run / stage / "schedule.json").read_text())["sparsity"]
+        assert [float(row[column]) for row in read_csv(run / "report/schedule.csv")] == sparsity
+    methods = json.loads((run / "evaluate/results.json").read_text())["methods"]
+    kept = [(row["method"], float(row["low"]), float(row["high"])) for row in read_csv(run / "report/kept.csv")]
+    assert kept == [(m["name"], m["kept"]["low"], m["kept"]["high"]) for m in methods]
+    steps = json.loads((run / "train/metrics.json").read_text())["steps"]
+    assert [{k: float(v) for k, v in row.items()} for row in read_csv(run / "report/losses.csv")] == steps
+    rows = json.loads((run / "benchmark/benchmark.json").read_text())["rows"]
+    assert [{k: str(v) for k, v in row.items()} for row in rows] == read_csv(run / "report/speed.csv")
+
+
+def test_the_page_loads_nothing(run: Path) -> None:
+    html = (run / "report.html").read_text()
+    assert "http://" not in html and "https://" not in html and "@import" not in html
+    links = [value for _, attributes in Page(run / "report.html").tags for name, value in attributes.items()
+             if name in ("src", "href", "xlink:href", "data", "action")]  # fmt: skip
+    assert links and all(link.startswith("#") or (run / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize("absent", STAGES)
+def test_a_stage_that_was_not_run_is_left_out_with_a_sentence(absent: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", tuple(stage for stage in STAGES if stage != absent))
+    page = Page(build_report(folder))
+    assert f"The stage “{absent}” has not been run" in page.text
+    assert all(f"The stage “{stage}” has not been run" not in page.text for stage in STAGES if stage != absent)
+    alone = {name for name, section in PLOTS.items() if set(section.needs.values()) == {absent}}
+    assert not {f"figure-{name}" for name in alone} & page.ids()
+    assert {f"figure-{name}" for name in PLOTS if absent not in PLOTS[name].needs.values()} <= page.ids()
+
+
+def test_an_empty_run_is_a_page_that_says_so(tmp_path: Path) -> None:
+    page = Page(build_report(tmp_path))
+    assert "has not been evaluated yet" in page.text and not any(tag == "svg" for tag, _ in page.tags)
+
+
+def test_names_are_shown_not_run(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    folder = write_run(tmp_path / "<script>run")
+    edit(folder / "evaluate/results.json", lambda found: found["methods"][0].update(name=evil + " $\\x$"))
+    edit(folder / "evaluate/tokens.json", lambda found: found["tokens"].__setitem__(0, evil))
+    edit(folder / "search/provenance.json", lambda found: found.update(command=evil))
+    page = Page(build_report(folder))
+    assert [tag for tag, _ in page.tags].count("script") == 1  # the slider's own
+    assert "<script>run" in page.text and page.text.count(evil) >= 4  # table, figures, story, command
+    assert "alert(1)" not in re.sub(r"&lt;script&gt;alert\(1\)", "", (folder / "report.html").read_text())
+
+
+def test_the_verdict_states_the_measured_numbers(run: Path) -> None:
+    text = Page(run / "report.html").text
+    assert "29.9 % of the prompt's token-block computations are skipped; 91.2 % [90.0, 92.4] of the answers" in text
+    assert "prefill of 2,048 tokens 1.31x faster (limit 1.37x)" in text
+
+
+def test_the_verdict_never_quotes_the_speed_of_another_setting() -> None:
+    found = {"evaluate": results(random.Random(0)), "benchmark": benchmark(random.Random(0))}
+    assert speed_row(found)["batch"] == 1 and speed_row(found)["length"] == 2048
+    for row in found["benchmark"]["rows"]:
+        row["kv"] = "evict"
+    assert speed_row(found) is None and "prefill" not in verdict(found)
+
+
+def test_few_answers_and_idle_pruning_are_said_aloud() -> None:
+    found = {"evaluate": results(random.Random(0)), "benchmark": None}
+    assert cautions(found) == []
+    found["evaluate"]["methods"][-1]["kept"]["items"] = 1999
+    found["evaluate"]["methods"][-1]["realised_sparsity"] = 0.149
+    assert [caution.split(":")[0] for caution in cautions(found)] == ["A quick look", "Not exercised"]
+
+
+def test_the_story_shows_every_token_with_its_decisions(run: Path) -> None:
+    tokens = json.loads((run / "evaluate/tokens.json").read_text())
+    page = Page(run / "report.html")
+    keeps = [attributes["data-keep"] for _, attributes in page.tags if "data-keep" in attributes]
+    assert [[int(keep[block]) for keep in keeps] for block in range(BLOCKS)] == tokens["keep"]
+    assert "".join(tokens["tokens"]) in page.text
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    before = (run / "report.html").read_bytes()
+    assert build_report(run).read_bytes() == before
+
+
+def test_the_terminal_table_is_aligned_and_complete() -> None:
+    found = results(random.Random(0))
+    lines = headline(found).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split("  ")[0] for line in lines[2:]] == ["dense", "noise floor", *(m["name"] for m in found["methods"])]
+    assert "91.2 % [90.0, 92.4]" in lines[-1] and "91.2" not in "".join(lines[:-1])
+
+
+def test_scores_without_meaning_are_marked() -> None:
+    rows = {row["task"]: row for row in task_rows(results(random.Random(0)))}
+    assert [rows[task]["measures"] for task in ("recall", "names", "coin")] == [True, True, False]
+    assert {cell["skill"] for cell in rows["coin"]["cells"]} == {"–"}
+
+
+def test_methods_without_recall_items_are_dashes(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    edit(folder / "evaluate/results.json", lambda found: [m.update(kept=None) for m in found["methods"]])
+    page = Page(build_report(folder))
+    assert "figure-kept" not in page.ids() and "figure-kl" in page.ids() and "answers that need" not in page.text
+
+
+def test_numbers_read_well() -> None:
+    values = (None, math.nan, 0.0, 9.4185, 0.0009, 1234.5, 2.3e-6)
+    assert [number(value) for value in values] == ["–", "–", "0", "9.42", "0.000900", "1,234", "2.30e-06"]
+
+
+def test_running_mean_looks_back_only() -> None:
+    assert running_mean([4.0, 0.0, 2.0, 6.0], 2) == [4.0, 2.0, 1.0, 4.0]
+
+
+def test_broken_files_name_themselves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("search",))
+    (folder / "search/metrics.json").write_text("{")
+    with pytest.raises(UserError, match="search/metrics.json is not valid JSON"):
+        build_report(folder)
+    with pytest.raises(UserError, match="is not a folder"):
+        build_report(tmp_path / "nowhere")
