@@ -1,15 +1,17 @@
-"""What does the dense model score on the embedded tasks, with and without the fact?  python experiments/measure_tasks.py
+"""What does the dense model score on the embedded tasks, with and without the fact?
 
-Items come from the test stories. Two measures: `greedy`, the argmax of every answer token is the answer's (full stop included); `choice`, the
-right one of four choices has the highest log-likelihood (`norm`: per character). A score within 2 standard errors of chance is
-marked: such a task measures nothing on this model, and no pruner is to be credited with keeping it.
+python experiments/measure_tasks.py
+
+Items come from the test stories. Two measures: `greedy`, the argmax of every answer token is the answer's (full stop
+included); `choice`, the right one of four choices has the highest log-likelihood (`norm`: per character). A score
+within 2 standard errors of chance is marked: such a task measures nothing on this model, and no pruner is to be
+credited with keeping it.
 """
 
 import argparse
-import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,34 +47,44 @@ def _best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def table(rows: Iterable[tuple[str, Scores]]) -> dict[str, dict[str, float | int | bool]]:
-    """Per group: number of items, share right per measure, and whether `choice` is near chance."""
+def table(scores: Mapping[str, Sequence[Scores]]) -> str:
+    """A Markdown table: per group the number of items and the share right per measure."""
+    measures = list(next(iter(scores.values()))[0])
+    lines = [f"| | items | {' | '.join(measures)} | |", "|---|" + "---|" * (len(measures) + 2)]
+    for group, rows in scores.items():
+        shares = {key: sum(row[key] for row in rows) / len(rows) for key in measures}
+        cells = " | ".join(f"{share:.3f}" for share in shares.values())
+        lines.append(f"| {group} | {len(rows)} | {cells} | {_remark(shares['choice'], len(rows))} |")
+    return "\n".join(lines)
+
+
+def _remark(share: float, items: int) -> str:
+    error = math.sqrt(CHANCE * (1 - CHANCE) / items)
+    return "near chance: measures nothing here" if abs(share - CHANCE) < 2 * error else ""
+
+
+def recall_scores(model: Any, tokenizer: Any, items: Sequence[Item]) -> dict[str, list[Scores]]:
+    """Scores per form, per distance and over all; those on the context without the facts under `deleted: ...`."""
     groups: dict[str, list[Scores]] = {}
-    for group, scores in rows:
-        groups.setdefault(group, []).append(scores)
-    result = {}
-    for group, scores in sorted(groups.items()):
-        shares = {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
-        error = math.sqrt(max(shares["choice"] * (1 - shares["choice"]), CHANCE * (1 - CHANCE)) / len(scores))
-        result[group] = {"items": len(scores), **shares, "near_chance": abs(shares["choice"] - CHANCE) < 2 * error}
-    return result
+    for item in items:
+        whole, deleted = (
+            score(model, tokenizer, item[field], item["choices"], item["answer"])
+            for field in ("context", "context_deleted")
+        )
+        both = {**whole, **{f"{measure}, deleted": value for measure, value in deleted.items()}}
+        for group in ("all", f"form {item['kind']}", f"distance {distance_bucket(item['distance'])}"):
+            groups.setdefault(group, []).append(both)
+    return dict(sorted(groups.items(), key=lambda entry: _order(entry[0])))
 
 
-def measure_recall(model: Any, tokenizer: Any, items: Sequence[Item]) -> dict[str, Any]:
-    """Tables per form, per distance and over all, on the context and on the context with the facts deleted."""
-    result = {}
-    for field in ("context", "context_deleted"):
-        scored = [(item, score(model, tokenizer, item[field], item["choices"], item["answer"])) for item in items]
-        groups = [("all", s) for _, s in scored]
-        groups += [(f"form {item['kind']}", s) for item, s in scored]
-        groups += [(f"distance {distance_bucket(item['distance'])}", s) for item, s in scored]
-        result[field] = table(groups)
-    return result
+def _order(group: str) -> tuple[bool, str, int]:
+    kind, _, rest = group.partition(" ")
+    return group != "all", kind, int(rest.split("-")[0]) if kind == "distance" else 0
 
 
-def measure_choices(model: Any, tokenizer: Any, items: Sequence[Item]) -> dict[str, Any]:
-    """The table of one multiple-choice task."""
-    return table((item["kind"], score(model, tokenizer, item["context"], item["choices"], item["answer"])) for item in items)
+def choice_scores(model: Any, tokenizer: Any, items: Sequence[Item]) -> dict[str, list[Scores]]:
+    """The scores of one multiple-choice task, under its name."""
+    return {items[0]["kind"]: [score(model, tokenizer, i["context"], i["choices"], i["answer"]) for i in items]}
 
 
 def main() -> None:
@@ -87,13 +99,13 @@ def main() -> None:
     model, tokenizer = load(arguments.model)
     documents, stories = load_documents("embedded", "test"), load_stories("test")
     rng = random.Random(arguments.seed)
-    results: dict[str, Any] = {
-        task.__name__: measure_choices(model, tokenizer, task(stories, rng)) for task in (ending_items, name_items)
-    }
     for length in arguments.prompt_tokens:
         items = recall_items(tokenizer, documents, rng, arguments.items, length)
-        results[f"recall, {length} tokens"] = measure_recall(model, tokenizer, items)
-    print(json.dumps(results, indent=2))
+        print(
+            f"\n### Recall, passages of {length} tokens\n\n{table(recall_scores(model, tokenizer, items))}", flush=True
+        )
+    for task in (ending_items, name_items):
+        print(f"\n### {task.__name__}\n\n{table(choice_scores(model, tokenizer, task(stories, rng)))}", flush=True)
 
 
 if __name__ == "__main__":

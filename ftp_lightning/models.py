@@ -19,25 +19,38 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
 
 
+LLAMA_3_1_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def _shape(blocks: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: Any) -> dict[str, Any]:
     return {
-        "num_hidden_layers": blocks, "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp, "vocab_size": vocab, "max_position_embeddings": 4096, **more,
-    }  # fmt: skip
+        "num_hidden_layers": blocks,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+        **more,
+    }
 
 
-# Random weights for speed and memory measurements: blocks, hidden, heads, KV heads, MLP, vocabulary.
+# Random weights, for measuring speed and memory.
 SHAPES = {
     "tiny": _shape(3, 64, 4, 2, 128, 4096),
     "llama-110m": _shape(12, 768, 12, 12, 3072, 32000),
     "llama-7b": _shape(32, 4096, 32, 32, 11008, 32000),  # LLaMA2-7B
     "llama-8b": _shape(  # Llama-3.1-8B
-        32, 4096, 32, 8, 14336, 128256, max_position_embeddings=131072, rope_parameters={
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
+        32, 4096, 32, 8, 14336, 128256, max_position_embeddings=131072, rope_parameters=LLAMA_3_1_ROPE
     ),
-}  # fmt: skip
+}
 
 
 def load_model(
@@ -45,8 +58,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """The causal language model `name`, frozen and in eval mode.
 
-    `dtype` is one of DTYPES, `device` a torch device or "auto", `revision` a Hub branch, tag or commit, `seed` draws the weights of
-    `random:SHAPE` (built directly in this dtype on this device). Code from the Hub is never executed.
+    `dtype` is one of DTYPES, `device` a torch device or "auto", `revision` a Hub branch, tag or commit, `seed` draws
+    the weights of `random:SHAPE` (built directly in this dtype on this device). Code from the Hub is never executed.
     Raises UserError for everything that can be wrong with these values, with its remedy.
     """
     if dtype not in DTYPES:
@@ -55,7 +68,9 @@ def load_model(
     if name.startswith("random:"):
         model = _random_model(name.removeprefix("random:"), DTYPES[dtype], place, seed)
     else:
-        model = _pretrained("AutoModelForCausalLM", _checked(name, weights=True), name, revision, dtype=DTYPES[dtype]).to(place)
+        model = _pretrained(
+            "AutoModelForCausalLM", _checked(name, weights=True), name, revision, dtype=DTYPES[dtype]
+        ).to(place)
     return model.eval().requires_grad_(False)
 
 
@@ -76,7 +91,7 @@ def load(
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of `name`; "auto" is cuda where there is one, otherwise cpu. UserError where it is unknown or absent."""
+    """The torch device of `name`; "auto" is cuda where there is one, otherwise cpu. UserError for others."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -84,15 +99,17 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"unknown device {name!r}\nchoose auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device {name!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices\nchoose auto or cpu")
+        found = torch.cuda.device_count()
+        raise UserError(f"device {name!r} is not there: this machine shows {found} CUDA devices\nchoose auto or cpu")
     return device
 
 
 def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
-    """What a pruner must find again in its base model: the fields that fix the shape, and `weights_sha256` over a sample of the weights.
+    """What a pruner must find again in its base model: its shape, and `weights_sha256` of a sample.
 
-    The sample is every tensor's name, shape, first and last value, rounded to bfloat16: cheap, and the same for one checkpoint loaded
-    in float32 or bfloat16 on any device. It tells fine-tuned models apart; it is no protection against forgery.
+    The sample is every tensor's name, shape, first and last value, rounded to bfloat16: cheap, and the same for one
+    checkpoint loaded in float32 or bfloat16 on any device. It tells fine-tuned models apart; it is no protection
+    against forgery.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -120,7 +137,9 @@ def _checked(name: str, weights: bool) -> str:
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
     if not path.is_dir():
         if name == "embedded" or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-            raise UserError(f"model folder {name!r} does not exist\ngive a folder, a Hub name, 'embedded' or 'random:SHAPE'")
+            raise UserError(
+                f"model folder {name!r} does not exist\ngive a folder, a Hub name, 'embedded' or 'random:SHAPE'"
+            )
         return name
     if not (path / "config.json").is_file():
         raise UserError(f"model folder {name} has no config.json\ngive a folder as `save_pretrained` writes it")
@@ -145,8 +164,8 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
             raise UserError(f"model folder {name} cannot be loaded\n{reason}") from error
         raise UserError(
             f"model {name!r} is no local folder and cannot be had from the Hub: {reason}\n"
-            f"without network: give a local folder, or run `python -m ftp_lightning prefetch --model {name}` on a machine with network\n"
-            "and set HF_HUB_OFFLINE=1 here"
+            "without network give a local folder, or on a machine with network run\n"
+            f"`python -m ftp_lightning prefetch --model {name}`, then set HF_HUB_OFFLINE=1 here"
         ) from error
 
 
@@ -154,7 +173,9 @@ def _random_config(shape: str) -> "LlamaConfig":
     from transformers import LlamaConfig
 
     if shape not in SHAPES:
-        raise UserError(f"unknown random shape {shape!r}\nchoose one of: {', '.join(f'random:{name}' for name in SHAPES)}")
+        raise UserError(
+            f"unknown random shape {shape!r}\nchoose one of: {', '.join(f'random:{name}' for name in SHAPES)}"
+        )
     return LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 

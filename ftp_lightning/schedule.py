@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Schedule:
-    """The sparsity of every block: `sparsity[l]` is the share of tokens, in [0, 1], that skip block l (first block first).
+    """The sparsity of every block: `sparsity[l]` is the share of tokens, in [0, 1], that skip block l.
 
     A value: equal and hashed by its numbers. Raises ValueError for an empty list or a number outside [0, 1].
     """
@@ -72,7 +72,9 @@ class Schedule:
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
             return cls(record["sparsity"])
         except OSError as error:
-            raise UserError(f"cannot read the schedule {path}: {error.strerror}\nGive the path of a schedule.json.") from None
+            raise UserError(
+                f"cannot read the schedule {path}: {error.strerror}\nGive the path of a schedule.json."
+            ) from None
         except KeyError as error:
             reason = f"it has no {error}"
         except (ValueError, TypeError) as error:
@@ -83,16 +85,18 @@ class Schedule:
 def kept_tokens(length: int, sparsity: float, reserved: int) -> int:
     """Tokens of a row that enter a block: max(min(reserved, T), T - round_half_even(s * T)), in float64.
 
-    The one rounding rule [ours, method.md section 2]; everybody who counts tokens calls it. `length` T is the row's real
-    length (padding not counted), `reserved` the number of tokens that are always kept. s = 0 gives T, s = 1 the reserved.
+    The one rounding rule [ours, method.md section 2]; everybody who counts tokens calls it. `length` T is the row's
+    real length (padding not counted), `reserved` the number of tokens that are always kept. s = 0 gives T, s = 1 the
+    reserved.
     """
     return max(min(reserved, length), length - round(float(sparsity) * length))  # round() rounds half to even
 
 
 def level_step(num_blocks: int, budget: float, step: float = 0.05) -> float:
-    """The step nearest the requested one that divides num_blocks * budget exactly, so that integer levels meet the budget.
+    """The step nearest the requested one that divides num_blocks * budget, so that integer levels meet the budget.
 
-    N * B / step is then an integer k >= 1, the sum of all levels. [ours] A budget of 0 has no levels: `step` comes back.
+    N * B / step is then an integer k >= 1, the sum of all levels. [ours] A budget of 0 has no levels: `step` comes
+    back.
     """
     if not 0.0 <= budget < 1.0:
         raise UserError(f"budget is {budget}, must be in [0, 1)\nIt is the mean share of tokens that skip a block.")

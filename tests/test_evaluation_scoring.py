@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_token
 from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.routing.random import RandomRouter
+from ftp_lightning.routing.static import StaticRouter
+from ftp_lightning.schedule import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,10 @@ def test_sequence_scores_equal_plain_ones(model, requests):
     contexts, choices = requests
     pairs = [(context, choice) for context, group in zip(contexts, choices, strict=True) for choice in group]
     for (context, choice), score in zip(pairs, score_in_sequence(model, *zip(*pairs, strict=True)), strict=True):
-        assert (score.logprob, score.greedy) == (pytest.approx(plain(model, context, choice)[0], abs=1e-4), score.greedy)
+        assert (score.logprob, score.greedy) == (
+            pytest.approx(plain(model, context, choice)[0], abs=1e-4),
+            score.greedy,
+        )
         assert score.greedy is plain(model, context, choice)[1]
 
 
@@ -92,12 +100,37 @@ def test_each_context_is_prefilled_once(model, requests):
     assert prefilled == [len(contexts)]
 
 
-@given(st.integers(0, 300), st.integers(1, 80), st.integers(1, 80))
-def test_rolling_windows_score_every_token_once(length, prompt_tokens, continuation_tokens):
+@given(st.integers(0, 300), st.integers(1, 80), st.integers(1, 80), st.booleans())
+def test_rolling_windows_score_every_token_once(length, prompt_tokens, continuation_tokens, has_prefix):
     text = list(range(1, length + 1))
-    windows = rolling_windows(text, 0, prompt_tokens, continuation_tokens)
+    windows = rolling_windows([0] * has_prefix + text, 0, prompt_tokens, continuation_tokens)
     assert [token for _, continuation in windows for token in continuation] == text
     for k, (prompt, continuation) in enumerate(windows):
-        before = text[: k * continuation_tokens][-prompt_tokens:]
-        assert prompt == (before or [0])
+        assert prompt == [0, *text[: k * continuation_tokens]][-prompt_tokens:]
         assert 1 <= len(continuation) <= continuation_tokens
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+@pytest.mark.parametrize("router", [StaticRouter(), RandomRouter(seed=3)])
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_grouped_pruned_scores_equal_one_by_one(model, requests, kv, router, batch_size):
+    contexts, choices = requests
+    with TokenPruner(router, Schedule([0.0, 0.5, 0.75]), kv=kv)(model):
+        together = score_after_prompt(model, contexts, choices, batch_size)
+        for context, group, got in zip(contexts, choices, together, strict=True):
+            for choice, score in zip(group, got, strict=True):
+                with torch.no_grad():
+                    logits = continuation_logits(model, torch.tensor([[*context, *choice]]), len(context))
+                target = torch.tensor([choice])
+                assert score.logprob == pytest.approx(-nll_per_token(logits, target).sum().item(), abs=1e-4)
+                assert score.greedy is bool((logits.argmax(-1) == target).all())
+
+
+def test_padding_is_no_token_in_a_routed_sequence(model, requests):
+    contexts, choices = requests
+    pairs = [(context, choice) for context, group in zip(contexts, choices, strict=True) for choice in group]
+    pruner = TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.75]))
+    with pruner(model):
+        together = score_in_sequence(model, *zip(*pairs, strict=True))
+        for (context, choice), score in zip(pairs, together, strict=True):
+            assert score.logprob == pytest.approx(score_in_sequence(model, [context], [choice])[0].logprob, abs=1e-4)

@@ -84,7 +84,7 @@ def test_retention_and_skill():
 
 
 def test_paired_bootstrap_resamples_documents_not_items():
-    # 2 documents with 50 identical items each: over items the interval would be narrow, over documents it is all or nothing.
+    # 2 documents of 50 identical items: over items the interval would be narrow, over documents it is all or nothing.
     differences, documents = [1.0] * 50 + [-1.0] * 50, ["a"] * 50 + ["b"] * 50
     mean, low, high = paired_bootstrap(differences, documents, random.Random(0))
     assert (mean, low, high) == (0.0, -1.0, 1.0)

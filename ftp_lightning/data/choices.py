@@ -1,17 +1,19 @@
 """Multiple-choice items as plain dicts, one per JSONL line: recall, story endings, and who is meant. [ours]
 
-Every item has `id, context, choices` (each with its leading space), `answer` (index of the right choice), `kind` and `document`. Contexts are
-stored without BOS; `context + choice` is the text to score.
+Every item has `id, context, choices` (each with its leading space), `answer` (index of the right choice), `kind` and
+`document`. Contexts are stored without BOS; `context + choice` is the text to score.
 """
 
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ftp_lightning.data.filler import draw_filler
+from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.names import names_of
 from ftp_lightning.data.recall import Fact, Passage, build_passage, distractors, draw_facts
 from ftp_lightning.data.stories import Story
@@ -30,29 +32,32 @@ def recall_items(
     prompt_tokens: int = 192,
     facts: tuple[int, int] = (4, 6),
 ) -> list[Item]:
-    """`count` questions, each on a passage of its own of `prompt_tokens` tokens (BOS included) with `facts` facts (from, to).
+    """`count` questions, each on a passage of its own: `prompt_tokens` tokens (BOS included), `facts` (from, to) facts.
 
-    `context` is the passage, a line break and the question; `context_deleted` the same with all facts replaced by more filler, so what
-    is answered right there was not recalled. `distance` = tokens from the fact's end to the context's end. A passage whose text
-    does not tokenise back to the very ids (its first word was cut within) is drawn again; after 100 tries a UserError.
+    `context` is the passage, a line break and the question; `context_deleted` the same with all facts replaced by
+    more filler, so what is answered right there was not recalled. `distance` = tokens from the fact's end to the
+    context's end. A passage whose text does not tokenise back to the very ids (its first word was cut within) is
+    drawn again; after 100 tries a UserError.
     """
-    items = []
+    filler, items = Filler(tokenizer, documents), []
     for number in range(count):
         for _ in range(_TRIES):
-            item = _recall_item(tokenizer, documents, rng, prompt_tokens, rng.randint(*facts))
+            item = _recall_item(tokenizer, filler, rng, prompt_tokens, rng.randint(*facts))
             if item is not None:
                 break
         else:
-            raise UserError("this tokenizer does not give back the tokens of a decoded passage\nrecall items need one that does")
+            raise UserError(
+                "this tokenizer does not give back the tokens of a decoded passage\nrecall items need one that does"
+            )
         items.append({"id": f"recall-{number}", **item})
     return items
 
 
 def _recall_item(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rng: random.Random, prompt_tokens: int, facts: int
+    tokenizer: PreTrainedTokenizerBase, filler: Filler, rng: random.Random, prompt_tokens: int, facts: int
 ) -> Item | None:
-    filler, document = draw_filler(rng, tokenizer, documents, prompt_tokens)
-    passage = build_passage(rng, tokenizer, filler, draw_facts(rng, facts), prompt_tokens)
+    prose, document = filler.draw(rng, prompt_tokens)
+    passage = build_passage(rng, tokenizer, prose, draw_facts(rng, facts), prompt_tokens)
     asked = rng.randrange(facts)
     fact = passage.facts[asked]
     texts = [_asked(tokenizer, ids, fact) for ids in (passage.prompt_ids, passage.deleted_ids)]
@@ -84,7 +89,7 @@ def _distance(tokenizer: PreTrainedTokenizerBase, passage: Passage, asked: int) 
 
 
 def distance_bucket(distance: int) -> str:
-    """The stretch `distance` lies in: "0-64", then "64-128", "128-256" and so on, doubling; the upper bound is excluded."""
+    """The stretch `distance` lies in: "0-64", "64-128", "128-256" and so on, doubling; the upper bound is excluded."""
     if distance < 0:
         raise ValueError(f"distance is {distance}, must be >= 0")
     low, high = 0, 64
@@ -96,8 +101,8 @@ def distance_bucket(distance: int) -> str:
 def ending_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
     """One item per story: its first 75 % (to the next sentence end), then which ending follows.
 
-    The right choice is the story's next two sentences (one, if no more are left), the wrong ones those at the same place of three other stories.
-    Raises UserError for fewer than four stories.
+    The right choice is the story's next two sentences (one, if no more are left), the wrong ones those at the same
+    place of three other stories. Raises UserError for fewer than four stories.
     """
     _require_four(stories)
     cuts = [_cut_story(story) for story in stories]
@@ -110,14 +115,13 @@ def ending_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
 
 
 def _cut_story(story: Story) -> tuple[str, str]:
-    """The story up to the first sentence end at or after 75 % of its characters, and the next two sentences with a space before."""
+    """The story up to the first sentence end at or after 75 % of its characters; a space and the next two sentences."""
     sentences = sentences_of(story.text)
-    length, total = 0, sum(map(len, sentences))
-    for at, sentence in enumerate(sentences[:-1], 1):
-        length += len(sentence)
-        if length >= 0.75 * total:
-            break
-    return " ".join(sentences[:at]), " " + " ".join(sentences[at : at + 2])
+    if len(sentences) < 2:
+        raise UserError(f"story {story.title!r} is one sentence; an ending needs at least two")
+    reached = list(accumulate(map(len, sentences)))
+    cut = min(bisect_left(reached, 0.75 * reached[-1]) + 1, len(sentences) - 1)
+    return " ".join(sentences[:cut]), " " + " ".join(sentences[cut : cut + 2])
 
 
 def name_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
@@ -155,9 +159,8 @@ def _require_four(stories: Sequence[Story]) -> None:
 
 
 def _item(kind: str, number: int, context: str, choices: list[str], answer: int, document: int) -> Item:
-    return {
-        "id": f"{kind}-{number}", "context": context, "choices": choices, "answer": answer, "kind": kind, "document": document,
-    }  # fmt: skip
+    item = {"id": f"{kind}-{number}", "context": context, "choices": choices, "answer": answer}
+    return {**item, "kind": kind, "document": document}
 
 
 def _shuffled(rng: random.Random, gold: str, wrong: Sequence[str]) -> tuple[list[str], int]:

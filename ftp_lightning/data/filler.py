@@ -1,8 +1,8 @@
-"""Filler: a stretch of prose long enough for a passage, from a random place of the documents."""
+"""Filler: stretches of prose long enough for a passage, from random places of the documents."""
 
 import random
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,42 +12,48 @@ from ftp_lightning.errors import UserError
 _MARGIN = 8  # tokens beyond need: sentences counted one by one and the joined text may differ by a few
 
 
-def draw_filler(
-    rng: random.Random, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], tokens: int
-) -> tuple[str, int]:
-    """Sentences of at least `tokens` tokens, joined by spaces, and the index of the document they start in.
+class Filler:
+    """The sentences of all documents, to draw stretches from. Raises UserError where there are none."""
 
-    The start is a random sentence (each equally likely) of those with enough text before their document ends; where a document is
-    shorter than that, its stretch starts at its beginning and runs into the next ones (round from the last to the first).
-    Raises UserError where all documents together are too short.
-    """
-    sentences = [sentences_of(text) for text in documents]
-    if not any(sentences):
-        raise UserError(f"the filler has 0 tokens, {tokens} are needed\ngive more text or shorter prompts")
-    document = rng.choices(range(len(documents)), cum_weights=list(accumulate(map(len, sentences))))[0]
-    own = sentences[document]
-    start = rng.randrange(len(own))
-    later = [sentence for text in (*sentences[document + 1 :], *sentences[:document]) for sentence in text]
-    stretch, found = _take(tokenizer, own[start:], tokens + _MARGIN)
-    while found < tokens + _MARGIN and start > 0:  # too near the end: begin earlier in the same document
-        start -= 1
-        stretch, found = [own[start], *stretch], found + _length(tokenizer, own[start])
-    rest, more = _take(tokenizer, later, tokens + _MARGIN - found)
-    if found + more < tokens:
-        raise UserError(f"the filler has {found + more} tokens, {tokens} are needed\ngive more text or shorter prompts")
-    return " ".join(stretch + rest), document
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.sentences = [sentences_of(text) for text in documents]
+        self.cumulative = list(accumulate(map(len, self.sentences)))
+        if not any(self.sentences):
+            raise UserError("the text has no sentences to set facts between\ngive more text")
 
+    def draw(self, rng: random.Random, tokens: int) -> tuple[str, int]:
+        """Sentences of at least `tokens` tokens, joined by spaces, and the index of the document they start in.
 
-def _take(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], tokens: int) -> tuple[list[str], int]:
-    """The first sentences that hold at least `tokens` tokens, or all, and how many they hold."""
-    taken, found = [], 0
-    for sentence in sentences:
-        if found >= tokens:
-            break
-        taken.append(sentence)
-        found += _length(tokenizer, sentence)
-    return taken, found
+        The start is a random sentence, each equally likely, moved to an earlier one where too little text follows; a
+        document that is too short as a whole runs into the next ones (round from the last to the first).
+        Raises UserError where all documents together are too short.
+        """
+        document = rng.choices(range(len(self.sentences)), cum_weights=self.cumulative)[0]
+        own = self.sentences[document]
+        start, need = rng.randrange(len(own)), tokens + _MARGIN
+        stretch, found = self._take(own[start:], need)
+        while found < need and start > 0:
+            start -= 1
+            stretch, found = [own[start], *stretch], found + self._length(own[start])
+        others = chain.from_iterable([*self.sentences[document + 1 :], *self.sentences[:document]])
+        rest, more = self._take(others, need - found)
+        if found + more < tokens:
+            raise UserError(
+                f"the text has {found + more} tokens, {tokens} are needed\ngive more text or shorter prompts"
+            )
+        return " ".join(stretch + rest), document
 
+    def _take(self, sentences: Iterable[str], tokens: int) -> tuple[list[str], int]:
+        """The first sentences that hold at least `tokens` tokens, or all, and how many they hold."""
+        taken: list[str] = []
+        found = 0
+        for sentence in sentences:
+            if found >= tokens:
+                break
+            taken.append(sentence)
+            found += self._length(sentence)
+        return taken, found
 
-def _length(tokenizer: PreTrainedTokenizerBase, sentence: str) -> int:
-    return len(tokenizer.encode(" " + sentence, add_special_tokens=False))
+    def _length(self, sentence: str) -> int:
+        return len(self.tokenizer.encode(" " + sentence, add_special_tokens=False))

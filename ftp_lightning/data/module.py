@@ -12,8 +12,8 @@ from ftp_lightning.data.windows import Windows
 class EpochSampler(RandomSampler):
     """A permutation that depends on (seed, epoch) alone, so a resumed run goes on as the uninterrupted one would have.
 
-    Lightning calls `set_epoch` before every epoch. Being a RandomSampler it may be replaced by Lightning's DistributedSampler (also
-    seeded and told the epoch) when there are several processes.
+    Lightning calls `set_epoch` before every epoch. Being a RandomSampler it may be replaced by Lightning's
+    DistributedSampler (also seeded and told the epoch) when there are several processes.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -29,7 +29,10 @@ class EpochSampler(RandomSampler):
 
 
 class WindowsData(LightningDataModule):
-    """Batches `{"input_ids": (B, P + C) int64, "prompt_tokens": P}`: shuffled per epoch to train, in order to validate and predict."""
+    """Batches `{"input_ids": (B, P + C) int64, "prompt_tokens": P}` of windows.
+
+    Shuffled per epoch to train, in order to validate (`validation_windows`) and to predict (`windows`).
+    """
 
     def __init__(
         self, windows: Windows, validation_windows: Windows | None = None, batch_size: int = 1, seed: int = 0

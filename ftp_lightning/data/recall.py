@@ -1,7 +1,8 @@
 """Recall passages: facts about people set between sentences of prose, to be asked for at the end. [ours]
 
-Names, objects and places are drawn at random, so the answer is nowhere but in the prompt: a pruner that loses the fact loses the answer.
-Sentences, questions and word pools are those the embedded model was trained on (`words.py`, `assets/llama/README.md`).
+Names, objects and places are drawn at random, so the answer is nowhere but in the prompt: a pruner that loses the
+fact loses the answer. Sentences, questions and word pools are those the embedded model was trained on (`words.py`,
+`assets/llama/README.md`).
 """
 
 import random
@@ -14,9 +15,10 @@ from ftp_lightning.data.text import sentences_of
 from ftp_lightning.data.words import FORMS, KINDS, NAMES
 from ftp_lightning.errors import UserError
 
+
 @dataclass(frozen=True)
 class Fact:
-    """One fact: `sentence` states it, `question` + `answer` (" barn.", with its space and full stop) asks it; `key` = (kind, subject)."""
+    """A fact as stated and as asked; `answer` is like " barn.", with space and full stop, `key` = (kind, subject)."""
 
     kind: str
     sentence: str
@@ -41,9 +43,9 @@ class Passage:
 def draw_facts(rng: random.Random, count: int, kinds: Sequence[str] | None = None) -> list[Fact]:
     """`count` random facts in random order, whose answers can be confused with each other.
 
-    Without `kinds`, count // 2 kinds (at most all five) are drawn, so from two facts on every kind occurs at least twice and a fact's
-    distractors stand in the same passage. Within a kind no subject, no thing and no answer comes twice.
-    Raises ValueError for count < 1, unknown kinds, or more facts of a kind than its smallest pool has words.
+    Without `kinds`, count // 2 kinds (at most all five) are drawn, so from two facts on every kind occurs at least
+    twice and a fact's distractors stand in the same passage. Within a kind no subject, no thing and no answer comes
+    twice. Raises ValueError for count < 1, unknown kinds, or more facts of a kind than its smallest pool has words.
     """
     if count < 1 or not set(kinds or KINDS) <= set(KINDS):
         raise ValueError(f"cannot draw {count} facts of kinds {kinds}; count must be >= 1 and kinds among {KINDS}")
@@ -58,7 +60,9 @@ def _draw_kind(rng: random.Random, kind: str, count: int) -> list[Fact]:
     form = FORMS[kind]
     pools = [pool for pool in (NAMES, form.answers, form.things) if len(pool) > 1]
     if count > min(len(pool) for pool in pools):
-        raise ValueError(f"{count} facts of kind {kind!r} are too many for pools of {[len(pool) for pool in pools]} words")
+        raise ValueError(
+            f"{count} facts of kind {kind!r} are too many for pools of {[len(pool) for pool in pools]} words"
+        )
     names = rng.sample(NAMES, count)
     answers = rng.sample([word for word in form.answers if word not in names], count)
     things = rng.sample(form.things, count) if len(form.things) > 1 else [""] * count
@@ -72,7 +76,7 @@ def _make(kind: str, name: str, thing: str, answer: str) -> Fact:
 
 
 def distractors(fact: Fact, facts: Sequence[Fact], rng: random.Random, count: int = 3) -> list[str]:
-    """`count` wrong answers to `fact`: first those of the other facts of its kind in `facts`, then of the pool, never the right one."""
+    """`count` wrong answers to `fact`: those of its kind in `facts` first, then of the pool, never the right one."""
     near = [other.answer for other in facts if other.kind == fact.kind and other.answer != fact.answer]
     pool = [f" {word}." for word in FORMS[fact.kind].answers]
     far = [answer for answer in pool if answer != fact.answer and answer not in near]
@@ -87,22 +91,27 @@ def build_passage(
     prompt_tokens: int,
     tail_tokens: int = 0,
 ) -> Passage:
-    """Facts set at random between the last sentences of `filler`, as exactly `prompt_tokens` ids (BOS first if the tokenizer has one).
+    """Facts set at random between the last sentences of `filler`, as exactly `prompt_tokens` ids, BOS included.
 
-    The prose is cut at its beginning, by tokens, so both versions end on the filler's last sentence; `deleted_ids` holds as many more
-    tokens of earlier filler as the facts took. At least one (cut) sentence stands before the first fact and no fact ends within the
-    last `tail_tokens` tokens. Raises UserError where the filler is shorter than the passage or the facts leave no room.
+    The prose is cut at its beginning, by tokens, so both versions end on the filler's last sentence; `deleted_ids`
+    holds as many more tokens of earlier filler as the facts took. At least one (cut) sentence stands before the first
+    fact and no fact ends within the last `tail_tokens` tokens. Raises UserError where the filler is shorter than the
+    passage or the facts leave no room.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = prompt_tokens - len(bos)
     sentences = sentences_of(filler)
     deleted = _ids(tokenizer, " ".join(sentences))
     if len(deleted) < room:
-        raise UserError(f"a passage of {prompt_tokens} tokens needs {room} tokens of filler; this text has {len(deleted)}")
+        raise UserError(
+            f"a passage of {prompt_tokens} tokens needs {room} tokens of filler; this text has {len(deleted)}"
+        )
     after = _tokens_after(tokenizer, sentences, room - sum(len(_ids(tokenizer, " " + fact.sentence)) for fact in facts))
     gaps = [gap for gap, tokens in enumerate(after) if tokens >= tail_tokens]
     if not gaps:
-        raise UserError(f"{len(facts)} facts and a tail of {tail_tokens} do not fit into a prompt of {prompt_tokens} tokens")
+        raise UserError(
+            f"{len(facts)} facts and a tail of {tail_tokens} do not fit into a prompt of {prompt_tokens} tokens"
+        )
     pieces = _weave(sentences[-len(after) :], facts, [rng.choice(gaps) for _ in facts])
     ids, ends = _encode_pieces(tokenizer, pieces)
     cut = len(ids) - room
@@ -111,7 +120,7 @@ def build_passage(
 
 
 def _tokens_after(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], room: int) -> list[int]:
-    """For gap 0, 1, ... (= sentences after it): filler tokens after the gap, for the fewest last sentences that fill `room` tokens."""
+    """Filler tokens after gap 0, 1, ... (= sentences after it), for the fewest last sentences that fill `room`."""
     after, total = [], 0
     for sentence in reversed(sentences):
         if total >= room:

@@ -22,10 +22,12 @@ def record_text(record: Any) -> str:
     """The document of one record; ValueError (one line, no place) where it has no known form.
 
     * `{"text": T}` -> T;
-    * `{"messages": [{"role": R, "content": C}, ...]}` -> `R: C` per message, a blank line between: plain text for any model;
-    * `{"instruction": I, "input": X, "output": O}` -> the Stanford Alpaca prompt, then O. With an input the prompt is "Below is an
-      instruction that describes a task, paired with an input that provides further context. Write a response that appropriately
-      completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`; without one the shorter wording of the same.
+    * `{"messages": [{"role": R, "content": C}, ...]}` -> `R: C` per message, a blank line between: plain text for any
+      model;
+    * `{"instruction": I, "input": X, "output": O}` -> the Stanford Alpaca prompt, then O. With an input the prompt is
+      "Below is an instruction that describes a task, paired with an input that provides further context. Write a
+      response that appropriately completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`;
+      without one the shorter wording of the same.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a record must be an object, not {type(record).__name__}")
@@ -35,7 +37,10 @@ def record_text(record: Any) -> str:
         return _chat_text(record["messages"])
     if "instruction" in record and "output" in record:
         return alpaca_prompt(record) + _string(record, "output")
-    raise ValueError("a record needs 'text', 'messages', or 'instruction' and 'output'; this one has " + ", ".join(sorted(record)[:6]))
+    raise ValueError(
+        "a record needs 'text', 'messages', or 'instruction' and 'output'; this one has "
+        + ", ".join(sorted(record)[:6])
+    )
 
 
 def alpaca_prompt(record: Mapping[str, Any]) -> str:
@@ -93,7 +98,7 @@ def _array_document(path: Path, number: int, record: Any) -> str:
 
 
 def hub_documents(name: str) -> list[str]:
-    """Records of the Hub data set `NAME` or `NAME:CONFIG`: its `train` part, or the first there is; blank ones are skipped."""
+    """Records of the Hub data set `NAME` or `NAME:CONFIG`: its `train` part, or the first; blank ones are skipped."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -103,7 +108,8 @@ def hub_documents(name: str) -> list[str]:
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
             f"data source {name}: no such file, and not to be had as a Hub data set ({_first_line(error)})\n"
-            "give a local file or folder, or fetch it where there is network: python -m ftp_lightning prefetch --data " + name
+            "give a local file or folder, or fetch it where there is network: python -m ftp_lightning prefetch --data "
+            + name
         ) from None
     records = parts["train" if "train" in parts else next(iter(parts))]
     try:

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded stories, files of several formats, a Hub data set; always as a list of documents per split."""
+"""Where text comes from: embedded stories, files of several formats, a Hub data set; always documents per split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,9 +20,11 @@ def load_documents(source: str, split: str) -> list[str]:
     `source` is one of
 
     * `embedded`: our stories, one document each;
-    * a text file: one document, or several with form feeds between them; see `text.normalise_book` for what is unwrapped;
+    * a text file: one document, or several with form feeds between them; see `text.normalise_book` for what is
+      unwrapped;
     * a folder of `*.txt` files, read so in the order of their names;
-    * a `.jsonl` file: per line `text`, or chat `messages`, or `instruction`/`input`/`output` (see `records.record_text`);
+    * a `.jsonl` file: per line `text`, or chat `messages`, or `instruction`/`input`/`output` (see
+      `records.record_text`);
     * a `.json` file: an array of such records, e.g. Stanford Alpaca's;
     * otherwise a Hub data set `NAME` or `NAME:CONFIG` (its `train` part, or the first).
 
@@ -37,15 +39,18 @@ def load_documents(source: str, split: str) -> list[str]:
         documents = split_documents(list(dict.fromkeys(text for text in _read(source) if text.strip())), split)
     words = sum(len(text.split()) for text in documents)
     if words < MINIMUM_WORDS:
-        raise UserError(f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\ngive it more text")
+        raise UserError(
+            f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\ngive it more text"
+        )
     return documents
 
 
 def split_documents(documents: Sequence[str], split: str) -> list[str]:
     """The part of `documents` that is `split`: 30 % calibration, 40 % training, 10 % validation, 20 % test. [ours]
 
-    With 20 documents or more each goes as a whole to one split, by the sha256 of its text (so adding documents moves none). With fewer,
-    every document is cut at paragraph boundaries into four contiguous parts of these shares of its characters, in this order.
+    With 20 documents or more each goes as a whole to one split, by the sha256 of its text (so adding documents moves
+    none). With fewer, every document is cut at paragraph boundaries into four contiguous parts of these shares of its
+    characters, in this order.
     """
     if split == "all":
         return list(documents)
@@ -96,7 +101,9 @@ def _read(source: str) -> list[str]:
         reader = {".jsonl": jsonl_documents, ".json": json_documents}.get(path.suffix.lower(), _read_text)
         return reader(path)
     if path.suffix.lower() in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
-        raise UserError(f"data source {source} does not exist\ngive a text file, a folder of .txt files, JSON(L), or 'embedded'")
+        raise UserError(
+            f"data source {source} does not exist\ngive a text file, a folder of .txt files, JSON(L), or 'embedded'"
+        )
     return hub_documents(source)
 
 

@@ -4,7 +4,7 @@ A split is one file under `assets/stories/`: a line `# Title`, a blank line, par
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
@@ -54,6 +54,6 @@ def load_stories(split: str) -> list[Story]:
     return list(_read(split))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(split: str) -> tuple[Story, ...]:
     return tuple(parse_stories((FOLDER / f"{split}.txt").read_text(encoding="utf-8")))

@@ -1,19 +1,22 @@
 """Plain text made ready for tokens: books unwrapped, sentences found."""
 
 import re
-from functools import lru_cache
 
 _START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG.*$", re.MULTILINE)
 _END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG.*$", re.MULTILINE)
 _BLANK = re.compile(r"\n[ \t]*\n\s*")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])")
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)"  # the mark, but not of a title
+    r"[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])"  # closing quotes, white space, and a capital ahead
+)
 
 
 def normalise_book(text: str) -> str:
     r"""The text with one line per paragraph and exactly one blank line between paragraphs.
 
-    Hard-wrapped lines are joined by one space, runs of blank lines shrink to one, `\r\n` becomes `\n`, and the licence before and after
-    the START and END marks of a Project Gutenberg file is dropped. Wording, case and punctuation stay.
+    Hard-wrapped lines are joined by one space, runs of blank lines shrink to one, `\r\n` becomes `\n`, and the
+    licence before and after the START and END marks of a Project Gutenberg file is dropped. Wording, case and
+    punctuation stay.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
     if begin := _START.search(text):
@@ -29,12 +32,11 @@ def paragraphs_of(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-@lru_cache(maxsize=512)
 def sentences_of(text: str) -> tuple[str, ...]:
     """The sentences of `text` in order; a paragraph ends its last one, white space within is single spaces.
 
-    The rule: a sentence ends after `.`, `!` or `?` and closing quotes where white space and a capital letter follow, but not after
-    Mr. Mrs. Dr. St. It errs on the long side, which filler does not mind.
+    The rule: a sentence ends after `.`, `!` or `?` and closing quotes where white space and a capital letter follow,
+    but not after Mr. Mrs. Dr. St. It errs on the long side, which filler does not mind.
     """
     return tuple(sentence for paragraph in paragraphs_of(text) for sentence in _cut(paragraph))
 

@@ -1,11 +1,13 @@
 """Windows: rows of exactly P prompt tokens and C continuation tokens, on which everything is measured.
 
-Two kinds: `plain` rows are prose; `recall` rows end in questions whose answers stand only in the prompt (see `recall.py`).
+Two kinds: `plain` rows are prose; `recall` rows end in questions whose answers stand only in the prompt (see
+`recall.py`).
 """
 
 import hashlib
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +15,14 @@ import torch
 from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
-from ftp_lightning.data.filler import draw_filler
+from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.recall import Fact, build_passage, draw_facts
 from ftp_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Rows `input_ids` (n, P + C) int64 of `prompt_tokens` = P; per row its kind and the document it starts in (the bootstrap's unit)."""
+    """Rows `input_ids` (n, P + C) int64 of P = `prompt_tokens`, and per row its kind and the document it starts in."""
 
     input_ids: LongTensor
     prompt_tokens: int
@@ -29,11 +31,17 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.input_ids.dim() != 2 or self.input_ids.dtype != torch.int64:
-            raise ValueError(f"input_ids must be int64 (n, P + C), got {self.input_ids.dtype} {tuple(self.input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must be int64 (n, P + C), got {self.input_ids.dtype} {tuple(self.input_ids.shape)}"
+            )
         if not 0 < self.prompt_tokens < self.input_ids.shape[1]:
-            raise ValueError(f"prompt_tokens is {self.prompt_tokens}, must be within rows of {self.input_ids.shape[1]} tokens")
+            raise ValueError(
+                f"prompt_tokens is {self.prompt_tokens}, must be within rows of {self.input_ids.shape[1]} tokens"
+            )
         if not len(self.kinds) == len(self.documents) == len(self.input_ids):
-            raise ValueError(f"{len(self.input_ids)} rows, {len(self.kinds)} kinds and {len(self.documents)} documents must be equal")
+            raise ValueError(
+                f"{len(self.input_ids)} rows, {len(self.kinds)} kinds and {len(self.documents)} documents must be equal"
+            )
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,54 +73,61 @@ def plain_windows(
 ) -> Windows:
     """Rows of prose, each with BOS in front (if the tokenizer has one).
 
-    Documents shorter than a window are packed, EOS after each; longer ones are cut on their own, so that no row crosses their end.
-    `count=None`: all consecutive windows from each beginning, in order. Otherwise `count` random ones: a pass over the text gives
-    windows that do not overlap, at random offsets, in random order; only when a pass is used up another begins, at other offsets.
-    The first n of `count` rows are the same for every count >= n. Raises UserError where the text is shorter than one window.
+    Documents shorter than a window are packed, EOS after each; longer ones are cut on their own, so that no row
+    crosses their end. `count=None`: all consecutive windows from each beginning, in order. Otherwise `count` random
+    ones: a pass over the text gives windows that do not overlap, at random offsets, in random order; only when a pass
+    is used up another begins, at other offsets. The first n of `count` rows are the same for every count >= n. Raises
+    UserError where the text is shorter than one window.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     size = prompt_tokens + continuation_tokens - len(bos)
     tokens = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in documents]
-    if (total := sum(len(ids) + 1 for ids in tokens)) < size + 1:
-        raise UserError(f"the text has {max(0, total - len(tokens))} tokens, one window needs {size}\ngive more text or shorter windows")
-    if count is None:
-        rows = _cut(_streams(tokens, size, tokenizer.eos_token_id, None), size, None)
-    else:
-        rows = []
-        while len(rows) < count:
-            rows += _shuffled(_cut(_streams(tokens, size, tokenizer.eos_token_id, rng), size, rng), rng)
+    first = _streams(tokens, size, tokenizer.eos_token_id, None)
+    if not first:
+        total = sum(map(len, tokens))
+        raise UserError(f"the text has {total} tokens, one window needs {size}\ngive more text or shorter windows")
+    rows = _cut(first, size, None) if count is None else []
+    while count is not None and len(rows) < count:
+        one_pass = _cut(_streams(tokens, size, tokenizer.eos_token_id, rng), size, rng)
+        rows += rng.sample(one_pass, len(one_pass))
     rows = rows[:count]
-    ids = torch.tensor([bos + ids for ids, _ in rows], dtype=torch.int64).reshape(-1, prompt_tokens + continuation_tokens)
+    ids = torch.tensor([bos + ids for ids, _ in rows], dtype=torch.int64).reshape(len(rows), size + len(bos))
     return Windows(ids, prompt_tokens, ["plain"] * len(rows), [document for _, document in rows])
 
 
-# A stream is a list of (token, document index): text that windows may be cut from anywhere.
-Stream = list[tuple[int, int]]
+@dataclass(frozen=True)
+class _Stream:
+    """Tokens that windows may be cut from anywhere, and which documents they are of: `owners[k]` from `starts[k]` on."""
+
+    ids: list[int]
+    starts: list[int]
+    owners: list[int]
+
+    def owner(self, at: int) -> int:
+        return self.owners[bisect_right(self.starts, at) - 1]
 
 
-def _streams(tokens: Sequence[list[int]], size: int, eos: int | None, rng: random.Random | None) -> list[Stream]:
+def _streams(tokens: Sequence[list[int]], size: int, eos: int | None, rng: random.Random | None) -> list[_Stream]:
     """One stream per document that fills a window; one for all shorter ones together, shuffled when there is an rng."""
-    long = [[(token, i) for token in ids] for i, ids in enumerate(tokens) if len(ids) >= size]
-    short = [i for i, ids in enumerate(tokens) if len(ids) < size]
+    streams = [_Stream(ids, [0], [i]) for i, ids in enumerate(tokens) if len(ids) >= size]
+    short = [i for i, ids in enumerate(tokens) if 0 < len(ids) < size]
     if rng is not None:
         rng.shuffle(short)
-    ending = [] if eos is None else [eos]
-    packed = [(token, i) for i in short for token in [*tokens[i], *ending]]
-    return [*long, packed] if len(packed) >= size else long
+    packed = _Stream([], [], short)
+    for i in short:
+        packed.starts.append(len(packed.ids))
+        packed.ids.extend(tokens[i] if eos is None else [*tokens[i], eos])
+    return [*streams, packed] if len(packed.ids) >= size else streams
 
 
-def _cut(streams: Iterable[Stream], size: int, rng: random.Random | None) -> list[tuple[list[int], int]]:
-    """Consecutive windows of `size` tokens, each with the document of its first; from a random offset when there is an rng."""
+def _cut(streams: Iterable[_Stream], size: int, rng: random.Random | None) -> list[tuple[list[int], int]]:
+    """Consecutive windows of `size` tokens, each with the document of its first; an rng draws the offset."""
     rows = []
     for stream in streams:
-        offset = rng.randint(0, min(size - 1, len(stream) - size)) if rng else 0
-        for start in range(offset, len(stream) - size + 1, size):
-            rows.append(([token for token, _ in stream[start : start + size]], stream[start][1]))
+        offset = rng.randint(0, min(size - 1, len(stream.ids) - size)) if rng else 0
+        for start in range(offset, len(stream.ids) - size + 1, size):
+            rows.append((stream.ids[start : start + size], stream.owner(start)))
     return rows
-
-
-def _shuffled(rows: list, rng: random.Random) -> list:
-    return rng.sample(rows, len(rows))
 
 
 def recall_windows(
@@ -125,15 +140,16 @@ def recall_windows(
 ) -> Windows:
     """Rows whose prompt is a passage with 4-6 facts and whose continuation asks for all of them.
 
-    The continuation is a line break, a question and its answer, for the facts in random order, over and over in new orders, cut at C
-    tokens. Filler comes from `documents`, from a random sentence on; the row's document is where it starts. Short prompts take fewer
-    facts: about one per 32 tokens, at least 2. The first n rows are the same for every count >= n.
+    The continuation is a line break, a question and its answer, for the facts in random order, over and over in new
+    orders, cut at C tokens. Filler comes from `documents`, from a random sentence on; the row's document is where it
+    starts. Short prompts take fewer facts: about one per 32 tokens, at least 2. The first n rows are the same for
+    every count >= n.
     """
-    rows, starts = [], []
+    filler, rows, starts = Filler(tokenizer, documents), [], []
     for _ in range(count):
-        filler, document = draw_filler(rng, tokenizer, documents, prompt_tokens)
+        prose, document = filler.draw(rng, prompt_tokens)
         facts = draw_facts(rng, max(2, min(rng.randint(4, 6), prompt_tokens // 32)))
-        passage = build_passage(rng, tokenizer, filler, facts, prompt_tokens)
+        passage = build_passage(rng, tokenizer, prose, facts, prompt_tokens)
         rows.append(passage.prompt_ids + _answers(rng, tokenizer, facts, continuation_tokens))
         starts.append(document)
     ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, prompt_tokens + continuation_tokens)
@@ -158,9 +174,10 @@ def calibration_windows(
     seed: int,
     recall_share: float = 0.5,
 ) -> Windows:
-    """The mixture that search, training and sensitivity look at: any first n rows hold floor(n * recall_share) recall rows.
+    """The mixture that search, training and sensitivity look at: n first rows hold floor(n * recall_share) of recall.
 
-    Deterministic in `seed`; plain and recall rows draw from streams of their own, so a longer set begins with the shorter one.
+    Deterministic in `seed`; plain and recall rows draw from streams of their own, so a longer set begins with the
+    shorter one.
     """
     if not 0 <= recall_share <= 1:
         raise ValueError(f"recall_share is {recall_share}, must be in [0, 1]")

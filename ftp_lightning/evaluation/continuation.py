@@ -154,7 +154,9 @@ class _Tally:
     def add_sparsity(self, sparsity: list[float], rows: int) -> None:
         """Realised sparsity per block; windows are equally long, so a batch weighs as much as its rows."""
         self.rows += rows
-        self.skipped = [total + rows * s for total, s in zip(self.skipped or [0.0] * len(sparsity), sparsity, strict=True)]
+        self.skipped = [
+            total + rows * s for total, s in zip(self.skipped or [0.0] * len(sparsity), sparsity, strict=True)
+        ]
 
     def scores(self, mode: str, prompt_tokens: int, continuation_tokens: int) -> ContinuationScores:
         kl, nll, dense_nll = (torch.cat(part).double() for part in (self.kl, self.nll, self.dense_nll))

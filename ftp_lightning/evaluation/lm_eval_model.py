@@ -18,15 +18,17 @@ from ftp_lightning.evaluation.scoring import Score, rolling_windows, score_after
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # lm-eval's: texts (None: no cache), context, continuation
+Request = tuple[
+    tuple[str, str] | None, list[int], list[int]
+]  # lm-eval's: texts (None: no cache), context, continuation
 
 
 @dataclass(frozen=True)
 class Account:
     """What a score stands on [ours: method, section 8].
 
-    `sparsity`: realised mean over blocks on the routed text. `exercised`: at least half the budget; otherwise the request
-    (too short to be pruned) measured the dense model. `truncated`: tokens cut from the left to fit the model.
+    `sparsity`: realised mean over blocks on the routed text. `exercised`: at least half the budget; otherwise the
+    request (too short to be pruned) measured the dense model. `truncated`: tokens cut from the left to fit the model.
     """
 
     request: tuple[str, str] | None
@@ -42,11 +44,12 @@ class FtpLM(HFLM):
 
     pretrained: Hub name, folder, `random:SHAPE`, "embedded", or a model object (then give `tokenizer`); by default the
     base model that `pruned` names, else the embedded one.
-    pruned: folder of a saved pruner, or pruner: the object; neither is the dense model. decode: the policy of continuation
-    tokens, by default the pruner's own. mode "prompt" prefills and routes each distinct context once and scores its
-    choices through the cache, causally; "sequence" [paper] routes context and choice together. Rolling requests are cut into
-    `prompt_tokens` + `continuation_tokens` (mode "prompt"). `accounts` grows by one entry per scored request, in order.
-    Deviation from HFLM: log-probabilities are never summed in less than float32, and texts are padded with a mask.
+    pruned: folder of a saved pruner, or pruner: the object; neither is the dense model. decode: the policy of
+    continuation tokens, by default the pruner's own. mode "prompt" prefills and routes each distinct context once and
+    scores its choices through the cache, causally; "sequence" [paper] routes context and choice together. Rolling
+    requests are cut into `prompt_tokens` + `continuation_tokens` (mode "prompt"). `accounts` grows by one entry per
+    scored request, in order. Deviation from HFLM: log-probabilities are never summed in less than float32, and texts
+    are padded with a mask.
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class FtpLM(HFLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, every token scored once.
 
-        Mode "prompt": chunk k covers tokens [C k, C (k + 1)), its prompt is the up to P tokens before it, the prefix
-        token for the first. Mode "sequence": HFLM's disjoint windows of the model's length, each routed in one pass.
+        Mode "prompt": chunk k covers tokens [C k, C (k + 1)), its prompt is the up to P tokens before it, see
+        `rolling_windows`. Mode "sequence": HFLM's disjoint windows of the model's length, each routed in one pass.
         """
         if self.mode == "sequence":
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
@@ -174,7 +177,9 @@ class FtpLM(HFLM):
 class _Item:
     """A request cut to the model's length from the left, as lm-eval does: the last `limit` + 1 tokens of both."""
 
-    def __init__(self, request: tuple[str, str] | None, context: Iterable[int], continuation: Iterable[int], limit: int):
+    def __init__(
+        self, request: tuple[str, str] | None, context: Iterable[int], continuation: Iterable[int], limit: int
+    ):
         context, self.request, self.continuation = tuple(context), request, tuple(continuation)
         if not context or not 1 <= len(self.continuation) <= limit:
             raise UserError(
@@ -207,7 +212,7 @@ def _base_name(pruned: str | Path | None) -> str:
 
 
 def _source(name: str, device: str, dtype: str | torch.dtype, tokenizer) -> tuple[object, object]:
-    """What HFLM takes for a name and its tokenizer: Hub names and folders it loads itself, a random shape is made here."""
+    """What HFLM takes for a name and its tokenizer: names and folders it loads itself, random shapes are made here."""
     if name.startswith("random:"):
         dtype = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
         return models.load_model(name, dtype=dtype, device=device), tokenizer or models.load_tokenizer(name)

@@ -1,7 +1,7 @@
 """Log-likelihood of choices after their contexts, many at once and equal to one by one.
 
-Lengths always come from the requests, never from token ids: id 0 is a real token in many vocabularies. G contexts of a batch,
-R (context, choice) pairs, L tokens of the longest choice, V vocabulary.
+Lengths always come from the requests, never from token ids: id 0 is a real token in many vocabularies. G contexts of a
+batch, R (context, choice) pairs, L tokens of the longest choice, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def score_after_prompt(
 ) -> list[list[Score]]:
     """Score the choices of each context through the cache of its prefill, causally (mode "prompt") [ours].
 
-    Every context is prefilled once, left padded, and routed where a pruner is attached; its choices are scored from copies
-    of its cache rows, `batch_size` pairs per forward. choices[g] belongs to contexts[g]; nothing may be empty.
+    Every context is prefilled once, left padded, and routed where a pruner is attached; its choices are scored from
+    copies of its cache rows, `batch_size` pairs per forward. choices[g] belongs to contexts[g]; nothing may be empty.
     Returns one list of scores per context, in order.
     """
     context_ids, context_mask = _pad(contexts, "left", model.device)
@@ -58,8 +58,8 @@ def score_after_prompt(
 def score_in_sequence(model, contexts: Sequence[Tokens], continuations: Sequence[Tokens]) -> list[Score]:
     """Score continuations with context and continuation routed together in one pass (mode "sequence") [paper].
 
-    Texts are right padded with an attention mask, so that a router sees real tokens only. As in lm-eval the last token is
-    not fed. Returns one score per pair.
+    Texts are right padded with an attention mask, so that a router sees real tokens only. As in lm-eval the last token
+    is not fed. Returns one score per pair.
     """
     texts = [[*context, *tokens][:-1] for context, tokens in zip(contexts, continuations, strict=True)]
     ids, mask = _pad(texts, "right", model.device)
@@ -78,12 +78,14 @@ def rolling_windows(
 ) -> list[tuple[list[int], list[int]]]:
     """Cut a text into (prompt, continuation) windows that score every token exactly once [ours].
 
-    Window k scores tokens [C k, C (k + 1)) after the up to P tokens before them; the first one has the prefix token.
+    Window k scores tokens [C k, C (k + 1)) after the up to P tokens before them. The prefix token stands before the
+    text, so that with P above the text's length the windows together give the plain likelihood of the text. It is not
+    scored itself, even where the tokenizer has put it there (deviation from lm-eval, which then scores it after itself).
     """
-    starts = range(0, len(tokens), continuation_tokens)
+    text = [prefix, *(tokens[1:] if list(tokens[:1]) == [prefix] else tokens)]
+    starts = range(1, len(text), continuation_tokens)
     return [
-        (list(tokens[max(0, start - prompt_tokens) : start]) or [prefix], list(tokens[start : start + continuation_tokens]))
-        for start in starts
+        (text[max(0, start - prompt_tokens) : start], text[start : start + continuation_tokens]) for start in starts
     ]
 
 

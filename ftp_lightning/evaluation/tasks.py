@@ -7,12 +7,12 @@ import difflib
 import io
 import json
 import logging
-import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.task_results import METRICS, summaries
 
 # name -> the field that holds the context; the rows are made by ftp_lightning.data.choices
 EMBEDDED = {
@@ -21,7 +21,6 @@ EMBEDDED = {
     "story_ending": "context",
     "story_name": "context",
 }
-METRICS = ("acc", "acc_norm", "exact_match")
 
 
 def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | None = None) -> dict:
@@ -70,24 +69,22 @@ def run_tasks(
 ) -> dict[str, dict]:
     """Run tasks on an lm-eval model; tasks: name -> JSONL file(s), or None for the data lm-eval fetches from the Hub.
 
-    Returns for each task (and, for a group like mmlu, for its members and the group, pooled): acc, acc_stderr, acc_norm,
-    exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised (share of
-    items), metrics (lm-eval's own numbers) and items. An item: id, right (exact_match, else acc), acc, distance, kind,
-    document, and from the model's accounts prompt_tokens, sparsity, exercised. Empty on ranks other than 0.
-    UserError: unknown task, file missing or broken, Hub out of reach.
+    Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
+    and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
+    (share of the items; None without accounts), metrics (lm-eval's own numbers) and items. An item: id, right
+    (exact_match, else acc), its metrics, distance, kind, document, and of the model's account prompt_tokens, sparsity,
+    exercised. Empty on ranks other than 0. UserError: unknown task, file missing or broken, Hub out of reach.
     """
     import lm_eval
 
-    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
-        if not progress:
-            stack.enter_context(_quiet())
-        wanted = [_task(name, files, cache) for name, files in tasks.items()]
-        manager = _task_manager([task for task in wanted if isinstance(task, str)], any("group" in t for t in wanted))
+    before = len(getattr(lm, "accounts", ()))
+    with tempfile.TemporaryDirectory() as cache, contextlib.nullcontext() if progress else _quiet():
+        definitions = [_definition(name, files, cache) for name, files in tasks.items()]
         try:
             results = lm_eval.simple_evaluate(
                 model=lm,
-                tasks=wanted,
-                task_manager=manager,
+                tasks=definitions,
+                task_manager=_task_manager(definitions),
                 limit=limit,
                 num_fewshot=num_fewshot,
                 apply_chat_template=apply_chat_template,
@@ -95,8 +92,85 @@ def run_tasks(
                 log_samples=True,
             )
         except ConnectionError as error:
-            raise UserError(
-                f"cannot reach the Hub for the tasks {', '.join(tasks)}: {str(error).splitlines()[0]}\n"
-                "Run `ftp-lightning prefetch` where there is a network, or give local files by --task_data."
-            ) from None
-    return _summaries(results, list(tasks), _accounts(lm)) if results else {}
+            raise _unreachable(tasks, error) from None
+    return summaries(results, list(tasks), lm.accounts[before:] if hasattr(lm, "accounts") else ()) if results else {}
+
+
+def _definition(name: str, files, cache_dir: str) -> str | dict:
+    if files is None:
+        if name in EMBEDDED:
+            raise UserError(f"task {name} needs its JSONL file\nftp_lightning.data.choices makes the rows.")
+        return name
+    return embedded_task(name, files, cache_dir) if name in EMBEDDED else local_task(name, files, cache_dir)
+
+
+def _task_manager(definitions: list[str | dict]):
+    """lm-eval's index of tasks, without its own where none of them is asked for (they take seconds to read)."""
+    from lm_eval.tasks import TaskManager
+
+    wanted = [
+        d if isinstance(d, str) else d["task"][0]["task"] for d in definitions if isinstance(d, str) or "group" in d
+    ]
+    manager = TaskManager(include_defaults=bool(wanted))
+    for name in wanted:
+        if name not in manager.all_tasks:
+            raise _unknown_task(name, [*EMBEDDED, *manager.all_tasks])
+    return manager
+
+
+def _unknown_task(name: str, known: Iterable[str]) -> UserError:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return UserError(
+        f"unknown task {name!r}\n" + (f"Did you mean {', '.join(close)}?" if close else "See lm-eval's list.")
+    )
+
+
+def _unreachable(names: Iterable[str], error: Exception) -> UserError:
+    return UserError(
+        f"the Hub is out of reach for the tasks {', '.join(names)}: {str(error).splitlines()[0]}\n"
+        "Run `ftp-lightning prefetch` where there is a network, or give local files by --task_data."
+    )
+
+
+def _local_data(files: Mapping[str, str | Path], cache_dir: str | Path | None) -> dict:
+    """lm-eval's keys for JSONL files; absolute, as it reads relative ones from the working directory."""
+    options = {"data_files": {split: str(Path(path).resolve()) for split, path in files.items()}}
+    return {"dataset_path": "json", "dataset_kwargs": options | ({"cache_dir": str(cache_dir)} if cache_dir else {})}
+
+
+def _check_rows(task: str, path: Path, keys: tuple[str, ...]) -> None:
+    """UserError naming the line where a row is no JSON object or lacks a key that the task reads."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"task {task}: cannot read {path}: {error.strerror}\nGive the path of its JSONL file."
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            missing = [key for key in keys if key not in row.keys()]
+        except (ValueError, AttributeError):
+            raise UserError(f"task {task}: {path}, line {number} is not a JSON object") from None
+        if missing:
+            raise UserError(f"task {task}: {path}, line {number} has no {', '.join(missing)}")
+    if not lines:
+        raise UserError(f"task {task}: {path} has no rows")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets without progress bars and notes; errors still come as exceptions."""
+    import datasets
+
+    bars, logger = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
+    level = logger.level
+    datasets.disable_progress_bars()
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars that lm-eval offers no switch for
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token
 from ftp_lightning.pruning.prefix import BlockStates, capture, first_needed_block, resume_from
+from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
 
 
@@ -33,14 +34,14 @@ class Share(torchmetrics.Metric):
 
 
 class BlockSensitivity(lightning.LightningModule):
-    """Measures N blocks over batches {"input_ids": (B, P + C) int64, "prompt_tokens": P}, by `Trainer.predict` (or `test`).
+    """Measures N blocks over batches {"input_ids": (B, P + C), "prompt_tokens": P}, by `Trainer.predict` (or `test`).
 
-    * Block Influence of block l: 1 - mean over prompt tokens of cos(block input, block output) (ShortGPT, Men et al. 2024).
+    * Block Influence of block l: 1 - mean over prompt tokens of cos(block input, block output) (ShortGPT, 2024).
     * Redundancy: share of prompt tokens whose cosine is > a threshold (the paper's motivation, threshold 0.8).
-    * KL: KL(dense || pruned) per continuation token when block l alone is pruned at a level [ours: method.md, section 8].
+    * KL: KL(dense || pruned) per continuation token when block l alone is pruned at a level [ours: method.md, 8].
 
-    The dense model runs once per batch; the pruned forward of block l starts at block l (`pruning.prefix`). That holds for routers
-    that look at nothing below but the attention table.
+    The dense model runs once per batch; the pruned forward of block l starts at block l (`pruning.prefix`). That
+    holds for routers that look at nothing below but the attention table.
 
     Args:
         model: a Hugging Face causal LM with nothing attached.
@@ -52,7 +53,7 @@ class BlockSensitivity(lightning.LightningModule):
     def __init__(
         self,
         model: torch.nn.Module,
-        make_pruner: Callable[[Schedule], Callable],
+        make_pruner: Callable[[Schedule], TokenPruner],
         num_blocks: int,
         levels: Sequence[float] = (0.3, 0.6, 0.9),
         thresholds: Sequence[float] = (0.8,),
@@ -67,8 +68,9 @@ class BlockSensitivity(lightning.LightningModule):
         self.redundancy = Share(len(self.thresholds), num_blocks)
         self.kl = Share(num_blocks, len(self.levels))
 
-    def predict_step(self, batch: dict, batch_idx: int) -> None:
-        self._measure(batch["input_ids"], int(batch["prompt_tokens"]))
+    def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """KL per continuation token of this batch, (N, levels)."""
+        return self._measure(batch["input_ids"], int(batch["prompt_tokens"]))
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
         self._measure(batch["input_ids"], int(batch["prompt_tokens"]))
@@ -80,7 +82,7 @@ class BlockSensitivity(lightning.LightningModule):
         self.summary()
 
     def summary(self) -> dict:
-        """JSON-able: block_influence [N], redundancy {threshold: [N]}, kl [N][levels], tokens {prompt, continuation} measured."""
+        """JSON-able: block_influence [N], redundancy {threshold: [N]}, kl [N][levels], tokens measured."""
         influence = 1.0 - self.cosine.compute()
         redundancy, kl = self.redundancy.compute(), self.kl.compute()
         return {
@@ -94,27 +96,45 @@ class BlockSensitivity(lightning.LightningModule):
         }
 
     @torch.no_grad()
-    def _measure(self, input_ids: Tensor, prompt_tokens: int) -> None:
+    def _measure(self, input_ids: Tensor, prompt_tokens: int) -> Tensor:
         with capture(self.model) as states:
             dense = continuation_logits(self.model, input_ids, prompt_tokens)
         self._add_cosines(states, prompt_tokens)
         teacher = dense.log_softmax(dim=-1)
-        kl = [[self._kl_alone(block, p, states, teacher, input_ids, prompt_tokens) for p in self.pruners[block]]
-              for block in range(self.num_blocks)]
-        self.kl.update(torch.stack([torch.stack(row) for row in kl]), teacher.shape[0] * teacher.shape[1])
+        rows = [
+            torch.stack(
+                [self._kl_alone(block, p, states, teacher, input_ids, prompt_tokens) for p in self.pruners[block]]
+            )
+            for block in range(self.num_blocks)
+        ]
+        total, tokens = torch.stack(rows), teacher.shape[0] * teacher.shape[1]
+        self.kl.update(total, tokens)
+        return total / tokens
 
     def _add_cosines(self, states: BlockStates, prompt_tokens: int) -> None:
         """Cosines between a block's input and output on the prompt, (N, B, P), in at least float32."""
-        cosine = torch.stack([
-            torch.cosine_similarity(_prompt(states, block, prompt_tokens), _prompt(states, block + 1, prompt_tokens), dim=-1)
-            for block in range(self.num_blocks)
-        ]).double()
+        cosine = torch.stack(
+            [
+                torch.cosine_similarity(
+                    _prompt(states, block, prompt_tokens), _prompt(states, block + 1, prompt_tokens), dim=-1
+                )
+                for block in range(self.num_blocks)
+            ]
+        ).double()
         tokens = cosine[0].numel()
         above = torch.stack([(cosine > threshold).sum((1, 2)) for threshold in self.thresholds])
         self.cosine.update(cosine.sum((1, 2)), tokens)
         self.redundancy.update(above, tokens)
 
-    def _kl_alone(self, block: int, pruner, states: BlockStates, teacher: Tensor, input_ids: Tensor, prompt_tokens: int) -> Tensor:
+    def _kl_alone(
+        self,
+        block: int,
+        pruner: TokenPruner,
+        states: BlockStates,
+        teacher: Tensor,
+        input_ids: Tensor,
+        prompt_tokens: int,
+    ) -> Tensor:
         """Summed KL of one batch with one block pruned."""
         first = first_needed_block(self.model, block, pruner.router.needs_attention)
         with resume_from(self.model, first, states), pruner(self.model):

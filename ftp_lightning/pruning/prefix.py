@@ -1,21 +1,22 @@
-"""Where only one block is pruned, the blocks below it compute what they compute densely: capture that once and start above it.
+"""Where only one block is pruned, the blocks below it do as in the dense model: capture that once, start above.
 
-Shapes: B rows, S tokens that entered the model (prompt and continuation, the text's last token does not), D hidden size, N blocks.
+Shapes: B rows, S tokens that entered the model (prompt and continuation, the text's last token does not), D hidden
+    size, N blocks.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ftp_lightning.pruning.blocks import cache_name, find_attention, find_blocks, sliding_window
-from ftp_lightning.pruning.calls import BlockCall, WrappedMethod
+from ftp_lightning.pruning.calls import BlockCall
 
 
 @dataclass
@@ -27,11 +28,10 @@ class BlockStates:
 
     passes: list[list[Tensor]] = field(default_factory=list)
 
-    @functools.cache  # noqa: B019  joined once per block; the object lives for one batch
     def entering(self, block: int) -> Tensor:
-        return torch.cat(self.passes[block], dim=1)
-
-    __hash__ = object.__hash__
+        if len(self.passes[block]) > 1:
+            self.passes[block] = [torch.cat(self.passes[block], dim=1)]
+        return self.passes[block][0]
 
 
 @contextmanager
@@ -57,30 +57,27 @@ def capture(model: nn.Module) -> Iterator[BlockStates]:
 
 @contextmanager
 def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[None]:
-    """Inside, forwards over the captured text start at `block`: the blocks below cost nothing and block - 1 returns the stored states.
+    """Inside, forwards over the captured text start at `block`; block - 1 returns the stored states and costs nothing.
 
-    Which pass it is says the cache: its length is the number of tokens already seen. So that it keeps saying so (position ids, masks
-    and the phase rule ask its lowest layer), a block that does not run deposits placeholder keys of one number per token.
+    Which pass it is says the cache: its length is the number of tokens already seen. So that it keeps saying so
+    (position ids, masks and the phase rule ask its lowest layer), a block that does not run deposits placeholder keys
+    of one number per token.
 
     Attach a pruner inside, not outside: its wrappers then lie above these. Its schedule must be 0 below `block`.
     ValueError for a forward without a cache, or beyond the captured text.
     """
-    undo = []
-    try:
+    with ExitStack() as stack:
         for index, module in enumerate(find_blocks(model)[:block]):
             stored = states if index == block - 1 else None
-            undo.append(WrappedMethod(module, "forward", functools.partial(_return_stored, index, module, stored)).undo)
+            stack.enter_context(_forward_replaced(module, functools.partial(_return_stored, index, module, stored)))
         yield
-    finally:
-        while undo:
-            undo.pop()()
 
 
 def first_needed_block(model: nn.Module, block: int, needs_attention: bool) -> int:
     """The lowest block that must run so that a router decides at `block` as in the full forward.
 
-    A router that reads attention scores (`needs_attention`) needs the last dense block below that sees every token: it writes the
-    whole table anew, so what stood there before is of no account. Any other needs `block` alone.
+    A router that reads attention scores (`needs_attention`) needs the last dense block below that sees every token:
+    it writes the whole table anew, so what stood there before is of no account. Any other needs `block` alone.
     """
     if not needs_attention:
         return block
@@ -89,8 +86,21 @@ def first_needed_block(model: nn.Module, block: int, needs_attention: bool) -> i
     return seeing_all[-1] if seeing_all else 0
 
 
-def _return_stored(index: int, block: nn.Module, states: BlockStates | None, inner, args: tuple, kwargs: dict) -> Tensor:
-    """What a block below the first pruned one does instead of computing."""
+@contextmanager
+def _forward_replaced(block: nn.Module, forward: Callable) -> Iterator[None]:
+    """The block's `forward` on the instance, with the signature of the one it stands for."""
+    before = block.__dict__.get("forward")
+    block.__dict__["forward"] = functools.wraps(block.forward)(forward)
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+        if before is not None:
+            block.__dict__["forward"] = before
+
+
+def _return_stored(index: int, block: nn.Module, states: BlockStates | None, *args, **kwargs) -> Tensor:
+    """What a block below the first that runs does instead of computing."""
     signature = inspect.signature(functools.partial(type(block).forward, block))
     call = BlockCall(signature, cache_name(block), args, kwargs)
     hidden, cache = call.hidden, call.cache
@@ -103,5 +113,5 @@ def _return_stored(index: int, block: nn.Module, states: BlockStates | None, inn
         return hidden
     stored = states.entering(index + 1)[:, seen : seen + new]
     if stored.shape != hidden.shape:
-        raise ValueError(f"tokens {seen} to {seen + new} were not captured: stored {tuple(stored.shape)}, asked {tuple(hidden.shape)}")
+        raise ValueError(f"tokens {seen} to {seen + new} of {tuple(hidden.shape)} were not captured")
     return stored

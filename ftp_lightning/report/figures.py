@@ -1,9 +1,10 @@
 """One function per figure: rows (see `series`) in, matplotlib Figure out. Call them inside `style.house_style`."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.series import Rows
-from ftp_lightning.report.style import BLUE, CYCLE, GREEN, INK, LINES, ORANGE, PALE, VERMILLION, canvas, method_colour
+from ftp_lightning.report.style import BLUE, CYCLE, GREEN, INK, LINES, ORANGE, PALE, PURPLE, canvas, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,10 +20,9 @@ def whiskers(rows: Rows, value: str = "share") -> list[list[float]]:
     return [[max(row[value] - row["low"], 0) for row in rows], [max(row["high"] - row[value], 0) for row in rows]]
 
 
-def block_axis(axis: Any) -> None:
-    """Whole block numbers, no vertical grid."""
-    axis.set_xlabel("block")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+def block_axis(axis: Any, count: int) -> None:
+    """Block numbers 1 .. count, at most about 16 of them written; no vertical grid."""
+    axis.set(xlabel="block", xlim=(0.4, count + 0.6), xticks=range(1, count + 1, math.ceil(count / 16)))
     axis.grid(visible=False, axis="x")
 
 
@@ -30,8 +30,19 @@ def kl_scale(axis: Any, values: list[float]) -> None:
     """A logarithmic y axis that still shows an exact 0, as the last block under kv = keep has it: linear near 0."""
     positive = [value for value in values if value > 0]
     if positive:
-        axis.set_yscale("symlog", linthresh=max(min(positive), max(positive) * 1e-5))
+        least = max(min(positive), max(positive) * 1e-5)
+        axis.set_yscale("symlog", linthresh=least, linscale=0.3)
+        ticks = [0.0, *round_numbers(least, max(positive))]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_yticks([], minor=True)
     axis.set_ylim(bottom=0)
+
+
+def round_numbers(least: float, most: float) -> list[float]:
+    """The powers of ten in [least, most]; below two decades also 2 and 5 times these."""
+    steps = (1, 2, 5) if most / least < 100 else (1,)
+    exponents = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    return [number for e in exponents for step in steps if least <= (number := float(f"{step}e{e}")) <= most]
 
 
 def top_legend(axis: Any, columns: int = 4, **options: Any) -> None:
@@ -55,8 +66,8 @@ def schedules(rows: Rows) -> "Figure":
         axis.plot(blocks, column(rows, "realised"), "D", color=INK, markersize=4, label="realised in the evaluation")
     last = column(rows, bars[-1])
     axis.axhline(sum(last) / len(last), color=INK, linestyle="--", linewidth=1, label="budget (mean)")
-    axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens skipped)", xlim=(0.4, len(rows) + 0.6))
-    block_axis(axis)
+    axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens skipped)")
+    block_axis(axis, len(rows))
     top_legend(axis)
     return figure
 
@@ -66,10 +77,10 @@ def sensitivity(rows: Rows) -> "Figure":
     figure, axis = canvas()
     levels = [name for name in rows[0] if name != "block"]
     for level, colour, marker in zip(levels, CYCLE * len(levels), "osD^vP" * len(levels)):
-        axis.plot(column(rows, "block"), column(rows, level), marker + "-", color=colour, label=level)
+        axis.plot(column(rows, "block"), column(rows, level), marker + "-", color=colour, label=level, clip_on=False)
     kl_scale(axis, [row[level] for row in rows for level in levels])
     axis.set_ylabel("KL to dense (nats per token)")
-    block_axis(axis)
+    block_axis(axis, len(rows))
     top_legend(axis)
     return figure
 
@@ -80,19 +91,19 @@ def influence(rows: Rows) -> "Figure":
     figure, axes = canvas(nrows=2 if shares else 1, sharex=True, squeeze=False)
     axes[0, 0].bar(column(rows, "block"), column(rows, "block_influence"), 0.75, color=BLUE)
     axes[0, 0].set_ylabel("Block Influence\n1 - cos(in, out)")
-    for name, colour in zip(shares, (ORANGE, GREEN, VERMILLION) * len(shares)):
+    for name, colour in zip(shares, CYCLE[1:] * len(shares)):
         axes[1, 0].plot(column(rows, "block"), column(rows, name), "o-", color=colour, label=f"{name}")
         axes[1, 0].set(ylabel="share of tokens", ylim=(0, 1.05))
         axes[1, 0].legend(loc="best")
     for axis in axes[:, 0]:
-        block_axis(axis)
+        block_axis(axis, len(rows))
         axis.label_outer()
     return figure
 
 
 def convergence(rows: Rows) -> "Figure":
     """Best and mean KL of each generation against tokens spent; the allocations as horizontal marks."""
-    figure, axis = canvas(5.4, 3.3)
+    figure, axis = canvas(5.4, 3.7)
     best, mean = ([row for row in rows if row["series"] == name] for name in ("best", "mean"))
     axis.plot(column(mean, "forward_tokens"), column(mean, "kl"), color=PALE, linewidth=1, label="population mean")
     label = f"best  {best[-1]['kl']:.2g}" if best else "best"
@@ -104,7 +115,7 @@ def convergence(rows: Rows) -> "Figure":
     kl_scale_to_range(axis, column(rows, "kl"))
     axis.set(xlabel="forward tokens spent", ylabel="KL to dense (nats per token)")
     axis.xaxis.set_major_formatter(si_formatter())
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(loc="outside lower left", ncols=3, handlelength=1.6, columnspacing=1.2)
     return figure
 
 
@@ -113,6 +124,7 @@ def kl_scale_to_range(axis: Any, values: list[float]) -> None:
     if min(values) > 0:
         axis.set_yscale("log")
         axis.set_ylim(min(values) * 0.8, max(values) * 1.2)
+        plain_log(axis.yaxis, math.log10(max(values) / min(values)))
 
 
 def si_formatter() -> Any:
@@ -132,35 +144,30 @@ def running_mean(values: list[float], width: int) -> list[float]:
 
 
 def losses(rows: Rows) -> "Figure":
-    """The three losses, each on its own scale: every step faintly, the running mean over 5 % of the steps boldly."""
-    figure, axes = canvas(5.4, 4.6, nrows=3, sharex=True)
-    steps, width = column(rows, "step"), max(1, len(rows) // 20)
-    for axis, name, colour in zip(axes, ("distillation", "sparsity", "guide"), (BLUE, ORANGE, GREEN), strict=True):
-        values = column(rows, name)
-        axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-        axis.plot(steps, running_mean(values, width), color=colour)
-        axis.set_ylabel(f"{name}\nloss")
-        axis.set_ylim(bottom=0)
-    axes[-1].set_xlabel("training step")
-    figure.align_ylabels(axes)
+    """The three losses, each on its own scale, and the guide: every step faintly, the running mean boldly."""
+    figure, axes = canvas(11, 2.9, ncols=4)
+    for axis, name, colour in zip(axes, ("distillation", "sparsity", "guide"), (BLUE, ORANGE, GREEN)):
+        smooth_curve(axis, rows, name, colour)
+        axis.set(title=f"{name} loss")
+    smooth_curve(axes[3], rows, "agreement", PURPLE, label="agreement")
+    axes[3].plot(column(rows, "step"), column(rows, "guide_weight"), "--", color=GREEN, label="guide weight")
+    axes[3].set(title="agreement with the static router")
+    axes[3].legend(loc="best")
+    for axis in axes:
+        axis.set(xlabel="training step", ylim=(0, None))
     return figure
 
 
-def agreement(rows: Rows) -> "Figure":
-    """How often the router decides as the static one does, and how strongly it is still told to."""
-    figure, axis = canvas(5.4, 2.2)
-    steps, width = column(rows, "step"), max(1, len(rows) // 20)
-    axis.plot(steps, column(rows, "agreement"), color=BLUE, alpha=0.3, linewidth=0.8)
-    axis.plot(steps, running_mean(column(rows, "agreement"), width), color=BLUE, label="agreement with the static router")
-    axis.plot(steps, column(rows, "guide_weight"), "--", color=GREEN, label="weight of the guide loss")
-    axis.set(xlabel="training step", ylabel="share, weight", ylim=(0, None))
-    top_legend(axis, 2)
-    return figure
+def smooth_curve(axis: Any, rows: Rows, name: str, colour: str, label: str | None = None) -> None:
+    """Every step, and over it the running mean over 5 % of the steps."""
+    steps, values = column(rows, "step"), column(rows, name)
+    axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    axis.plot(steps, running_mean(values, max(1, len(rows) // 20)), color=colour, label=label)
 
 
 def validation(rows: Rows) -> "Figure":
     """KL on validation windows while training."""
-    figure, axis = canvas(5.4, 2.2)
+    figure, axis = canvas()
     axis.plot(column(rows, "step"), column(rows, "kl"), "o-", color=BLUE)
     axis.set(xlabel="training step", ylabel="KL to dense\n(nats per token)", ylim=(0, None))
     return figure
@@ -171,9 +178,9 @@ def target_and_soft(rows: Rows) -> "Figure":
     figure, axis = canvas()
     blocks = column(rows, "block")
     axis.bar(blocks, column(rows, "soft"), 0.75, color=BLUE, label="soft: 1 - mean p(compute)")
-    axis.hlines(column(rows, "target"), [b - 0.45 for b in blocks], [b + 0.45 for b in blocks], color=ORANGE, linewidth=2.6,
-                label="target")  # fmt: skip
+    edges = [block - 0.45 for block in blocks], [block + 0.45 for block in blocks]
+    axis.hlines(column(rows, "target"), *edges, color=ORANGE, linewidth=2.6, label="target")
     axis.set(ylim=(0, 1), ylabel="sparsity")
-    block_axis(axis)
+    block_axis(axis, len(rows))
     top_legend(axis)
     return figure

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.figures import column, top_legend, whiskers
 from ftp_lightning.report.series import Rows
-from ftp_lightning.report.style import CYCLE, INK, canvas, method_colour
+from ftp_lightning.report.style import CYCLE, INK, canvas, method_colour, plain_log
 from ftp_lightning.report.tables import number, percent
 
 if TYPE_CHECKING:
@@ -42,26 +42,32 @@ def kl(rows: Rows) -> "Figure":
     figure, axis = method_axis(rows)
     for index, row in enumerate(rows):
         colour = method_colour(row["method"], index)
-        axis.plot([row["mean"], row["p99"]], [index, index], color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt")
+        axis.plot(
+            [row["mean"], row["p99"]], [index, index], color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt"
+        )
         axis.plot(row["mean"], index, "o", color=colour, markersize=8)
         axis.plot(row["p99"], index, "|", color=colour, markersize=10, markeredgewidth=2)
-        axis.annotate(number(row["mean"]), (row["mean"], index), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        axis.annotate(
+            number(row["mean"]), (row["mean"], index), (0, 8), textcoords="offset points", ha="center", fontsize=8
+        )
     floor = rows[0]["noise_floor"]
     if floor is not None:
         axis.axvline(floor, color=INK, linestyle="--", linewidth=1, label="noise floor (dense against dense)")
         top_legend(axis)
     if min(column(rows, "mean")) > 0 and (floor is None or floor > 0):
         axis.set_xscale("log")
-    axis.set_xlabel("KL to dense (nats per continuation token): mean, line to the 99th percentile")
+        plain_log(axis.xaxis, decades=9)
+    axis.set_xlabel("KL to dense (nats per token)")
     return figure
 
 
 def kept_by_distance(rows: Rows) -> "Figure":
     """Share kept by how far back in the prompt the fact lies, with 95 % intervals; methods side by side."""
     figure, axis = canvas(11, 3.2)
+    rows = [row for row in rows if row["items"]]
     distances, labels = (list(dict.fromkeys(column(rows, key))) for key in ("distance", "label"))
     for index, label in enumerate(labels):
-        mine = [row for row in rows if row["label"] == label and row["share"] is not None]
+        mine = [row for row in rows if row["label"] == label]
         shift = (index - (len(labels) - 1) / 2) * 0.6 / max(len(labels), 1)
         places = [distances.index(row["distance"]) + shift for row in mine]
         look = {"color": method_colour(mine[0]["method"], index), "marker": "osD^vP"[index % 6], "capsize": 2.5}
@@ -74,15 +80,17 @@ def kept_by_distance(rows: Rows) -> "Figure":
 
 
 def speed(rows: Rows) -> "Figure":
-    """Measured prefill speed-up with its interval (filled) beside the FLOPs limit (hollow, dashed), per budget and kv."""
+    """Measured prefill speed-up with its interval (filled) beside the FLOPs limit (hollow), per budget and kv mode."""
     settings = sorted({(row["budget"], row["kv"]) for row in rows})
-    figure, axes = canvas(5.4 if len(settings) == 1 else 11, 3.3, ncols=len(settings), sharey=True, squeeze=False)
+    figure, axes = canvas(11, 3.3, ncols=len(settings), sharey=True, squeeze=False)
     for axis, (budget, kv) in zip(axes[0], settings, strict=True):
         mine = [row for row in rows if (row["budget"], row["kv"]) == (budget, kv)]
         for index, batch in enumerate(sorted({row["batch"] for row in mine})):
-            draw_speed(axis, [row for row in mine if row["batch"] == batch], CYCLE[index % len(CYCLE)], f"batch {batch}")
+            draw_speed(
+                axis, [row for row in mine if row["batch"] == batch], CYCLE[index % len(CYCLE)], f"batch {batch}"
+            )
         axis.axhline(1, color=INK, linewidth=1)
-        axis.set_title(f"budget {percent(budget, 0)}, kv {kv}", loc="right", fontsize=9)
+        axis.set_title(f"budget {percent(budget, 0)}, kv {kv}", loc="right")
         axis.set_xlabel("prompt length (tokens)")
         length_axis(axis, sorted(set(column(mine, "length"))))
     axes[0, 0].set_ylabel("prefill speed-up (dense time / pruned time)")

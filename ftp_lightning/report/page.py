@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.report import tables
-from ftp_lightning.report.reading import Run, read_origins, read_run
+from ftp_lightning.report.reading import Run, read_origins, read_run, read_settings
 from ftp_lightning.report.sections import SECTIONS, Plot, Section
 from ftp_lightning.report.series import Rows
-from ftp_lightning.report.style import house_style, to_png, to_svg
+from ftp_lightning.report.style import freeze, house_style, to_png, to_svg
 from ftp_lightning.report.verdict import cards, cautions, verdict
 
 HERE = Path(__file__).parent
@@ -43,6 +43,7 @@ def draw(plot: Plot, rows: Rows) -> dict[str, Any] | None:
         return None
     with house_style(plot.name):
         figure = plot.draw(rows)
+        freeze(figure)
         return {"svg": to_svg(figure), "png": to_png(figure), "csv": to_csv(rows)}
 
 
@@ -60,6 +61,7 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
     results = run["evaluate"]
     return {
         "name": folder.resolve().name,
+        "facts": facts(read_settings(folder)),
         "verdict": verdict(run),
         "cautions": cautions(run),
         "cards": cards(run),
@@ -110,10 +112,26 @@ def story(tokens: dict[str, Any] | None) -> dict[str, Any] | None:
     blocks = tokens["num_blocks"]
     decisions = ["".join(str(int(block[place])) for block in tokens["keep"]) for place in range(len(tokens["tokens"]))]
     words = [
-        {"text": text, "count": count, "share": round(count / blocks, 3), "keep": keep}
+        {**split_blank(text), "count": count, "share": round(count / blocks, 3), "keep": keep}
         for text, count, keep in zip(tokens["tokens"], tokens["computed_by"], decisions, strict=True)
     ]
     return {"title": tokens["title"], "words": words, "blocks": blocks}
+
+
+def split_blank(text: str) -> dict[str, str]:
+    """The blanks before a word stay uncoloured, so that words stand apart; a token of blanks alone is coloured."""
+    word = text.lstrip() or text
+    return {"blank": text[: len(text) - len(word)], "text": word}
+
+
+def facts(settings: dict[str, Any]) -> list[str]:
+    """The settings that the numbers cannot be read without."""
+    found = [
+        f"{name} {settings[name]}" for name in ("model", "data", "kv", "dtype", "device", "seed") if name in settings
+    ]
+    if "prompt_tokens" in settings:
+        found.append(f"windows of {settings['prompt_tokens']} + {settings.get('continuation_tokens')} tokens")
+    return found
 
 
 def render(values: dict[str, Any]) -> str:
@@ -124,7 +142,7 @@ def render(values: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE), autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     slider = (HERE / "slider.js").read_text(encoding="utf-8")
     policy = b64encode(sha256(slider.encode()).digest()).decode()

@@ -44,8 +44,25 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}.\nRun its stage again with --overwrite.") from error
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the last stage that left a config.yaml; empty where there is none.
+
+    Errors: UserError if the file is not YAML.
+    """
+    import yaml
+
+    for stage in reversed(STAGES):
+        path = folder / stage / "config.yaml"
+        if path.is_file():
+            try:
+                return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except yaml.YAMLError as error:
+                raise UserError(f"{path} is not valid YAML.\nRun its stage again with --overwrite.") from error
+    return {}
+
+
 def read_origins(folder: Path) -> list[dict[str, Any]]:
-    """How each stage came about: `{"stage", "provenance", "config"}` of the stages that left either file, in run order."""
+    """How each stage came about: `{"stage", "provenance", "config"}` of stages that left either, in run order."""
     origins = []
     for stage in STAGES:
         config = folder / stage / "config.yaml"

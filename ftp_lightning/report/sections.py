@@ -37,12 +37,12 @@ class Section:
 
 
 OUTCOME = (
-    Plot("kept", "Answers kept", "Of the items that dense answers right, and wrong without the passage: the share still "
-         "right. Whiskers: 95 % interval.", series.kept, outcome_figures.kept),
+    Plot("kept", "Answers kept", "Of the items that dense answers right, and wrong without the passage: the share "
+         "still right. Whiskers: 95 % interval.", series.kept, outcome_figures.kept),
     Plot("kl", "Distance from the dense model", "Dot: mean over continuation tokens. Tick at the end of the line: 99th "
          "percentile. Left of the dashed line no difference can be measured.", series.kl, outcome_figures.kl),
-    Plot("kept_by_distance", "Answers kept, by distance", "Pruning hurts where the answer lies far back; plain prose does "
-         "not show it. Whiskers: 95 % interval.", series.kept_by_distance, outcome_figures.kept_by_distance, True),
+    Plot("kept_by_distance", "Answers kept, by distance", "How many tokens lie between the fact and the question. "
+         "Whiskers: 95 % interval.", series.kept_by_distance, outcome_figures.kept_by_distance, True),
 )  # fmt: skip
 
 SCHEDULE = (
@@ -65,14 +65,12 @@ SEARCH = (
 )  # fmt: skip
 
 TRAINING = (
-    Plot("losses", "Losses", "Faint: every step. Bold: running mean over the last 5 % of the steps.", series.losses,
-         figures.losses),
-    Plot("target_and_soft", "Target and soft sparsity", "At the end of training. The sparsity loss pulls where a bar "
-         "stays below its mark.", series.target_and_soft, figures.target_and_soft),
-    Plot("validation", "Validation", "KL per continuation token on windows that were not trained on.", series.validation,
-         figures.validation),
-    Plot("agreement", "Guide", "How often the router decides as the static one, and how strongly it is told to.",
-         series.losses, figures.agreement),
+    Plot("losses", "Losses", "Faint: every step. Bold: running mean over the last 5 % of the steps. The guide tells "
+         "the router to decide as the static one, and fades.", series.losses, figures.losses, True),
+    Plot("target_and_soft", "Target and soft sparsity", "At the last training step. The sparsity loss pulls where a "
+         "bar stays below its mark.", series.target_and_soft, figures.target_and_soft),
+    Plot("validation", "Validation", "KL per continuation token on windows that were not trained on; the best state "
+         "is kept.", series.validation, figures.validation),
 )  # fmt: skip
 
 SPEED = (
@@ -83,11 +81,13 @@ SPEED = (
 SECTIONS = (
     Section("result", "Result", "", {"evaluate": "evaluate"}, OUTCOME),
     Section("schedule", "Schedule", "The share of tokens that skip each block; the mean is the budget. Blocks are "
-            "numbered from 1, nearest the input.", {"search_schedule": "search", "finetune_schedule": "finetune"}, SCHEDULE),
+            "numbered from 1, nearest the input.", {"search_schedule": "search", "finetune_schedule": "finetune"},
+            SCHEDULE),
     Section("story", "Which tokens are computed", "", {"tokens": "evaluate"}),
     Section("speed", "Speed", "", {"benchmark": "benchmark"}, SPEED),
     Section("tasks", "Tasks", "", {"evaluate": "evaluate"}),
-    Section("blocks", "Sensitivity of the blocks", "What the search starts from.", {"sensitivity": "sensitivity"}, BLOCKS),
+    Section("blocks", "Sensitivity of the blocks", "What the search begins with.",
+            {"sensitivity": "sensitivity"}, BLOCKS),
     Section("search", "Search", "", {"search": "search", "finetune": "finetune"}, SEARCH),
     Section("training", "Training of the router", "", {"train": "train"}, TRAINING),
 )  # fmt: skip

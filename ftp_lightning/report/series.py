@@ -1,7 +1,8 @@
 """From the stages' JSON to rows: what a figure draws is exactly what its CSV holds.
 
-Every function takes the run (`reading.read_run`) and returns a list of flat dicts with equal keys, one per row; an empty
-list where the stage has not been run. Blocks are numbered from 1 (nearest the input). Numbers are passed on untouched.
+Every function takes the run (`reading.read_run`) and returns a list of flat dicts with equal keys, one per row; an
+empty list where the stage has not been run. Blocks are numbered from 1 (nearest the input). Numbers are passed on
+untouched.
 """
 
 from typing import Any
@@ -47,7 +48,7 @@ def sensitivity(run: Run) -> Rows:
 
 
 def influence(run: Run) -> Rows:
-    """block, block_influence, "cosine > 0.8", …: how much a block changes its input, and for how many tokens hardly."""
+    """block, block_influence, "cosine > 0.8", …: how far a block turns its input, and for how many tokens hardly."""
     found = run["sensitivity"]
     if not found:
         return []
@@ -66,7 +67,7 @@ def convergence(run: Run, stage: str) -> Rows:
         for generation in found["generations"]
     ]
     allocations = found.get("allocations", {})
-    return generations + [{"series": name, "forward_tokens": None, "kl": kl} for name, kl in allocations.items()]
+    return [{"series": name, "forward_tokens": None, "kl": kl} for name, kl in allocations.items()]
 
 
 def losses(run: Run) -> Rows:

@@ -12,7 +12,7 @@ function show() {
     skipped += skip;
   }
   const share = (100 * skipped / words.length).toFixed(1);
-  name.textContent = block ? `block ${block}: ${share} % of the tokens skip it` : "all blocks";
+  name.textContent = block ? `block ${block}: ${share} % of the tokens skip it (pale)` : "all blocks";
 }
 slider.addEventListener("input", show);
 document.getElementById("slider").hidden = false;

@@ -42,6 +42,7 @@ RC = {
     "grid.linewidth": 0.6,
     "xtick.color": INK,
     "ytick.color": INK,
+    "axes.titlesize": 9,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.8,
@@ -69,6 +70,22 @@ def canvas(width: float = 5.4, height: float = 3.1, **grid: Any) -> tuple["Figur
     return figure, figure.subplots(**grid)
 
 
+def plain_log(axis: Any, decades: float) -> None:
+    """Ticks of a logarithmic axis as plain numbers; also between the powers of ten where it spans few of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def freeze(figure: "Figure") -> None:
+    """Lays the figure out once; saving it in several formats does not have to do it again."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def method_colour(name: str, position: int = 0) -> str:
     """The colour of a method, the same in every figure; unknown methods take turns."""
     return METHOD_COLOURS.get(name, (GREEN, VERMILLION)[position % 2])
@@ -81,7 +98,6 @@ def to_svg(figure: "Figure") -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     return svg.replace(INK, "currentColor")
 

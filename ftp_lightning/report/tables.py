@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return MISSING
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if abs(value) < 1e-5:
+    if abs(value) < 1e-4:
         return f"{value:.{digits - 1}e}"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{max(decimals, 0)}f}"
@@ -34,7 +34,7 @@ def kept_text(kept: dict[str, Any] | None) -> str:
 
 
 def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], str]]:
-    """(method, label) of every evaluated method; labels name budget and kv mode only where these differ within the run."""
+    """(method, label) of every evaluated method; labels name budget and kv mode only where these differ in the run."""
     methods = (results or {}).get("methods") or []
     budgets, modes = {method["budget"] for method in methods}, {method["kv"] for method in methods}
 
@@ -46,16 +46,18 @@ def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], 
 
 
 def headline_method(results: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The method the report speaks about first: `dynamic` (trained and fine-tuned), else the last that was evaluated."""
+    """The method the report speaks about first: `dynamic` (trained and fine-tuned), else the last evaluated one."""
     methods = (results or {}).get("methods") or []
     trained = [method for method in methods if method["name"] == "dynamic"]
     return (trained or methods[-1:] or [None])[0]
 
 
 def headline_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row of text per line of the headline table, in the order of `HEADLINE`: dense, noise floor, then the methods."""
+    """The headline table as text, columns as in `HEADLINE`: dense, noise floor, then one row per method."""
     ppl = results["dense"].get("ppl")
-    rows = [("dense", percent(0.0), percent(0.0), percent(1.0), "0", "0", percent(1.0), number(ppl), number(ppl), "100.0")]
+    rows = [
+        ("dense", percent(0.0), percent(0.0), percent(1.0), "0", "0", percent(1.0), number(ppl), number(ppl), "100.0")
+    ]
     floor = results.get("noise_floor")
     if floor:
         agreement = percent(floor.get("top1"), 2)
@@ -84,7 +86,9 @@ def headline(results: dict[str, Any]) -> str:
     rows = [HEADLINE, *headline_rows(results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADLINE))]
     lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,12 +1,11 @@
 """Ways to spread a budget over the blocks: baselines, and the seeds of the genetic population.
 
-Every function is pure and returns a Schedule whose mean is the budget B to 1e-9, with entries in [0, ceiling]. A budget that does not
-fit the bounds is a UserError.
+Every function is pure and returns a Schedule whose mean is the budget B to 1e-9, with entries in [0, ceiling]. A
+budget that does not fit the bounds is a UserError.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 
@@ -20,24 +19,17 @@ from ftp_lightning.search.operators import to_schedule, top_level
 def project(values: Sequence[float], budget: float, lower: float = 0.0, upper: float = 1.0) -> Schedule:
     """The schedule nearest `values` (Euclidean) with mean B and entries in [lower, upper].
 
-    s = clip(values + t, lower, upper), t by bisection; the rounding that is left is carried by the block with the most room.
+    s = clip(values + t, lower, upper), t by bisection, to 12 digits: a block that ends at 0 is exactly dense.
     ValueError for values that are not finite.
     """
     if not lower <= budget <= upper:
         raise UserError(f"a budget of {budget} does not fit blocks of sparsity {lower} to {upper}")
-    values = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"values to spread the budget by must be finite, got {values.tolist()}")
+    values = _finite("values", values)
     low, high = lower - values.max(), upper - values.min()
     for _ in range(100):
         shift = (low + high) / 2
         low, high = (shift, high) if np.clip(values + shift, lower, upper).mean() < budget else (low, shift)
-    sparsity = np.clip(values + (low + high) / 2, lower, upper)
-    missing = len(sparsity) * budget - math.fsum(sparsity)
-    room = upper - sparsity if missing > 0 else sparsity - lower
-    carrier = int(room.argmax())
-    sparsity[carrier] = np.clip(sparsity[carrier] + missing, lower, upper)
-    return Schedule(sparsity.tolist())
+    return Schedule(np.clip(np.round(values + (low + high) / 2, 12), lower, upper).tolist())
 
 
 def uniform(num_blocks: int, budget: float) -> Schedule:
@@ -51,7 +43,7 @@ def random_allocation(num_blocks: int, budget: float, rng: random.Random, ceilin
 
 
 def ramp(num_blocks: int, budget: float, ceiling: float = 1.0) -> Schedule:
-    """Rising linearly with depth from 0: s_l = 2 B l / (N - 1); what the ceiling cuts off lifts the other blocks alike [ours]."""
+    """Rising linearly with depth from 0: s_l = 2 B l / (N - 1); what the ceiling cuts off lifts the others [ours]."""
     return project([2 * budget * block / max(1, num_blocks - 1) for block in range(num_blocks)], budget, upper=ceiling)
 
 
@@ -64,22 +56,23 @@ def step(num_blocks: int, budget: float, first: int = 1, ceiling: float = 1.0) -
 
 
 def late(num_blocks: int, budget: float, ceiling: float = 1.0) -> Schedule:
-    """From the last block on `ceiling` each, until the budget is spent; one block carries the remainder [ours, lead 0]."""
+    """`ceiling` from the last block on until the budget is spent; one block carries the remainder [ours, lead 0]."""
     if budget > ceiling:
         raise UserError(f"a budget of {budget} does not fit blocks of sparsity 0.0 to {ceiling}")
     left, sparsity = num_blocks * budget, []
     for _ in range(num_blocks):
         sparsity.append(min(ceiling, left))
-        left = max(0.0, left - sparsity[-1])
+        left = round(left - sparsity[-1], 12)  # so that the rest of the blocks is exactly dense
     return Schedule(sparsity[::-1])
 
 
 def from_importance(importance: Sequence[float], budget: float, ceiling: float = 1.0) -> Schedule:
-    """High importance, low sparsity: s_l proportional to w_l = (max I - I_l) / (max I - min I), mean B, projected [ours].
+    """High importance, low sparsity: s_l ~ w_l = (max I - I_l) / (max I - min I), mean B, projected [ours].
 
-    `importance` (N,): Block Influence (ShortGPT: 1 - cos(in, out)) or a single-block KL. Equal importance gives the uniform one.
+    `importance` (N,): Block Influence (ShortGPT: 1 - cos(in, out)) or a single-block KL. Equal importance gives the
+    uniform one.
     """
-    importance = np.asarray(importance, dtype=np.float64)
+    importance = _finite("importance", importance)
     spread = importance.max() - importance.min()
     weight = (importance.max() - importance) / spread if spread > 0 else np.ones_like(importance)
     return project(weight * (budget / weight.mean()), budget, upper=ceiling)
@@ -90,26 +83,30 @@ def knapsack(
 ) -> Schedule:
     """The schedule of least summed single-block cost, exactly, on a grid of sparsities [ours].
 
-    costs: (N, L), the KL when block n alone is pruned at sparsity `levels[l]` (ascending, > 0); dense costs 0, between measured
-    levels it is linear, beyond the last nothing is known and nothing is pruned. The grid's step divides N * B (`level_step`), so that
-    min sum_n cost_n(g_n) over integers g with sum g = N B / step is a dynamic programme over blocks and partial sums.
+    costs: (N, L), the KL when block n alone is pruned at sparsity `levels[l]` (ascending, > 0); dense costs 0,
+    between measured levels it is linear, beyond the last nothing is known and nothing is pruned. The grid's step
+    divides N * B (`level_step`), so that min sum_n cost_n(g_n) over integers g with sum g = N B / step is a dynamic
+    programme over blocks and partial sums.
     """
-    costs = np.asarray(costs, dtype=np.float64)
-    if costs.ndim != 2 or costs.shape[1] != len(levels) or not np.isfinite(costs).all():
-        raise ValueError(f"costs must be finite and (blocks, {len(levels)}), got {costs.tolist()}")
+    costs = _finite("costs", costs)
+    if costs.ndim != 2 or costs.shape[1] != len(levels):
+        raise ValueError(f"costs must be (blocks, {len(levels)}), got {costs.shape}")
     if list(levels) != sorted({*levels}) or levels[0] <= 0:
         raise ValueError(f"levels must rise and be > 0, got {list(levels)}")
     ceiling = levels[-1]
     if budget > ceiling:
-        raise UserError(f"a budget of {budget} is beyond the highest measured sparsity {ceiling}\nMeasure a higher level.")
+        raise UserError(
+            f"a budget of {budget} is beyond the highest measured sparsity {ceiling}\nMeasure a higher level."
+        )
     size = level_step(len(costs), budget, resolution)
-    grid = np.minimum(np.arange(top_level(size, ceiling) + 1) * size, ceiling)
+    total = round(len(costs) * budget / size)
+    grid = np.minimum(np.arange(min(top_level(size, ceiling), total) + 1) * size, ceiling)
     fine = np.array([np.interp(grid, [0.0, *levels], [0.0, *row]) for row in costs])
-    return to_schedule(cheapest_levels(fine, round(len(costs) * budget / size)), size, ceiling)
+    return to_schedule(cheapest_levels(fine, total), size, ceiling)
 
 
 def cheapest_levels(costs: np.ndarray, total: int) -> list[int]:
-    """argmin over integers g_n in [0, G] with sum g = total of sum_n costs[n, g_n]; costs: (N, G + 1). O(N * total * G)."""
+    """argmin over integers g_n in [0, G] with sum g = total of sum_n costs[n, g_n]; costs (N, G + 1), O(N total G)."""
     best = np.full(total + 1, np.inf)
     best[0] = 0.0
     choices = []
@@ -124,3 +121,10 @@ def cheapest_levels(costs: np.ndarray, total: int) -> list[int]:
         levels.append(int(choice[total]))
         total -= levels[-1]
     return levels[::-1]
+
+
+def _finite(name: str, values) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite, got {values.tolist()}")
+    return values

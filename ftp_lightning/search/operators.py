@@ -1,7 +1,7 @@
 """Integer levels and the operators that move them: the sum of the levels, hence the budget, never changes.
 
-An individual is a list of N levels g_l in {0, ..., G}; block l has sparsity g_l * step. Every function here is pure: it returns a new
-individual and draws from the `random.Random` it is given.
+An individual is a list of N levels g_l in {0, ..., G}; block l has sparsity g_l * step. Every function here is pure:
+it returns a new individual and draws from the `random.Random` it is given.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def to_schedule(levels: Sequence[int], step: float, max_sparsity: float = 1.0) -
 
     The mean is step * sum(g) / N to 1e-9. ValueError where there is not enough room in all blocks together.
     """
-    sparsity = [round(min(level * step, max_sparsity), 12) for level in levels]
+    sparsity = [min(round(level * step, 12), max_sparsity) for level in levels]
     missing = step * sum(levels) - math.fsum(sparsity)
     while missing > 1e-10 * len(sparsity):
         carrier = min(range(len(sparsity)), key=lambda block: sparsity[block])
         share = min(missing, max_sparsity - sparsity[carrier])
         if share <= 0.0:
             raise ValueError(f"a mean of {step * sum(levels) / len(levels)} does not fit below {max_sparsity}")
-        sparsity[carrier] += share
+        sparsity[carrier] = min(sparsity[carrier] + share, max_sparsity)
         missing -= share
     return Schedule(sparsity)
 
@@ -74,8 +74,9 @@ def to_schedule(levels: Sequence[int], step: float, max_sparsity: float = 1.0) -
 def level_switch(levels: Sequence[int], rng: random.Random, max_level: int, switches: int) -> Individual:
     """Mutation of EvoPress (Sieberling et al. 2024): one block down, another up, so the sum stays.
 
-    The number of switches is the smaller of two draws from 1..switches: mostly few [EvoPress]. A switch moves one level, with
-    probability 1/2 two, 1/4 four, ..., as far as both blocks allow [ours: a fine step would otherwise creep].
+    The number of switches is the smaller of two draws from 1..switches: mostly few [EvoPress]. A switch moves one
+    level, with probability 1/2 two, 1/4 four, ..., as far as both blocks allow [ours: a fine step would otherwise
+    creep].
     """
     child = Individual(levels)
     for _ in range(min(rng.randint(1, switches), rng.randint(1, switches))):
@@ -94,8 +95,9 @@ def level_switch(levels: Sequence[int], rng: random.Random, max_level: int, swit
 def budget_crossover(a: Sequence[int], b: Sequence[int], rng: random.Random) -> Individual:
     """Uniform crossover, repaired: every level lies between those of the parents and the sum is theirs [ours].
 
-    The repair moves random blocks one level at a time towards the parent that mends the sum; as sum(min) <= sum <= sum(max)
-    over the blocks it always ends. Bounds hold because they hold for the parents. ValueError for parents of different sums.
+    The repair moves random blocks one level at a time towards the parent that mends the sum; as sum(min) <= sum <=
+    sum(max) over the blocks it always ends. Bounds hold because they hold for the parents. ValueError for parents of
+    different sums.
     """
     if len(a) != len(b) or sum(a) != sum(b):
         raise ValueError(f"parents differ: {len(a)} and {len(b)} blocks, level sums {sum(a)} and {sum(b)}")

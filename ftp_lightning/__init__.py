@@ -1,0 +1,43 @@
+"""FTP, a fine-grained token-wise pruner for large language models: a router decides which tokens enter each block.
+
+The public nouns are imported when they are first asked for, so that `import ftp_lightning` and `--help` cost nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftp_lightning.errors import UserError
+    from ftp_lightning.pruning import TokenPruner
+    from ftp_lightning.pruning.pruned_folder import load_pruned
+    from ftp_lightning.routing import DynamicRouter, FixedRouter, RandomRouter, StaticRouter
+    from ftp_lightning.schedule import Schedule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Schedule": "ftp_lightning.schedule",
+    "TokenPruner": "ftp_lightning.pruning",
+    "FixedRouter": "ftp_lightning.routing",
+    "StaticRouter": "ftp_lightning.routing",
+    "RandomRouter": "ftp_lightning.routing",
+    "DynamicRouter": "ftp_lightning.routing",
+    "load_pruned": "ftp_lightning.pruning.pruned_folder",
+    "UserError": "ftp_lightning.errors",
+}
+
+__all__ = ["DynamicRouter", "FixedRouter", "RandomRouter", "Schedule", "StaticRouter", "TokenPruner", "UserError", "load_pruned"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,70 @@
+"""The command line: `python -m ftp_lightning STAGE [flags]`, also installed as `ftp-lightning`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ftp_lightning.errors import UserError
+
+STAGES = {
+    "run": ("RunStage", "the whole chain: sensitivity, search, train, finetune, evaluate, benchmark, report"),
+    "sensitivity": ("SensitivityStage", "what each block changes, and what pruning it alone costs"),
+    "search": ("SearchStage", "a schedule for a budget, by genetic search; with --pruned this is the fine-tuning"),
+    "train": ("TrainStage", "train the router"),
+    "evaluate": ("EvaluateStage", "KL, perplexity, answers kept, retention and skill against dense"),
+    "benchmark": ("BenchmarkStage", "prefill time of the pruned model against the stock one"),
+    "generate": ("GenerateStage", "one prompt, dense and pruned: both texts, tokens skipped, time to first token"),
+    "report": ("ReportStage", "one HTML page from the folder of a run"),
+    "prefetch": ("PrefetchStage", "download models and data sets, for nodes without network"),
+}
+"""Stage -> (its settings class in `ftp_lightning.stages.STAGE`, what it does)."""
+
+LATER = {"sweep": "sweep is not part of this version.\nRun the sweep files under sweeps/ with `wandb sweep` and `wandb agent`."}
+
+USAGE = "usage: ftp-lightning STAGE [--config FILE ...] [--KEY VALUE ...]\n\nstages:\n{}\n\n`ftp-lightning STAGE --help` shows its flags."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage. Returns the exit status: 0, 2 for what the user can mend (told in at most three lines), 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except UserError as error:
+        print("\n".join(str(error).splitlines()[:3]), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE.format("\n".join(f"  {name:12} {what}" for name, (_, what) in STAGES.items())))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from ftp_lightning import __version__
+
+        print(__version__)
+        return 0
+    settings = parse(argv[0], argv[1:])
+    if settings is not None:
+        settings.execute()
+    return 0
+
+
+def parse(stage: str, arguments: Sequence[str]):
+    """The stage's settings from its flags and config files; None where the parser has answered itself (`--help`)."""
+    if stage in LATER:
+        raise UserError(LATER[stage])
+    if stage not in STAGES:
+        raise UserError(f"there is no stage {stage!r}\nStages: {', '.join(STAGES)}.")
+    from ftp_lightning.stages.parser import parse_settings
+
+    settings_class = getattr(import_module(f"ftp_lightning.stages.{stage}"), STAGES[stage][0])
+    return parse_settings(settings_class, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

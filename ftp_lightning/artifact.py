@@ -1,0 +1,255 @@
+"""What a stage leaves on disk: a folder that is finished or not, never half-written files.
+
+`provenance.json` is written last: it is the mark of completion, and its fingerprint of settings, inputs and code decides whether
+the stage has to be run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ftp_lightning.errors import UserError
+
+PROVENANCE = "provenance.json"
+STATE = "state.json"
+PACKAGE = Path(__file__).resolve().parent
+PACKAGES = ("ftp-lightning", "torch", "transformers", "lightning", "deap", "datasets", "lm_eval", "numpy")
+_WHOLE = 64 * 2**20
+
+
+class StageFolder:
+    """The folder of one stage, as a context.
+
+    Entering checks that it can be written and what is in it: `finished` is True where the same stage is done already; a finished
+    stage of another fingerprint is refused with the difference, unless `overwrite`. Leaving without an exception writes config.yaml and
+    provenance.json. After a UserError nothing stays that this call has created; after any other end a saved state stays to resume from.
+
+    Args:
+        path: the folder; made if it is not there.
+        config: all settings, written as config.yaml.
+        identity: the settings that decide the result, with inputs by their hashes; with the code version they make the fingerprint.
+        command: a command line that gives these settings.
+    """
+
+    def __init__(self, path: Path, stage: str, config: dict, identity: dict, command: str, overwrite: bool = False):
+        self.path, self.stage, self.config, self.command, self.overwrite = Path(path), stage, config, command, overwrite
+        self.parts = {"stage": stage, **identity, "code": code_version()}
+        self.fingerprint = _digest(json.dumps(self.parts, sort_keys=True, default=str).encode())
+        self.finished = False
+        self._files: list[str] = []
+        self._created: list[Path] = []
+        self._started = time.monotonic()
+
+    def __enter__(self) -> StageFolder:
+        self._created = make_folder(self.path)
+        former = read_provenance(self.path)
+        if former and not self.overwrite:
+            self.finished = former.get("fingerprint") == self.fingerprint
+            if not self.finished:
+                raise UserError(
+                    f"{self.path} holds a finished stage with other settings: {_difference(former.get('parts', {}), self.parts)}\n"
+                    "Give another --output, or --overwrite to run it again here."
+                )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None:
+            if not self.finished:
+                self._finish()
+        elif self._created and (issubclass(kind, UserError) or not self._resumable()):
+            remove_created(self.path, self._created)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        write_text(self.place(name), text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON; numbers that are not finite become null."""
+        self.write_text(name, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+    def place(self, name: str) -> Path:
+        """The path of a product that somebody else writes. The first product of a new run takes the former run's away."""
+        if not self._files:
+            self._forget_former()
+        if name not in self._files:
+            self._files.append(name)
+        return self.path / name
+
+    def save_state(self, state: Any) -> None:
+        """What an interrupted stage resumes from; gone when it is finished."""
+        if not self._files:
+            self._forget_former()
+        write_text(self.path / STATE, json.dumps({"fingerprint": self.fingerprint, "state": state}))
+
+    def load_state(self) -> Any:
+        """The state saved by an interrupted run of this very fingerprint, else None."""
+        try:
+            saved = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return saved["state"] if saved.get("fingerprint") == self.fingerprint else None
+
+    def _forget_former(self) -> None:
+        """No provenance means not finished, so it goes first; then the former run's products, which need not come again."""
+        former = read_provenance(self.path) or {}
+        (self.path / PROVENANCE).unlink(missing_ok=True)
+        for name in former.get("files", []):
+            _remove(self.path / name)
+
+    def _resumable(self) -> bool:
+        return (self.path / STATE).exists() or any(self.path.rglob("*.ckpt"))
+
+    def _finish(self) -> None:
+        import yaml
+
+        self.write_text("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        (self.path / STATE).unlink(missing_ok=True)
+        record = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "parts": self.parts,
+            "files": sorted(self._files),
+            "command": self.command,
+            "seed": self.config.get("seed"),
+            "commit": git_commit(),
+            "versions": versions(),
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+        write_text(self.path / PROVENANCE, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder that can be written to. Returns the folders this call has created, outermost first.
+
+    UserError where that is not possible; then nothing has been created.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
+    made: list[Path] = []
+    try:
+        for folder in missing:
+            folder.mkdir()
+            made.append(folder)
+        probe = path / f".probe.{os.getpid()}.partial"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        for folder in reversed(made):
+            folder.rmdir()
+        raise UserError(f"cannot write to the output folder {path}: {error.strerror}\nGive another --output.") from None
+    return made
+
+
+def remove_created(path: Path, created: list[Path]) -> None:
+    """Remove `path` with all it holds where it is among `created`, and those of its created parents that are empty then."""
+    if path in created:
+        shutil.rmtree(path, ignore_errors=True)
+    for folder in reversed(created):
+        if folder != path and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_provenance(folder: Path) -> dict | None:
+    """The provenance of a finished stage; None where there is none that can be read."""
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def hash_path(path: Path) -> str:
+    """16 hex digits over the content of a file, or names and contents of a folder's files; the path itself does not count.
+
+    Of a file beyond 64 MiB its size, first and last 32 MiB count [ours]: weights of many GB are not read twice.
+    """
+    if path.is_file():
+        return _digest(_content(path))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != PROVENANCE)
+    return _digest(*(part for file in files for part in (file.relative_to(path).as_posix().encode(), _content(file))))
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """16 hex digits over the names and contents of this package's Python files."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return _digest(*(part for file in files for part in (file.relative_to(PACKAGE).as_posix().encode(), file.read_bytes())))
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package lies in; None where it is installed elsewhere."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter, without importing them; None where one is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:16]
+
+
+def _content(file: Path) -> bytes:
+    """The sha256 of what counts of a file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= _WHOLE:
+            return hashlib.sha256(stream.read()).digest()
+        digest = hashlib.sha256(size.to_bytes(8, "big") + stream.read(_WHOLE // 2))
+        stream.seek(-_WHOLE // 2, os.SEEK_END)
+        digest.update(stream.read())
+        return digest.digest()
+
+
+def _difference(former: dict, now: dict) -> str:
+    keys = [key for key in {**former, **now} if former.get(key) != now.get(key)]
+    return ", ".join(f"{key} {former.get(key)} -> {now.get(key)}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

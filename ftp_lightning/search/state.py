@@ -1,0 +1,59 @@
+"""All that changes during a search, and its JSON-able record, from which the search goes on unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+
+from ftp_lightning.schedule import Schedule
+from ftp_lightning.search.operators import Individual
+
+
+@dataclass
+class SearchState:
+    """All that changes during a search; `record` makes it JSON-able, `restore` reads that."""
+
+    rng: random.Random
+    best: Schedule
+    best_value: float
+    allocations: dict[str, float]
+    parents: list[Individual]
+    generation: int = 0
+    stale: int = 0
+    entries: list[dict] = field(default_factory=list)
+
+    def record(self) -> dict:
+        version, numbers, gauss = self.rng.getstate()
+        return {
+            "generation": self.generation,
+            "stale": self.stale,
+            "rng": [version, list(numbers), gauss],
+            "best": {"sparsity": list(self.best.sparsity), "value": self.best_value},
+            "allocations": dict(self.allocations),
+            "parents": [{"levels": list(p), "value": p.loss} for p in self.parents],
+            "log": [dict(entry) for entry in self.entries],
+        }
+
+    @staticmethod
+    def restore(record: dict) -> SearchState:
+        rng = random.Random()
+        version, numbers, gauss = record["rng"]
+        rng.setstate((version, tuple(numbers), gauss))
+        parents = [_individual(**p) for p in record["parents"]]
+        best = record["best"]
+        rest = record["generation"], record["stale"], list(record["log"])
+        return SearchState(rng, Schedule(best["sparsity"]), best["value"], dict(record["allocations"]), parents, *rest)
+
+
+def population_hash(population: list[Individual]) -> str:
+    """16 hex digits over levels and losses, to the last bit: processes that drift apart show it."""
+    text = json.dumps([[list(individual), individual.loss] for individual in population])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _individual(levels: list[int], value: float) -> Individual:
+    individual = Individual(levels)
+    individual.fitness.values = (value,)
+    return individual

@@ -1,0 +1,197 @@
+"""What all stages share: settings that are checked where they are born, and the way a stage is carried out."""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ftp_lightning.artifact import StageFolder, hash_path
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.progress import Progress
+
+RESERVED = 2
+"""Tokens of a prompt that are always kept where a block is pruned: the first and the last (method.md, section 2)."""
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    is_file: bool = False,
+    passive: bool = False,
+) -> Any:
+    """A field that is a flag: `default`, `help`, and what it may be.
+
+    least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose *content* is an
+    input. `passive`: has no influence on what the stage finds.
+    """
+    bounds = {"least": least, "most": most, "below": below, "above": above}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "is_file": is_file, "passive": passive})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ABC):
+    """Every subclass is the command line, the YAML schema and the help of one stage.
+
+    Raises UserError where a value is out of its bounds. Subclasses extend `check`.
+    """
+
+    stage: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check_bounds(item.name, getattr(self, item.name), item.metadata["bounds"])
+        self.check()
+
+    def check(self) -> None:
+        """What a single bound cannot say; UserError where values do not go together."""
+
+    @abstractmethod
+    def execute(self, progress: Progress | None = None) -> Path:
+        """Carry the stage out. Returns the folder it wrote to."""
+
+    def config(self) -> dict[str, Any]:
+        """All settings, ready for YAML; `--config` reads it back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def command(self) -> str:
+        """The shortest command line that gives these settings."""
+        changed = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        words = [f"--{name}={_as_argument(getattr(self, name))}" for name in changed]
+        return shlex.join(["ftp-lightning", self.stage, *words])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Settings):
+    """A stage that looks at a model and a text and fills a folder of its own."""
+
+    default_split: ClassVar[str] = "calibration"
+    repeats: ClassVar[bool] = False
+    """Whether a finished folder is simply written anew, as if by --overwrite."""
+
+    model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: the small Llama of this package")
+    data: str = option("embedded", "text file, folder of them, JSONL, Alpaca JSON, Hub data set, or `embedded`: our stories")
+    split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
+    output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
+    seed: int = option(0, "seed of everything random", least=0)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; `auto` takes the best there is")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
+    revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
+    overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
+    tracking: Literal["csv", "wandb", "none"] = option("csv", "where metrics of the way are logged", passive=True)
+    prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
+    continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or f"runs/{self.stage}").expanduser()
+
+    @property
+    def chosen_split(self) -> str:
+        return self.default_split if self.split == "auto" else self.split
+
+    @abstractmethod
+    def work(self, folder: StageFolder, progress: Progress) -> None:
+        """Read the inputs, call one edge, write the products into `folder`."""
+
+    def execute(self, progress: Progress | None = None) -> Path:
+        """Fill the folder, unless it holds the same stage, finished. UserError where it holds another one."""
+        progress, again = progress or Progress(self.stage), self.overwrite or self.repeats
+        with StageFolder(self.folder, self.stage, self.config(), self.identity(), self.command(), again) as folder:
+            if folder.finished:
+                progress.say(f"{self.folder} is done already; --overwrite runs it again")
+            else:
+                self.work(folder, progress)
+        return self.folder
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result besides the code: the settings that matter, files and folders by the hash of their content."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["passive"]}
+        files = [item.name for item in fields(self) if item.metadata["is_file"]]
+        settings |= {name: _content(name, getattr(self, name)) for name in files}
+        settings["model"] = _source(self.model, ASSETS / "llama")
+        settings["data"] = _source(self.data, ASSETS / "stories")
+        return settings
+
+    def others(self, settings_class: type[StageSettings], **changes: Any) -> StageSettings:
+        """The settings of another stage on the same model and text, with `changes`."""
+        names = {item.name for item in fields(StageSettings)} - {"split", "output"}
+        return replace(settings_class(), **{name: getattr(self, name) for name in names} | changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedSettings(StageSettings):
+    """A stage that looks at one pruner: a folder, or the static router under a schedule."""
+
+    default_split: ClassVar[str] = "test"
+
+    pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it", is_file=True)
+    schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
+    budget: float | None = option(None, "uniform schedule of this budget, without --pruned and --schedule", least=0.0, below=1.0)
+    kv: Literal["auto", "evict", "keep"] = option("auto", "keys and values of skipped tokens; auto: as --pruned, else keep")
+
+    def check(self) -> None:
+        if self.budget is not None:
+            if self.pruned or self.schedule:
+                raise UserError("budget is given beside a pruner or schedule that has its own\nLeave --budget out, or the other two.")
+            check_reachable(self.budget, self.prompt_tokens)
+
+
+def picked(settings_class: type, settings: Settings) -> Any:
+    """A settings object of an edge, its fields taken from the flags of the same names."""
+    return settings_class(**{item.name: getattr(settings, item.name) for item in fields(settings_class)})
+
+
+def check_reachable(budget: float, prompt_tokens: int) -> None:
+    """UserError where blocks of `prompt_tokens` tokens, the reserved ones always kept, cannot skip a share of `budget`."""
+    reachable = 1 - RESERVED / prompt_tokens
+    if budget > reachable:
+        raise UserError(
+            f"budget {budget} cannot be reached with prompt_tokens {prompt_tokens}: the first and the last token are always "
+            f"kept, so at most {reachable:.3g} can be skipped\nGive a smaller --budget or more --prompt_tokens."
+        )
+
+
+def _check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:
+    if value is None or not any(bound is not None for bound in bounds.values()):
+        return
+    least, most, below, above = (bounds[key] for key in ("least", "most", "below", "above"))
+    fits = (
+        (least is None or value >= least)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+        and (above is None or value > above)
+    )
+    if not fits:
+        low = f"({above:g}" if least is None and above is not None else f"[{least:g}" if least is not None else "(-inf"
+        high = f"{below:g})" if below is not None else f"{most:g}]" if most is not None else "inf)"
+        raise UserError(f"{name} is {value}, must be in {low}, {high}\nChange --{name} or the key {name} of the config file.")
+
+
+def _as_argument(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _content(name: str, path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).expanduser().exists():
+        raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
+    return hash_path(Path(path).expanduser())
+
+
+def _source(name: str, embedded: Path) -> str:
+    """Text and models by content where they lie on this disk, else by name."""
+    path = embedded if name == "embedded" else Path(name).expanduser()
+    return hash_path(path) if path.exists() else name

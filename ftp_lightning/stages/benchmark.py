@@ -1,0 +1,64 @@
+"""Stage `benchmark`: prefill time of the pruned model against the same stock model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ftp_lightning.artifact import StageFolder
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.base import PrunedSettings, check_reachable, option
+from ftp_lightning.stages.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkStage(PrunedSettings):
+    """Time the prefill, dense and pruned in turn in one process, beside the limit that the FLOPs set. Writes benchmark.json."""
+
+    stage: ClassVar[str] = "benchmark"
+
+    lengths: tuple[int, ...] = option((256, 512), "prompt lengths in tokens")
+    batches: tuple[int, ...] = option((1,), "prompts per forward")
+    pairs: int = option(15, "pairs of a dense and a pruned prefill", least=2)
+
+    def check(self) -> None:
+        super().check()
+        if not self.lengths or not self.batches or min(self.lengths) < 4 or min(self.batches) < 1:
+            raise UserError(f"lengths {self.lengths} must be at least 4, batches {self.batches} at least 1\nChange them.")
+        check_reachable(self.budget or 0.0, min(self.lengths))
+
+    def work(self, folder: StageFolder, progress: Progress) -> None:
+        import torch
+
+        from ftp_lightning.evaluation.speed import prefill_speed
+        from ftp_lightning.stages.inputs import chosen_pruner, load_model
+
+        model, _ = load_model(self)
+        pruner = chosen_pruner(self, model)
+        generator = torch.Generator().manual_seed(self.seed)
+        sizes = [(length, batch) for batch in self.batches for length in self.lengths]
+        rows = []
+        for done, (length, batch) in enumerate(sizes):
+            progress.step(done, len(sizes), f"{batch} x {length} tokens")
+            rows.append(_row(prefill_speed(model, pruner, length, batch, self.pairs, generator=generator), pruner))
+        folder.write_json("benchmark.json", {"rows": rows})
+        folder.write_json("metrics.json", {"speedup": {f"{row['batch']}x{row['length']}": row["speedup"] for row in rows}})
+        last = rows[-1]
+        progress.done(f"{last['speedup']:.2f} times as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f})")
+
+
+def _row(speed: Any, pruner: Any) -> dict[str, Any]:
+    return {
+        "length": speed.length,
+        "batch": speed.batch,
+        "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
+        "budget": pruner.schedule.budget,
+        "speedup": speed.ratio,
+        "low": speed.ratio_low,
+        "high": speed.ratio_high,
+        "flops_limit": speed.flops_limit,
+        "dense_ms": speed.dense_ms,
+        "pruned_ms": speed.pruned_ms,
+        "realised_sparsity": speed.sparsity,
+        "pairs": speed.pairs,
+    }

@@ -1,0 +1,77 @@
+"""Stage `evaluate`: pruned models against dense, on text and on tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftp_lightning.artifact import StageFolder
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.base import PrunedSettings, option
+from ftp_lightning.stages.progress import Progress
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.methods import Methods
+
+BASELINES = ("random", "uniform", "block_influence", "static")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStage(PrunedSettings):
+    """Measure KL, perplexity, answers kept, retention and skill. Writes results.json, samples.jsonl and tokens.json."""
+
+    stage: ClassVar[str] = "evaluate"
+
+    compare: tuple[str, ...] = option((), f"baselines of the same budget: {', '.join(BASELINES)}")
+    before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
+    static_schedule: str | None = option(None, "schedule.json of the baseline `static`; else --schedule", is_file=True)
+    sensitivity: str | None = option(None, "sensitivity.json, for the baseline `block_influence`", is_file=True)
+    tasks: tuple[str, ...] = option(("story_recall", "story_ending", "story_name"), "embedded tasks, or any that lm-eval knows")
+    task_data: str | None = option(None, "folder that holds TASK.jsonl, in the Hub's schema, for tasks of lm-eval", is_file=True)
+    mode: Literal["prompt", "sequence"] = option("prompt", "tasks: the context alone is routed, or the whole text")
+    items: int = option(300, "questions with facts to recall", least=1)
+    limit: int | None = option(None, "items per task at most", least=1)
+    num_fewshot: int = option(0, "examples before each item, for tasks of lm-eval", least=0)
+    apply_chat_template: bool = option(False, "put the items into the model's chat template")
+    windows: int | None = option(None, "windows of text at most; all of them by default", least=1)
+    batch_size: int = option(8, "windows or contexts per forward", least=1)
+
+    def check(self) -> None:
+        super().check()
+        for name in self.compare:
+            if name not in BASELINES:
+                raise UserError(f"compare names {name!r}, which is none of {', '.join(BASELINES)}\nChange --compare.")
+        if "block_influence" in self.compare and not self.sensitivity:
+            raise UserError("the baseline block_influence needs what `sensitivity` measured\nGive --sensitivity FILE.")
+        if "static" in self.compare and not (self.static_schedule or self.schedule):
+            raise UserError("the baseline static needs the schedule that was searched with it\nGive --static_schedule FILE.")
+
+    def work(self, folder: StageFolder, progress: Progress) -> None:
+        from ftp_lightning.stages.inputs import load_model
+        from ftp_lightning.stages.measuring import Bench
+        from ftp_lightning.stages.methods import choose_methods
+
+        model, tokenizer = load_model(self)
+        methods = choose_methods(self, model)
+        steps = 2 * len(methods) + 2
+        told = iter(range(steps))
+
+        def tell(what: str) -> None:
+            progress.step(next(told), steps, what)
+
+        bench = Bench(self, model, tokenizer, tell)
+        results = bench.dense_results()
+        results["methods"] = [bench.measure(name, pruner) for name, pruner in methods]
+        self.write(folder, results, bench, methods)
+        last = results["methods"][-1]
+        progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g} at {last['realised_sparsity']:.1%} skipped")
+
+    def write(self, folder: StageFolder, results: dict[str, Any], bench: Any, methods: Methods) -> None:
+        from ftp_lightning.stages.showcase import story_tokens
+
+        folder.write_json("results.json", results)
+        folder.write_text("samples.jsonl", "".join(json.dumps(row) + "\n" for row in bench.samples()))
+        folder.write_json("tokens.json", story_tokens(self, bench.model, bench.tokenizer, methods[-1][1]))
+        summary = {method["name"]: {"kl": method["kl"], "kept": method["kept"]} for method in results["methods"]}
+        folder.write_json("metrics.json", {"methods": summary, "windows": bench.windows.hash()})

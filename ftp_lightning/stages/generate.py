@@ -1,0 +1,100 @@
+"""Stage `generate`: one prompt, dense and pruned."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ftp_lightning.artifact import StageFolder
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.base import PrunedSettings, option
+from ftp_lightning.stages.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateStage(PrunedSettings):
+    """Continue one prompt, dense and pruned: both texts, tokens skipped per block, time to first token. Writes generation.json."""
+
+    stage: ClassVar[str] = "generate"
+    repeats: ClassVar[bool] = True
+
+    prompt: str | None = option(None, "text to continue; by default a story with facts set into it and a question")
+    max_new_tokens: int = option(24, "tokens to generate", least=1)
+    pairs: int = option(5, "timings of the first token, dense and pruned in turn", least=1)
+    apply_chat_template: bool = option(False, "put the prompt into the model's chat template")
+
+    def work(self, folder: StageFolder, progress: Progress) -> None:
+        from ftp_lightning.stages.inputs import chosen_pruner, load_model
+
+        model, tokenizer = load_model(self)
+        pruner = chosen_pruner(self, model)
+        prompt = self.prompt if self.prompt is not None else self._question(tokenizer)
+        ids = self._encode(prompt, model, tokenizer)
+        texts = {name: tokenizer.decode(_generate(model, ids, self.max_new_tokens, chosen)[ids.shape[1] :], skip_special_tokens=True)
+                 for name, chosen in (("dense", None), ("pruned", pruner))}  # fmt: skip
+        skipped = [round(share * ids.shape[1]) for share in pruner.trace.prompt.sparsity]
+        first = _first_token_ms(model, ids, pruner, self.pairs)
+        tokens = ids.shape[1]
+        folder.write_json("generation.json", {"prompt": prompt, "prompt_tokens": tokens, **texts, "skipped": skipped})
+        folder.write_json("metrics.json", {"first_token_ms": first})
+        print(_shown(prompt, texts, tokens, skipped, first))
+
+    def _question(self, tokenizer: Any) -> str:
+        from ftp_lightning.data.choices import recall_items
+        from ftp_lightning.data.sources import load_documents
+
+        documents = load_documents(self.data, self.chosen_split)
+        rng = random.Random(f"{self.seed}/generate")
+        return recall_items(tokenizer, documents, rng, 1, self.prompt_tokens)[0]["context"]
+
+    def _encode(self, prompt: str, model: Any, tokenizer: Any) -> Any:
+        """(1, T) token ids; UserError where there is nothing, or no room to go on."""
+        import torch
+
+        if self.apply_chat_template:
+            if not tokenizer.chat_template:
+                raise UserError(f"the tokenizer of {self.model} has no chat template\nLeave --apply_chat_template out.")
+            prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        bos = [] if tokenizer.bos_token_id is None or self.apply_chat_template else [tokenizer.bos_token_id]
+        ids = bos + tokenizer.encode(prompt, add_special_tokens=False)
+        limit = getattr(model.config, "max_position_embeddings", None) or len(ids) + self.max_new_tokens
+        if not prompt.strip() or len(ids) + self.max_new_tokens > limit:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens; it must not be empty, and with {self.max_new_tokens} new ones fit the model's "
+                f"{limit}\nGive another --prompt or fewer --max_new_tokens."
+            )
+        return torch.tensor([ids], device=model.device)
+
+
+def _generate(model: Any, ids: Any, tokens: int, pruner: Any) -> Any:
+    """Greedy continuation, (T + new,) ids; pruned where there is a pruner."""
+    import torch
+
+    with pruner(model) if pruner else nullcontext(), torch.no_grad():
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
+
+
+def _first_token_ms(model: Any, ids: Any, pruner: Any, pairs: int) -> dict[str, float]:
+    """Median milliseconds to the first token; dense and pruned in turn, after one of each that does not count."""
+    times: dict[str, list[float]] = {"dense": [], "pruned": []}
+    for _ in range(pairs + 1):
+        for name, chosen in (("dense", None), ("pruned", pruner)):
+            start = time.perf_counter()
+            _generate(model, ids, 1, chosen).tolist()  # reading the token waits for the device
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(values[1:]), 2) for name, values in times.items()}
+
+
+def _shown(prompt: str, texts: dict[str, str], tokens: int, skipped: list[int], first: dict[str, float]) -> str:
+    blocks = " ".join(map(str, skipped))
+    share = sum(skipped) / (tokens * len(skipped))
+    return (
+        f"prompt ({tokens} tokens)\n{prompt}\n\ndense\n{texts['dense']}\n\npruned\n{texts['pruned']}\n\n"
+        f"tokens skipped per block: {blocks} ({share:.1%} of all)\n"
+        f"time to first token: dense {first['dense']:.1f} ms, pruned {first['pruned']:.1f} ms"
+    )

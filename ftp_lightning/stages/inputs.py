@@ -1,0 +1,103 @@
+"""What stages read: model, windows, schedules, pruners. Everything a user can get wrong here is told in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftp_lightning import models
+from ftp_lightning.data.sources import load_documents
+from ftp_lightning.data.windows import Windows, calibration_windows
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.pruning.pruned_folder import check_base, read_settings
+from ftp_lightning.routing import StaticRouter
+from ftp_lightning.schedule import Schedule
+from ftp_lightning.stages.base import PrunedSettings, StageSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_BUDGET = 0.3
+
+
+def load_model(settings: StageSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The stage's model and tokenizer; UserError also where a window does not fit the model."""
+    place = {"dtype": settings.dtype, "device": settings.device, "revision": settings.revision}
+    model, tokenizer = models.load(settings.model, **place, seed=settings.seed)
+    limit, wanted = getattr(model.config, "max_position_embeddings", None), settings.prompt_tokens + settings.continuation_tokens
+    if limit is not None and wanted > limit:
+        raise UserError(f"windows of {wanted} tokens do not fit the model's {limit}\nGive fewer --prompt_tokens or --continuation_tokens.")
+    return model, tokenizer
+
+
+def mixed_windows(
+    settings: StageSettings, tokenizer: PreTrainedTokenizerBase, count: int, recall_share: float, split: str | None = None
+) -> Windows:
+    """`count` windows of the stage's text, `recall_share` of them with facts to recall."""
+    documents = load_documents(settings.data, split or settings.chosen_split)
+    shape = settings.prompt_tokens, settings.continuation_tokens
+    return calibration_windows(tokenizer, documents, *shape, count, settings.seed, recall_share)
+
+
+def num_blocks(model: PreTrainedModel) -> int:
+    """How many blocks the model has; UserError where they are not understood."""
+    try:
+        return len(find_blocks(model))
+    except ValueError as error:
+        raise UserError(f"{error}\nGive another --model.") from None
+
+
+def load_schedule(path: str, model: PreTrainedModel) -> Schedule:
+    """The schedule in a file; UserError where it was made for another number of blocks."""
+    schedule = Schedule.load(Path(path).expanduser())
+    check_blocks(schedule, path, num_blocks(model))
+    return schedule
+
+
+def schedule_or_uniform(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
+    """The schedule in a file, else the uniform one of the budget."""
+    if path:
+        return load_schedule(path, model)
+    return Schedule.uniform(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
+
+
+def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
+    """The pruner in a folder; UserError where it was made for another model."""
+    path = Path(folder).expanduser()
+    pruner = TokenPruner.load(path)
+    check_blocks(pruner.schedule, folder, num_blocks(model))
+    check_base(read_settings(path), model)
+    return pruner
+
+
+def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPruner:
+    """What --pruned, --schedule, --budget and --kv say: a stored pruner, else the static router."""
+    if settings.pruned:
+        schedule = load_schedule(settings.schedule, model) if settings.schedule else None
+        pruner = load_pruner(settings.pruned, model)
+        changes = {} if settings.kv == "auto" else {"kv": settings.kv}
+        return TokenPruner(pruner.router, schedule or pruner.schedule, **pruner.settings() | changes)
+    schedule = schedule_or_uniform(settings.schedule, settings.budget, model)
+    return TokenPruner(StaticRouter(), schedule, kv="keep" if settings.kv == "auto" else settings.kv)
+
+
+def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:
+    """What `sensitivity` found; UserError where the file is something else or of another number of blocks."""
+    try:
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        measured = len(found["block_influence"]), len(found["kl"])
+        found["levels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no sensitivity.json\nMake one with `ftp-lightning sensitivity`.") from None
+    if set(measured) != {blocks}:
+        raise UserError(f"{path} was measured on {measured[0]} blocks, the model has {blocks}\nMeasure this model's.")
+    return found
+
+
+def check_blocks(schedule: Schedule, name: str, blocks: int) -> None:
+    """UserError where a schedule is not one of `blocks` blocks."""
+    if schedule.num_blocks != blocks:
+        raise UserError(f"{name} is made for {schedule.num_blocks} blocks, the model has {blocks}\nGive the one made for this model.")

@@ -1,0 +1,48 @@
+"""What is compared: baselines of one budget and kv mode, the router before fine-tuning, and the pruner asked about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.routing import ROUTERS, RandomRouter, Router, StaticRouter
+from ftp_lightning.schedule import Schedule
+from ftp_lightning.search import allocations
+from ftp_lightning.stages.inputs import chosen_pruner, load_pruner, load_schedule, load_sensitivity
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.evaluate import EvaluateStage
+
+Methods = list[tuple[str, TokenPruner]]
+"""Name and pruner of each method, the one asked about last."""
+
+BEFORE = "dynamic (before fine-tuning)"
+
+
+def choose_methods(settings: EvaluateStage, model: Any) -> Methods:
+    """The methods that the settings ask for; baselines take budget and kv of the pruner asked about."""
+    chosen = chosen_pruner(settings, model)
+    methods = [(name, _baseline(name, settings, chosen, model)) for name in settings.compare]
+    if settings.before:
+        methods.append((BEFORE, load_pruner(settings.before, model)))
+    name = _name(settings, chosen.router)
+    return [(other, pruner) for other, pruner in methods if other != name] + [(name, chosen)]
+
+
+def _baseline(name: str, settings: EvaluateStage, chosen: TokenPruner, model: Any) -> TokenPruner:
+    schedule, blocks = chosen.schedule, chosen.schedule.num_blocks
+    even = Schedule.uniform(blocks, schedule.budget)
+    if name == "random":
+        return TokenPruner(RandomRouter(settings.seed), even, kv=chosen.kv)
+    if name == "uniform":
+        return TokenPruner(StaticRouter(), even, kv=chosen.kv)
+    if name == "block_influence":
+        influence = load_sensitivity(settings.sensitivity, blocks)["block_influence"]
+        return TokenPruner(StaticRouter(), allocations.from_importance(influence, schedule.budget), kv=chosen.kv)
+    return TokenPruner(StaticRouter(), load_schedule(settings.static_schedule or settings.schedule, model), kv=chosen.kv)
+
+
+def _name(settings: EvaluateStage, router: Router) -> str:
+    """A stored pruner is called by its router; the static router under no searched schedule is the baseline `uniform`."""
+    kind = next((name for name, kind in ROUTERS.items() if type(router) is kind), "pruned")
+    return kind if settings.pruned or settings.schedule else "uniform"

@@ -1,0 +1,76 @@
+"""From the fields of a settings class to flags, YAML keys and help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+
+from ftp_lightning.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong in at most three lines, without the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        raise UserError(f"{' '.join(lines[:3])}\n`{self.prog} --help` lists the keys and their values.")
+
+
+def listed(item: type) -> Callable[[Any], list]:
+    """Reads a list of `item` from `A,B`, `[A, B]`, a YAML list or a single value."""
+
+    def values(given: Any) -> list:
+        if isinstance(given, str):
+            given = [part.strip(" '\"") for part in given.strip("[]()").split(",") if part.strip()]
+        return [item(part) for part in (given if isinstance(given, list | tuple) else [given])]
+
+    values.__name__ = f"{item.__name__},{item.__name__}"
+    return values
+
+
+def parser_of(settings_class: type) -> Parser:
+    """One flag per field, with its type, default and help; `--config` may be given several times, later ones win."""
+    parser = Parser(
+        prog=f"ftp-lightning {settings_class.stage}",
+        description=(settings_class.__doc__ or "").split("\n\n")[0],
+        default_env=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; may be repeated, later ones win")
+    hints = get_type_hints(settings_class)
+    for field in fields(settings_class):
+        _add(parser, field.name, hints[field.name], field.default, field.metadata["help"])
+    return parser
+
+
+def _add(parser: Parser, name: str, kind: Any, default: Any, help: str) -> None:
+    if kind is bool:  # --name, --no_name, --name=true
+        yes_no = ActionYesNo(yes_prefix="", no_prefix="no_")
+        parser.add_argument(f"--{name}", action=yes_no, nargs="?", default=default, help=help)
+    elif get_origin(kind) is tuple:
+        listing = ",".join(map(str, default)) or "none"
+        parser.add_argument(
+            f"--{name}", type=listed(get_args(kind)[0]), default=list(default), metavar="A,B", help=f"{help} (as a list: {listing})"
+        )
+    else:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+
+
+def parse_settings(settings_class: type[Settings], arguments: Sequence[str]) -> Settings | None:
+    """The settings, or None where the parser has answered itself (`--help`, `--print_config`).
+
+    UserError names an unknown key, an impossible value, a missing or broken config file.
+    """
+    try:
+        namespace = parser_of(settings_class).parse_args(list(arguments))
+    except SystemExit as finished:
+        if finished.code:
+            raise UserError(f"the arguments were not understood\n`ftp-lightning {settings_class.stage} --help` lists them.") from None
+        return None
+    values = {field.name: namespace[field.name] for field in fields(settings_class)}
+    return settings_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,79 @@
+"""Stage `prefetch`: models and data sets into the local cache, for machines without network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.base import Settings, option
+from ftp_lightning.stages.progress import Progress
+
+NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchStage(Settings):
+    """Download a model, data sets and tasks from the Hub into its cache (HF_HOME); then HF_HUB_OFFLINE=1 works without network."""
+
+    stage: ClassVar[str] = "prefetch"
+
+    model: str | None = option(None, "Hub name of a model")
+    revision: str | None = option(None, "its revision: branch, tag or commit")
+    data: tuple[str, ...] = option((), "Hub data sets, NAME or NAME:CONFIG")
+    tasks: tuple[str, ...] = option((), "tasks of lm-eval, whose data sets are fetched")
+
+    def check(self) -> None:
+        if not (self.model or self.data or self.tasks):
+            raise UserError("nothing to fetch is named\nGive --model NAME, --data A,B or --tasks A,B.")
+
+    def execute(self, progress: Progress | None = None) -> Path:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        progress = progress or Progress(self.stage)
+        if self.model:
+            progress.say(f"model {self.model} is at {_attempt(self.model, lambda: _model(self.model, self.revision))}")
+        for name in self.data:
+            _attempt(name, lambda name=name: _dataset(name))
+            progress.say(f"data set {name} is there")
+        if self.tasks:
+            _attempt(", ".join(self.tasks), lambda: _tasks(list(self.tasks)))
+            progress.say(f"tasks {', '.join(self.tasks)} are there")
+        return Path(HF_HUB_CACHE)
+
+
+def _model(name: str, revision: str | None) -> str:
+    """Weights as safetensors, configuration and tokenizer; pickles are not fetched."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, revision=revision, allow_patterns=NEEDED)
+
+
+def _dataset(name: str) -> None:
+    from datasets import load_dataset
+
+    path, _, config = name.partition(":")
+    load_dataset(path, config or None)
+
+
+def _tasks(names: list[str]) -> None:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm-eval knows no task {', '.join(unknown)}\nSee `lm_eval ls tasks`.")
+    manager.load(names)
+
+
+def _attempt(name: str, fetch):
+    """`fetch()`, with what the Hub and the network answer told in a sentence."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return fetch()
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{name} cannot be had from the Hub: {reason}\nCheck the name, the network and HF_HUB_OFFLINE.") from error

@@ -1,0 +1,126 @@
+"""Stage `search`: a schedule for a budget. With the static router it is the first search, with a trained one the fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ftp_lightning.artifact import StageFolder
+from ftp_lightning.stages.base import StageSettings, check_reachable, option, picked
+from ftp_lightning.stages.progress import Progress
+
+if TYPE_CHECKING:
+    from ftp_lightning.pruning import TokenPruner
+    from ftp_lightning.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStage(StageSettings):
+    """Search the schedule of a budget that keeps the continuation nearest to dense. Writes schedule.json, with --pruned also pruned/."""
+
+    stage: ClassVar[str] = "search"
+
+    budget: float = option(0.3, "mean share of prompt tokens that skip a block, in [0, 1)", least=0.0, below=1.0)
+    kv: Literal["auto", "evict", "keep"] = option("auto", "keys and values of skipped tokens; auto: as --pruned, else keep")
+    router: Literal["static", "random"] = option("static", "router to search with, where there is no --pruned")
+    pruned: str | None = option(None, "folder of a trained pruner: fine-tune its schedule", is_file=True)
+    schedule: str | None = option(None, "schedule.json to start from, besides the allocations", is_file=True)
+    sensitivity: str | None = option(None, "sensitivity.json: adds two allocations to start from", is_file=True)
+    windows: int = option(32, "calibration windows to measure on", least=1)
+    recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
+    batch_size: int = option(8, "windows per forward", least=1)
+    step: float = option(0.05, "difference of two levels, taken so that it divides the budget", above=0.0, most=1.0)
+    generations: int = option(10, "rounds of children", least=0)
+    offspring: int = option(12, "children per generation", least=1)
+    survivors: int = option(3, "best children, measured on all windows", least=1)
+    parents: int = option(2, "schedules that go on", least=1)
+    switches: int = option(2, "most level switches per child", least=1)
+    crossover: float = option(0.3, "probability that a child mixes two parents", least=0.0, most=1.0)
+    stage_windows: int = option(8, "windows that the children are measured on", least=1)
+    patience: int | None = option(None, "generations without a better schedule after which to stop", least=1)
+    max_sparsity: float = option(1.0, "highest sparsity of a block", above=0.0, most=1.0)
+
+    def check(self) -> None:
+        check_reachable(self.budget, self.prompt_tokens)
+
+    def work(self, folder: StageFolder, progress: Progress) -> None:
+        from ftp_lightning.search.fitness import ContinuationFitness
+        from ftp_lightning.search.genetic import SearchSettings, genetic_search
+        from ftp_lightning.stages.inputs import load_model, mixed_windows
+        from ftp_lightning.tracking import make_logger
+
+        search_settings = picked(SearchSettings, self)
+        model, tokenizer = load_model(self)
+        start = self.start(model)
+        seeds = self.seeds(start)
+        windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
+        logger = make_logger(self.tracking, folder.path, self.config(), "finetune" if self.pruned else "search")
+
+        def on_generation(state: dict) -> None:
+            folder.save_state(state)
+            done, entry = state["generation"], state["log"][-1]
+            if logger:
+                logger.log_metrics({f"search/{key}": entry[key] for key in ("best", "mean", "forward_tokens")}, step=done)
+            progress.step(done, self.generations, f"generation {done} of {self.generations}, best KL {entry['best']:.3g}")
+
+        progress.say(f"measuring {len(seeds)} allocations on {len(windows)} windows")
+        fitness = ContinuationFitness(model, windows, start.with_schedule, self.batch_size)
+        found = genetic_search(
+            fitness, start.schedule.num_blocks, search_settings, seeds, on_generation, resume=folder.load_state()
+        )
+        if logger:
+            logger.finalize("success")
+        found.schedule.save(folder.place("schedule.json"))
+        if self.pruned:
+            start.with_schedule(found.schedule).save(folder.place("pruned"), base=self.model, model=model)
+        metrics = {"value": found.value, "allocations": found.allocations, "generations": found.generations}
+        folder.write_json("metrics.json", metrics | {"windows": windows.hash()})
+        rival = min(found.allocations, key=found.allocations.__getitem__)
+        progress.done(f"KL {found.value:.3g}; best allocation to start from: {rival}, {found.allocations[rival]:.3g}")
+
+    def start(self, model: Any) -> TokenPruner:
+        """The pruner whose schedule is searched."""
+        from ftp_lightning.pruning import TokenPruner
+        from ftp_lightning.routing import ROUTERS
+        from ftp_lightning.schedule import Schedule
+        from ftp_lightning.stages.inputs import load_pruner, num_blocks
+
+        if not self.pruned:
+            router = ROUTERS[self.router]()
+            return TokenPruner(router, Schedule.uniform(num_blocks(model), self.budget), kv="keep" if self.kv == "auto" else self.kv)
+        trained = load_pruner(self.pruned, model)
+        changes = {} if self.kv == "auto" else {"kv": self.kv}
+        return TokenPruner(trained.router, trained.schedule, **trained.settings() | changes)
+
+    def seeds(self, start: TokenPruner) -> dict[str, Schedule]:
+        """Allocations to start from, by name, all of the budget."""
+        from ftp_lightning.schedule import Schedule
+        from ftp_lightning.search.allocations import project
+        from ftp_lightning.stages.inputs import check_blocks, load_sensitivity
+
+        blocks = start.schedule.num_blocks
+        measured = load_sensitivity(self.sensitivity, blocks) if self.sensitivity else None
+        seeds = allocations(blocks, self.budget, self.max_sparsity, measured)
+        given = {"start": start.schedule} if self.pruned else {}
+        if self.schedule:
+            given["given"] = Schedule.load(self.schedule)
+            check_blocks(given["given"], self.schedule, blocks)
+        return seeds | {name: project(schedule.sparsity, self.budget, upper=self.max_sparsity) for name, schedule in given.items()}
+
+
+def allocations(num_blocks: int, budget: float, ceiling: float, measured: dict | None) -> dict[str, Schedule]:
+    """Closed-form allocations of a budget; with what `sensitivity` measured also the two that need it."""
+    from ftp_lightning.search import allocations as spread
+
+    found = {
+        "uniform": spread.uniform(num_blocks, budget),
+        "ramp": spread.ramp(num_blocks, budget, ceiling),
+        "late": spread.late(num_blocks, budget, ceiling),
+    }
+    if num_blocks > 1:
+        found["first dense"] = spread.step(num_blocks, budget, ceiling=ceiling)
+    if measured:
+        found["block influence"] = spread.from_importance(measured["block_influence"], budget, ceiling)
+    if measured and budget <= measured["levels"][-1]:
+        found["sensitivity"] = spread.knapsack(measured["kl"], measured["levels"], budget)
+    return found

@@ -1,0 +1,69 @@
+"""Stage `sensitivity`: how much each block changes its tokens, and what pruning it alone costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ftp_lightning.artifact import StageFolder
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.base import StageSettings, check_reachable, option
+from ftp_lightning.stages.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityStage(StageSettings):
+    """Measure Block Influence, token redundancy, and the KL when one block alone is pruned. Writes sensitivity.json."""
+
+    stage: ClassVar[str] = "sensitivity"
+
+    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    levels: tuple[float, ...] = option((0.3, 0.6, 0.9), "sparsities at which each block is pruned alone, rising")
+    windows: int = option(16, "calibration windows to measure on", least=1)
+    recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
+    batch_size: int = option(8, "windows per forward", least=1)
+
+    def check(self) -> None:
+        if not self.levels or list(self.levels) != sorted({*self.levels}) or self.levels[0] <= 0 or self.levels[-1] > 1:
+            raise UserError(f"levels are {list(self.levels)}, must rise within (0, 1]\nGive for example --levels 0.3,0.6,0.9.")
+        check_reachable(self.levels[0], self.prompt_tokens)
+
+    def work(self, folder: StageFolder, progress: Progress) -> None:
+        from ftp_lightning.data.module import WindowsData
+        from ftp_lightning.lit.block_sensitivity import BlockSensitivity
+        from ftp_lightning.pruning import TokenPruner
+        from ftp_lightning.routing import StaticRouter
+        from ftp_lightning.stages.inputs import load_model, mixed_windows, num_blocks
+
+        model, tokenizer = load_model(self)
+        windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
+        system = BlockSensitivity(
+            model, lambda schedule: TokenPruner(StaticRouter(), schedule, kv=self.kv), num_blocks(model), self.levels
+        )
+        batches = -(-len(windows) // self.batch_size)
+        trainer = quiet_trainer(model.device.type, lambda done: progress.step(done, batches, f"batch {done} of {batches}"))
+        trainer.predict(system, datamodule=WindowsData(windows, batch_size=self.batch_size), return_predictions=False)
+        found = system.summary()
+        folder.write_json("sensitivity.json", found)
+        folder.write_json("metrics.json", {"windows": windows.hash(), "tokens": found["tokens"]})
+        weakest = min(range(found["num_blocks"]), key=lambda block: found["kl"][block][-1])
+        progress.done(f"block {weakest + 1} is cheapest to prune, KL {found['kl'][weakest][-1]:.2g} at {self.levels[-1]:.0%}")
+
+
+def quiet_trainer(device: str, tell):
+    """A Lightning trainer for one pass over batches that leaves no files; `tell(batches done)` hears of the way."""
+    import lightning
+
+    class Tell(lightning.Callback):
+        def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+            tell(batch_idx + 1)
+
+    return lightning.Trainer(
+        accelerator="gpu" if device == "cuda" else device,
+        devices=1,
+        logger=False,
+        callbacks=[Tell()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

@@ -1,0 +1,41 @@
+"""A story whose tokens show how many blocks computed them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ftp_lightning.data.sources import load_documents
+from ftp_lightning.data.stories import SPLITS, load_stories
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.stages.base import StageSettings
+
+
+@torch.no_grad()
+def story_tokens(settings: StageSettings, model: Any, tokenizer: Any, pruner: TokenPruner) -> dict[str, Any]:
+    """The beginning of the first story as a routed prompt: its tokens, the blocks that computed each, all decisions.
+
+    Returns {"title", "tokens" (T texts), "computed_by" (T counts), "keep" (N rows of T zeros and ones), "num_blocks"}.
+    """
+    title, text = _first_text(settings)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = (bos + ids)[: settings.prompt_tokens]
+    with pruner(model):
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1)
+    keep = torch.cat(pruner.trace.prompt.keep).int()
+    return {
+        "title": title,
+        "tokens": [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids],
+        "computed_by": keep.sum(0).tolist(),
+        "keep": keep.tolist(),
+        "num_blocks": len(keep),
+    }
+
+
+def _first_text(settings: StageSettings) -> tuple[str, str]:
+    if settings.data == "embedded" and settings.chosen_split in SPLITS:
+        story = load_stories(settings.chosen_split)[0]
+        return story.title, story.text
+    return "The text's beginning", load_documents(settings.data, settings.chosen_split)[0]

@@ -1,0 +1,97 @@
+"""The slow, obvious twin of the engine: a Llama forward in plain torch with T x T masks, one row at a time, no cache, no gathering.
+
+Independent of Hugging Face's attention and of the engine: it shares norms and rotary angles with the model (their rounding is not ours),
+and routers and the rounding rule with the package.
+Padding is cut off before a row is computed, so nothing here knows of padding.
+"""
+
+import torch
+
+from ftp_lightning.routing import RoutingContext
+from ftp_lightning.schedule import kept_tokens
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding. x (H, T, D), cos and sin (T, D)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def llama_block(layer, config, x, cos, sin, visible):
+    """One decoder layer on x (T, D) under a (T, T) bool mask. Returns its output and the attention probabilities (H, T, T)."""
+    attention, heads, groups = layer.self_attn, config.num_attention_heads, config.num_key_value_heads
+    tokens = len(x)
+    h = layer.input_layernorm(x)
+    q = (h @ attention.q_proj.weight.T).view(tokens, heads, -1).transpose(0, 1)
+    k = (h @ attention.k_proj.weight.T).view(tokens, groups, -1).transpose(0, 1)
+    v = (h @ attention.v_proj.weight.T).view(tokens, groups, -1).transpose(0, 1)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k, v = (t.repeat_interleave(heads // groups, 0) for t in (k, v))
+    logits = (q @ k.transpose(1, 2)) * q.shape[-1] ** -0.5
+    p = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    out = (p @ v).transpose(0, 1).reshape(tokens, -1) @ attention.o_proj.weight.T
+    x = x + out
+    h = layer.post_attention_layernorm(x)
+    mlp = layer.mlp
+    return x + (torch.nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T, p
+
+
+def scores(p, visible, queries):
+    """a_j by the book, with loops: p (H, T, T), visible (T, T), queries = the list Q. nan where no query of Q sees j."""
+    tokens = p.shape[-1]
+    result = torch.full((tokens,), torch.nan, dtype=torch.float64)
+    for j in range(tokens):
+        seeing = [i for i in queries if visible[i, j]]
+        if seeing:
+            result[j] = sum(float(p[:, i, j].double().mean()) * int(visible[i].sum()) for i in seeing) / len(seeing)
+    return result
+
+
+def choose(pruner, context, kept, tokens):
+    reserved = {0, tokens - 1}
+    if pruner.choice == "threshold":
+        p = pruner.router.probability(context)[0]
+        return torch.tensor([i in reserved or bool(p[i] > pruner.threshold) for i in range(tokens)])
+    s = pruner.router.score(context)[0]
+    order = sorted(range(tokens), key=lambda i: (i not in reserved, -float(s[i]), i))
+    keep = torch.zeros(tokens, dtype=torch.bool)
+    keep[order[:kept]] = True
+    return keep
+
+
+@torch.no_grad()
+def run_row(model, pruner, ids, prompt_tokens, keep=None):
+    """Logits (T, V) and keep [N x (P,)] of one row without padding: the first `prompt_tokens` are routed, the rest is dense.
+
+    `keep` replays decisions instead of taking them.
+    """
+    config, tokens, prompt = model.config, len(ids), prompt_tokens
+    x = model.model.embed_tokens.weight[ids]
+    cos, sin = (t[0] for t in model.model.rotary_emb(x, torch.arange(tokens)[None]))
+    causal = torch.ones(tokens, tokens).tril().bool()
+    table = torch.ones(1, prompt)
+    decided = []
+    for index, layer in enumerate(model.model.layers):
+        s = 0.0 if pruner.schedule is None else pruner.schedule.sparsity[index]
+        keep_P = torch.ones(prompt, dtype=torch.bool)
+        if keep is not None:
+            keep_P = keep[index][:prompt]
+        elif s > 0:
+            kept = kept_tokens(prompt, s, min(2, prompt))
+            real = torch.ones(1, prompt, dtype=torch.bool)
+            context = RoutingContext(
+                index, s, real, torch.arange(prompt)[None], torch.tensor([[prompt]]), torch.tensor([[kept]]), table, x[None, :prompt]
+            )
+            keep_P = choose(pruner, context, kept, prompt)
+        decided.append(keep_P)
+        computed = torch.cat([keep_P, torch.ones(tokens - prompt, dtype=torch.bool)])
+        visible = causal & computed[None, :] if pruner.kv[index] == "evict" else causal
+        visible = visible | torch.eye(tokens, dtype=torch.bool)  # a skipped row must see something; its output is thrown away
+        out, p = llama_block(layer, config, x, cos, sin, visible)
+        queries = [i for i in range(prompt) if computed[i]]
+        queries = queries[-pruner.window :] if pruner.attention == "window" else queries
+        new = scores(p[:, :prompt, :prompt], visible[:prompt, :prompt], queries)
+        is_key = computed[:prompt] if pruner.kv[index] == "evict" else torch.ones(prompt, dtype=torch.bool)
+        table = torch.where(is_key & ~new.isnan(), new.float(), table[0])[None]
+        x = torch.where(computed[:, None], out, x)
+    return model.model.norm(x) @ model.lm_head.weight.T, decided

@@ -1,0 +1,151 @@
+"""Continuation scores: equal to the plain forward where nothing is pruned, causal where something is."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ftp_lightning.evaluation.continuation import (
+    continuation_logits,
+    evaluate_windows,
+    kl_per_token,
+    nll_per_token,
+    noise_floor,
+    sequence_logits,
+    teacher_logprobs,
+)
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.routing.random import RandomRouter
+from ftp_lightning.routing.static import StaticRouter
+from ftp_lightning.schedule import Schedule
+
+PROMPT, CONTINUATION = 12, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def windows():
+    ids = torch.randint(48, (5, PROMPT + CONTINUATION), generator=torch.Generator().manual_seed(1))
+    return SimpleNamespace(input_ids=ids, prompt_tokens=PROMPT)
+
+
+def half(router=None):
+    return TokenPruner(router or StaticRouter(), Schedule([0.0, 0.5, 0.75]))
+
+
+@pytest.mark.parametrize("logits_of", [continuation_logits, sequence_logits])
+@pytest.mark.parametrize("prompt_tokens", [1, PROMPT, PROMPT + CONTINUATION - 1])
+def test_dense_logits_are_a_slice_of_the_full_forward(model, windows, logits_of, prompt_tokens):
+    with torch.no_grad():
+        full = model(windows.input_ids).logits[:, prompt_tokens - 1 : -1]
+        torch.testing.assert_close(logits_of(model, windows.input_ids, prompt_tokens), full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("logits_of", [continuation_logits, sequence_logits])
+@pytest.mark.parametrize("prompt_tokens", [0, PROMPT + CONTINUATION])
+def test_prompt_must_leave_a_continuation(model, windows, logits_of, prompt_tokens):
+    with pytest.raises(ValueError, match=r"prompt_tokens is \d+, must be in \[1, 16\]"):
+        logits_of(model, windows.input_ids, prompt_tokens)
+
+
+def test_half_precision_logits_come_back_in_float32(model, windows):
+    small = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    assert continuation_logits(small, windows.input_ids, PROMPT).dtype == torch.float32
+
+
+def test_pruned_continuation_is_causal_and_sequence_is_not(model, windows):
+    changed = windows.input_ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 48
+    longer = torch.cat([windows.input_ids, windows.input_ids[:, :8]], dim=1)
+    with torch.no_grad(), half()(model):
+        before = continuation_logits(model, windows.input_ids, PROMPT)
+        assert torch.equal(before, continuation_logits(model, changed, PROMPT))
+        after = continuation_logits(model, longer, PROMPT)[:, :CONTINUATION]
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+        moved = sequence_logits(model, longer, PROMPT)[:, :CONTINUATION] - sequence_logits(
+            model, windows.input_ids, PROMPT
+        )
+    assert moved.abs().max() > 1e-2  # what follows decided which tokens were computed
+
+
+def test_kl_and_nll_by_hand():
+    teacher = torch.tensor([[[0.5, 0.5]]]).log()
+    logits = torch.tensor([[[0.25, 0.75]]]).log() + 3.0  # logits are free to shift
+    expected = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
+    torch.testing.assert_close(kl_per_token(teacher, logits), expected.view(1, 1))
+    torch.testing.assert_close(nll_per_token(logits, torch.tensor([[0]])), torch.tensor([[4.0]]).log())
+    assert kl_per_token(teacher, teacher).item() == 0.0
+
+
+@pytest.mark.parametrize("mode", ["prompt", "sequence"])
+def test_scores_equal_their_definitions(model, windows, mode):
+    pruner = half()
+    scores = evaluate_windows(model, windows, pruner, mode=mode, batch_size=2)
+    with torch.no_grad():
+        dense = model(windows.input_ids).logits[:, PROMPT - 1 : -1]
+        with pruner(model):
+            pruned = {"prompt": continuation_logits, "sequence": sequence_logits}[mode](
+                model, windows.input_ids, PROMPT
+            )
+    kl = torch.nn.functional.kl_div(pruned.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1)
+    nll = torch.nn.functional.cross_entropy(pruned.mT, windows.input_ids[:, PROMPT:], reduction="none")
+    assert scores.kl_mean == pytest.approx(kl.mean().item(), rel=1e-3) and scores.kl_mean > 1e-3
+    assert scores.kl_p99 == pytest.approx(kl.flatten().quantile(0.99).item(), rel=1e-3)
+    assert scores.top1_agreement == pytest.approx((dense.argmax(-1) == pruned.argmax(-1)).float().mean().item())
+    assert scores.ppl == pytest.approx(nll.mean().exp().item(), rel=1e-4)
+    assert scores.kl_rows == pytest.approx(kl.mean(1).tolist(), rel=1e-3)
+    assert scores.nll_rows == pytest.approx(nll.mean(1).tolist(), rel=1e-4)
+    tokens = PROMPT if mode == "prompt" else PROMPT + CONTINUATION
+    assert scores.sparsity == pytest.approx([0.0, round(0.5 * tokens) / tokens, round(0.75 * tokens) / tokens])
+    assert scores.mean_sparsity == pytest.approx(sum(scores.sparsity) / 3)
+
+
+@pytest.mark.parametrize("router", [StaticRouter(), RandomRouter(seed=3)])
+def test_batch_size_and_a_shared_teacher_change_nothing(model, windows, router):
+    alone = evaluate_windows(model, windows, half(router), batch_size=1)
+    teacher = teacher_logprobs(model, windows, batch_size=4)
+    together = evaluate_windows(model, windows, half(router), batch_size=5, teacher=teacher)
+    assert together.kl_rows == pytest.approx(alone.kl_rows, abs=1e-5)
+    assert together.nll_rows == pytest.approx(alone.nll_rows, abs=1e-4)
+    assert together.sparsity == pytest.approx(alone.sparsity)
+
+
+def test_the_model_is_dense_again_afterwards(model, windows):
+    with torch.no_grad():
+        before = model(windows.input_ids).logits
+        evaluate_windows(model, windows, half())
+        assert torch.equal(before, model(windows.input_ids).logits)
+
+
+def test_noise_floor_is_tiny_and_leaves_the_weights_alone(model, windows):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    floor = noise_floor(model, windows, batch_size=4)
+    rough = noise_floor(model, windows, batch_size=4, dtype=torch.bfloat16)
+    assert abs(floor.kl_mean) < 1e-6 and floor.top1_agreement == 1.0 and floor.sparsity == []
+    assert rough.kl_mean > 100 * abs(floor.kl_mean)
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in model.named_parameters())
+
+
+def test_wrong_requests_are_refused(model, windows):
+    with pytest.raises(ValueError, match="mode is 'both'"):
+        evaluate_windows(model, windows, mode="both")
+    with pytest.raises(ValueError, match="teacher has shape"):
+        evaluate_windows(model, windows, teacher=torch.zeros(4, CONTINUATION, 48))
+    with pytest.raises(ValueError, match="no windows"):
+        evaluate_windows(model, SimpleNamespace(input_ids=windows.input_ids[:0], prompt_tokens=PROMPT))
