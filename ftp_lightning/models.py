@@ -135,8 +135,8 @@ def _weights_sample(model: "PreTrainedModel") -> str:
 def _checked(name: str, weights: bool) -> str:
     """Where to load `name` from, after the checks that transformers words badly; a Hub name is returned as it is."""
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
-    if not path.is_dir():
-        if name == "embedded" or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if not name or not path.is_dir():
+        if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(
                 f"model folder {name!r} does not exist\ngive a folder, a Hub name, 'embedded' or 'random:SHAPE'"
             )

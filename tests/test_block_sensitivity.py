@@ -72,13 +72,20 @@ def slow_kl(model, pruner, ids=IDS):
         return kl_per_token(teacher, continuation_logits(model, ids, PROMPT)).mean().item()
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
+SHORT_WINDOW_KEEP = pytest.mark.xfail(
+    raises=RuntimeError, strict=True, reason="engine: `keep` in one of several sliding-window blocks, window < prompt"
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "kv"),
+    [(llama, "evict"), (llama, "keep"), (gemma, "evict"), pytest.param(gemma, "keep", marks=SHORT_WINDOW_KEEP)],
+)
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("build", [llama, gemma])
 def test_the_short_way_equals_the_long_way(build, router, kv):
     model, make = build(), maker(router, kv)
-    kl = predict(BlockSensitivity(model, make, BLOCKS, LEVELS))["kl"]
     slow = [[slow_kl(model, make(alone(block, level))) for level in LEVELS] for block in range(BLOCKS)]
+    kl = predict(BlockSensitivity(model, make, BLOCKS, LEVELS))["kl"]
     assert torch.allclose(torch.tensor(kl), torch.tensor(slow), atol=1e-5)
     assert max(max(row) for row in slow) > 0.05  # far above the tolerance
 

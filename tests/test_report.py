@@ -16,7 +16,7 @@ from ftp_lightning.report import build_report, figures, headline, page, series
 from ftp_lightning.report.figures import running_mean
 from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
-from ftp_lightning.report.tables import number, task_rows
+from ftp_lightning.report.tables import method_labels, number, task_rows
 from ftp_lightning.report.verdict import cautions, speed_row, verdict
 
 BLOCKS = 12
@@ -328,6 +328,14 @@ def test_scores_without_meaning_are_marked() -> None:
     rows = {row["task"]: row for row in task_rows(results(random.Random(0)))}
     assert [rows[task]["measures"] for task in ("recall", "names", "coin")] == [True, True, False]
     assert {cell["skill"] for cell in rows["coin"]["cells"]} == {"–"}
+
+
+def test_labels_name_what_differs_and_nothing_else() -> None:
+    found = results(random.Random(0))
+    found["methods"][0]["budget"] = 0.1 + 0.2  # 0.30000000000000004
+    assert [label for _, label in method_labels(found)] == [method["name"] for method in found["methods"]]
+    found["methods"][0].update(budget=0.5, kv="evict")
+    assert [label for _, label in method_labels(found)][:2] == ["random 50 % evict", "uniform 30 % keep"]
 
 
 @pytest.mark.usefixtures("sketched")

@@ -6,7 +6,7 @@ from itertools import accumulate, chain
 
 from transformers import PreTrainedTokenizerBase
 
-from ftp_lightning.data.text import sentences_of
+from ftp_lightning.data.text import sentences_of, tokens_within
 from ftp_lightning.errors import UserError
 
 _MARGIN = 8  # tokens beyond need: sentences counted one by one and the joined text may differ by a few
@@ -35,7 +35,7 @@ class Filler:
         stretch, found = self._take(own[start:], need)
         while found < need and start > 0:
             start -= 1
-            stretch, found = [own[start], *stretch], found + self._length(own[start])
+            stretch, found = [own[start], *stretch], found + tokens_within(self.tokenizer, own[start])
         others = chain.from_iterable([*self.sentences[document + 1 :], *self.sentences[:document]])
         rest, more = self._take(others, need - found)
         if found + more < tokens:
@@ -52,8 +52,5 @@ class Filler:
             if found >= tokens:
                 break
             taken.append(sentence)
-            found += self._length(sentence)
+            found += tokens_within(self.tokenizer, sentence)
         return taken, found
-
-    def _length(self, sentence: str) -> int:
-        return len(self.tokenizer.encode(" " + sentence, add_special_tokens=False))

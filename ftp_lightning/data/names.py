@@ -12,7 +12,7 @@ _NOT_NAMES = frozenset(
 )
 _MID_SENTENCE = re.compile(r"(?<=[a-z,;] )([A-Z][a-z]+)\b")
 _THING = re.compile(r"\b(?:[Tt]he|[Aa]n?|[Oo]f|[Ii]n|[Oo]n|[Aa]t|[Ff]rom|[Ii]nto) ([A-Z][a-z]+)\b")
-_COMPOUND = re.compile(r"\b[A-Z][a-z]+ ([A-Z][a-z]+)\b")
+_COMPOUND = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+ ([A-Z][a-z]+)\b")
 
 
 def names_of(text: str) -> list[str]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ftp_lightning.data.text import sentences_of
+from ftp_lightning.data.text import sentences_of, tokens_within
 from ftp_lightning.data.words import FORMS, KINDS, NAMES
 from ftp_lightning.errors import UserError
+
+_MARGIN = 4  # tokens: parts counted one by one and the joined text may differ by a few
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ def build_passage(
     """Facts set at random between the last sentences of `filler`, as exactly `prompt_tokens` ids, BOS included.
 
     The prose is cut at its beginning, by tokens, so both versions end on the filler's last sentence; `deleted_ids`
-    holds as many more tokens of earlier filler as the facts took. At least one (cut) sentence stands before the first
-    fact and no fact ends within the last `tail_tokens` tokens. Raises UserError where the filler is shorter than the
-    passage or the facts leave no room.
+    holds as many more tokens of earlier filler as the facts took. Some prose always stands before the first fact and
+    no fact ends within the last `tail_tokens` tokens. Raises UserError where the filler is shorter than the passage or
+    the facts leave no room.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = prompt_tokens - len(bos)
@@ -106,8 +108,9 @@ def build_passage(
         raise UserError(
             f"a passage of {prompt_tokens} tokens needs {room} tokens of filler; this text has {len(deleted)}"
         )
-    after = _tokens_after(tokenizer, sentences, room - sum(len(_ids(tokenizer, " " + fact.sentence)) for fact in facts))
-    gaps = [gap for gap, tokens in enumerate(after) if tokens >= tail_tokens]
+    prose = room - sum(tokens_within(tokenizer, fact.sentence) for fact in facts)
+    after = _tokens_after(tokenizer, sentences, prose + _MARGIN)
+    gaps = [gap for gap, tokens in enumerate(after) if tail_tokens <= tokens <= prose - _MARGIN]
     if not gaps:
         raise UserError(
             f"{len(facts)} facts and a tail of {tail_tokens} do not fit into a prompt of {prompt_tokens} tokens"
@@ -126,7 +129,7 @@ def _tokens_after(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], 
         if total >= room:
             break
         after.append(total)
-        total += len(_ids(tokenizer, " " + sentence))
+        total += tokens_within(tokenizer, sentence)
     return after
 
 

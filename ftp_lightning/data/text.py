@@ -2,6 +2,8 @@
 
 import re
 
+from transformers import PreTrainedTokenizerBase
+
 _START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG.*$", re.MULTILINE)
 _END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG.*$", re.MULTILINE)
 _BLANK = re.compile(r"\n[ \t]*\n\s*")
@@ -45,3 +47,9 @@ def _cut(paragraph: str) -> list[str]:
     ends = [match.end() for match in _SENTENCE_END.finditer(paragraph)]
     pieces = (paragraph[a:b].strip() for a, b in zip([0, *ends], [*ends, len(paragraph)], strict=True))
     return [piece for piece in pieces if piece]
+
+
+def tokens_within(tokenizer: PreTrainedTokenizerBase, sentence: str) -> int:
+    """Tokens that `sentence` and the space before it take within a text (alone, some tokenizers add one)."""
+    alone, both = (tokenizer.encode(text, add_special_tokens=False) for text in ("x", f"x {sentence}"))
+    return len(both) - len(alone)

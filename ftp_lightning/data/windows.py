@@ -20,7 +20,7 @@ from ftp_lightning.data.recall import Fact, build_passage, draw_facts
 from ftp_lightning.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Windows:
     """Rows `input_ids` (n, P + C) int64 of P = `prompt_tokens`, and per row its kind and the document it starts in."""
 
@@ -97,7 +97,7 @@ def plain_windows(
 
 @dataclass(frozen=True)
 class _Stream:
-    """Tokens that windows may be cut from anywhere, and which documents they are of: `owners[k]` from `starts[k]` on."""
+    """Tokens that windows may be cut from anywhere, and whose they are: document `owners[k]` from `starts[k]` on."""
 
     ids: list[int]
     starts: list[int]
@@ -108,7 +108,7 @@ class _Stream:
 
 
 def _streams(tokens: Sequence[list[int]], size: int, eos: int | None, rng: random.Random | None) -> list[_Stream]:
-    """One stream per document that fills a window; one for all shorter ones together, shuffled when there is an rng."""
+    """One stream per document that fills a window; all shorter ones make one more, which an rng shuffles."""
     streams = [_Stream(ids, [0], [i]) for i, ids in enumerate(tokens) if len(ids) >= size]
     short = [i for i, ids in enumerate(tokens) if 0 < len(ids) < size]
     if rng is not None:
@@ -138,30 +138,32 @@ def recall_windows(
     count: int,
     rng: random.Random,
 ) -> Windows:
-    """Rows whose prompt is a passage with 4-6 facts and whose continuation asks for all of them.
+    """Rows whose prompt is a passage with 4-6 facts and one question; the continuation answers it and then asks for the other facts.
 
-    The continuation is a line break, a question and its answer, for the facts in random order, over and over in new
-    orders, cut at C tokens. Filler comes from `documents`, from a random sentence on; the row's document is where it
-    starts. Short prompts take fewer facts: about one per 32 tokens, at least 2. The first n rows are the same for
-    every count >= n.
+    So the prompt ends as it does in use, with a question that a router may look at, and the rest of the continuation needs facts that
+    the prompt did not ask for: questions and answers of the other facts in random order, then of all in new orders, cut at C tokens.
+    Filler comes from `documents`, from a random sentence on; the row's document is where it starts. Short prompts take fewer
+    facts: about one per 32 tokens, at least 2. The first n rows are the same for every count >= n.
     """
     filler, rows, starts = Filler(tokenizer, documents), [], []
     for _ in range(count):
         prose, document = filler.draw(rng, prompt_tokens)
         facts = draw_facts(rng, max(2, min(rng.randint(4, 6), prompt_tokens // 32)))
-        passage = build_passage(rng, tokenizer, prose, facts, prompt_tokens)
-        rows.append(passage.prompt_ids + _answers(rng, tokenizer, facts, continuation_tokens))
+        rng.shuffle(facts)
+        question = tokenizer.encode(f"\n{facts[0].question}", add_special_tokens=False)
+        passage = build_passage(rng, tokenizer, prose, facts, prompt_tokens - len(question))
+        rows.append(passage.prompt_ids + question + _answers(rng, tokenizer, facts, continuation_tokens))
         starts.append(document)
     ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, prompt_tokens + continuation_tokens)
     return Windows(ids, prompt_tokens, ["recall"] * count, starts)
 
 
 def _answers(rng: random.Random, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], length: int) -> list[int]:
-    """Exactly `length` ids of question-answer lines."""
-    text, ids = "", []
-    while len(ids) < length:
-        text += "".join(f"\n{fact.question}{fact.answer}" for fact in rng.sample(facts, len(facts)))
-        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    """Exactly `length` ids: the answer to the first fact's question, then question-answer lines."""
+    text, asked = facts[0].answer, facts[1:]
+    while len(ids := tokenizer.encode(text, add_special_tokens=False, verbose=False)) < length:
+        text += "".join(f"\n{fact.question}{fact.answer}" for fact in rng.sample(asked, len(asked)))
+        asked = facts
     return ids[:length]
 
 
@@ -174,7 +176,7 @@ def calibration_windows(
     seed: int,
     recall_share: float = 0.5,
 ) -> Windows:
-    """The mixture that search, training and sensitivity look at: n first rows hold floor(n * recall_share) of recall.
+    """What search, training and sensitivity look at: any first n rows hold floor(n * recall_share) of recall.
 
     Deterministic in `seed`; plain and recall rows draw from streams of their own, so a longer set begins with the
     shorter one.

@@ -18,9 +18,9 @@ from ftp_lightning.evaluation.scoring import Score, rolling_windows, score_after
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 
-Request = tuple[
-    tuple[str, str] | None, list[int], list[int]
-]  # lm-eval's: texts (None: no cache), context, continuation
+REMEDY = "Give a Hub name (or run `ftp-lightning prefetch` where there is a network), a folder, or embedded."
+# lm-eval's: the texts (None: nothing to cache), the context's tokens, the continuation's tokens
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class FtpLM(HFLM):
         try:
             super().__init__(pretrained=pretrained, device=device, dtype=dtype, tokenizer=tokenizer, **kwargs)
         except OSError as error:  # the Hub out of reach included
-            raise UserError(f"the model {pretrained} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"the model {pretrained} cannot be loaded: {str(error).splitlines()[0]}\n{REMEDY}"
+            ) from error
         if pruned is not None:
             check_base(read_settings(pruned), self.model)
         if self.pruner is not None:

@@ -80,7 +80,7 @@ def rolling_windows(
 
     Window k scores tokens [C k, C (k + 1)) after the up to P tokens before them. The prefix token stands before the
     text, so that with P above the text's length the windows together give the plain likelihood of the text. It is not
-    scored itself, even where the tokenizer has put it there (deviation from lm-eval, which then scores it after itself).
+    scored itself, even where the tokenizer puts it there (lm-eval then scores it, after itself).
     """
     text = [prefix, *(tokens[1:] if list(tokens[:1]) == [prefix] else tokens)]
     starts = range(1, len(text), continuation_tokens)

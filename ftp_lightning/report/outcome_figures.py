@@ -57,6 +57,7 @@ def kl(rows: Rows) -> "Figure":
     if min(column(rows, "mean")) > 0 and (floor is None or floor > 0):
         axis.set_xscale("log")
         plain_log(axis.xaxis, decades=9)
+    axis.margins(x=0.12)
     axis.set_xlabel("KL to dense (nats per token)")
     return figure
 
@@ -75,16 +76,16 @@ def kept_by_distance(rows: Rows) -> "Figure":
     axis.set_xticks(range(len(distances)), distances)
     axis.set(ylim=(0, 1.03), ylabel="answers kept (share)", xlabel="distance of the fact from the question (tokens)")
     axis.grid(visible=False, axis="x")
-    top_legend(axis, 6)
+    top_legend(axis, 6 if len(labels) <= 6 else 4)
     return figure
 
 
 def speed(rows: Rows) -> "Figure":
     """Measured prefill speed-up with its interval (filled) beside the FLOPs limit (hollow), per budget and kv mode."""
-    settings = sorted({(row["budget"], row["kv"]) for row in rows})
+    settings = sorted({(round(row["budget"], 6), row["kv"]) for row in rows})
     figure, axes = canvas(11, 3.3, ncols=len(settings), sharey=True, squeeze=False)
     for axis, (budget, kv) in zip(axes[0], settings, strict=True):
-        mine = [row for row in rows if (row["budget"], row["kv"]) == (budget, kv)]
+        mine = [row for row in rows if (round(row["budget"], 6), row["kv"]) == (budget, kv)]
         for index, batch in enumerate(sorted({row["batch"] for row in mine})):
             draw_speed(
                 axis, [row for row in mine if row["batch"] == batch], CYCLE[index % len(CYCLE)], f"batch {batch}"

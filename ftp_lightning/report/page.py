@@ -142,7 +142,7 @@ def render(values: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     slider = (HERE / "slider.js").read_text(encoding="utf-8")
     policy = b64encode(sha256(slider.encode()).digest()).decode()

@@ -67,7 +67,7 @@ def convergence(run: Run, stage: str) -> Rows:
         for generation in found["generations"]
     ]
     allocations = found.get("allocations", {})
-    return [{"series": name, "forward_tokens": None, "kl": kl} for name, kl in allocations.items()]
+    return generations + [{"series": name, "forward_tokens": None, "kl": kl} for name, kl in allocations.items()]
 
 
 def losses(run: Run) -> Rows:

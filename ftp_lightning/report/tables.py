@@ -36,7 +36,8 @@ def kept_text(kept: dict[str, Any] | None) -> str:
 def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], str]]:
     """(method, label) of every evaluated method; labels name budget and kv mode only where these differ in the run."""
     methods = (results or {}).get("methods") or []
-    budgets, modes = {method["budget"] for method in methods}, {method["kv"] for method in methods}
+    # a budget is the mean of a schedule: two that were asked for alike may differ in the last bit
+    budgets, modes = {round(method["budget"], 6) for method in methods}, {method["kv"] for method in methods}
 
     def label(method: dict[str, Any]) -> str:
         budget = f" {percent(method['budget'], 0)}" if len(budgets) > 1 else ""
@@ -119,5 +120,7 @@ def task_cell(score: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def accuracy(score: dict[str, Any]) -> str:
-    """ "61.3 ± 1.2 %" """
+    """ "61.3 ± 1.2 %"; a dash where the task was not scored."""
+    if score["acc"] is None:
+        return MISSING
     return f"{percent(score['acc'], unit='')} ± {percent(score.get('stderr'))}"

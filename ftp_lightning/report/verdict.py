@@ -39,8 +39,8 @@ def speed_row(run: Run) -> dict[str, Any] | None:
     rows = (run["benchmark"] or {}).get("rows") or []
     method = headline_method(run["evaluate"])
     if method:
-        same = (method["budget"], method["kv"])
-        rows = [row for row in rows if math.isclose(row["budget"], same[0], abs_tol=1e-9)]
+        budget, kv = method["budget"], method["kv"]
+        rows = [row for row in rows if math.isclose(row["budget"], budget, abs_tol=1e-6) and row["kv"] == kv]
     return min(rows, key=lambda row: (row["batch"], -row["length"]), default=None)
 
 

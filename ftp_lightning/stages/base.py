@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -71,19 +71,17 @@ class Settings(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSettings(Settings):
-    """A stage that looks at a model and a text and fills a folder of its own."""
+class ModelSettings(Settings):
+    """What names a model, a text, and a folder for what is found."""
 
     default_split: ClassVar[str] = "calibration"
-    repeats: ClassVar[bool] = False
-    """Whether a finished folder is simply written anew, as if by --overwrite."""
 
     model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: the small Llama of this package")
     data: str = option("embedded", "text file, folder of them, JSONL, Alpaca JSON, Hub data set, or `embedded`: our stories")
     split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
     seed: int = option(0, "seed of everything random", least=0)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; `auto` takes the best there is")
+    device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
@@ -98,6 +96,18 @@ class StageSettings(Settings):
     @property
     def chosen_split(self) -> str:
         return self.default_split if self.split == "auto" else self.split
+
+    def shared(self) -> dict[str, Any]:
+        """The flags that every stage on the same model has, but for its folder and its part of the text."""
+        names = {item.name for item in fields(ModelSettings)} - {"split", "output"}
+        return {name: getattr(self, name) for name in names}
+
+
+class StageSettings(ModelSettings):
+    """A stage that fills a folder of its own."""
+
+    repeats: ClassVar[bool] = False
+    """Whether a finished folder is simply written anew, as if by --overwrite."""
 
     @abstractmethod
     def work(self, folder: StageFolder, progress: Progress) -> None:
@@ -121,11 +131,6 @@ class StageSettings(Settings):
         settings["model"] = _source(self.model, ASSETS / "llama")
         settings["data"] = _source(self.data, ASSETS / "stories")
         return settings
-
-    def others(self, settings_class: type[StageSettings], **changes: Any) -> StageSettings:
-        """The settings of another stage on the same model and text, with `changes`."""
-        names = {item.name for item in fields(StageSettings)} - {"split", "output"}
-        return replace(settings_class(), **{name: getattr(self, name) for name in names} | changes)
 
 
 @dataclass(frozen=True, kw_only=True)

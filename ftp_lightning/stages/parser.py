@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,16 +21,21 @@ class Parser(ArgumentParser):
         raise UserError(f"{' '.join(lines[:3])}\n`{self.prog} --help` lists the keys and their values.")
 
 
-def listed(item: type) -> Callable[[Any], list]:
+class Listed:
     """Reads a list of `item` from `A,B`, `[A, B]`, a YAML list or a single value."""
 
-    def values(given: Any) -> list:
+    def __init__(self, item: type):
+        self.item = item
+
+    def __call__(self, given: Any) -> list:
         if isinstance(given, str):
             given = [part.strip(" '\"") for part in given.strip("[]()").split(",") if part.strip()]
-        return [item(part) for part in (given if isinstance(given, list | tuple) else [given])]
+        return [self.item(part) for part in (given if isinstance(given, list | tuple) else [given])]
 
-    values.__name__ = f"{item.__name__},{item.__name__}"
-    return values
+    def __repr__(self) -> str:
+        return f"list of {self.item.__name__}"
+
+    __name__ = property(__repr__)  # argparse says "invalid NAME value"
 
 
 def parser_of(settings_class: type) -> Parser:
@@ -53,10 +58,8 @@ def _add(parser: Parser, name: str, kind: Any, default: Any, help: str) -> None:
         yes_no = ActionYesNo(yes_prefix="", no_prefix="no_")
         parser.add_argument(f"--{name}", action=yes_no, nargs="?", default=default, help=help)
     elif get_origin(kind) is tuple:
-        listing = ",".join(map(str, default)) or "none"
-        parser.add_argument(
-            f"--{name}", type=listed(get_args(kind)[0]), default=list(default), metavar="A,B", help=f"{help} (as a list: {listing})"
-        )
+        kind_of_list = Listed(get_args(kind)[0])
+        parser.add_argument(f"--{name}", type=kind_of_list, default=list(default), metavar="A,B", help=help)
     else:
         parser.add_argument(f"--{name}", type=kind, default=default, help=help)
 

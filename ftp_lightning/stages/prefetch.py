@@ -60,11 +60,10 @@ def _dataset(name: str) -> None:
 def _tasks(names: list[str]) -> None:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"lm-eval knows no task {', '.join(unknown)}\nSee `lm_eval ls tasks`.")
-    manager.load(names)
+    from ftp_lightning.stages.task_files import check_tasks
+
+    check_tasks(names)
+    TaskManager().load(names)
 
 
 def _attempt(name: str, fetch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,19 @@ def _rows(task: str, settings: EvaluateStage, tokenizer: Any) -> list[choices.It
         return choices.recall_items(tokenizer, documents, rng, settings.items, settings.prompt_tokens)
     stories = load_stories(settings.chosen_split if settings.chosen_split in SPLITS else "test")
     return choices.ending_items(stories, rng) if task == ENDING else choices.name_items(stories, rng)
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """UserError for tasks that neither we nor lm-eval know; its list is read only where one is not ours."""
+    others = [name for name in names if name not in (RECALL, ENDING, NAME)]
+    if not others:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    unknown = [name for name in others if name not in known]
+    if unknown:
+        raise UserError(f"unknown task {', '.join(unknown)}\nOurs are {RECALL}, {ENDING}, {NAME}; for others see `lm_eval ls tasks`.")
 
 
 def _local_file(task: str, folder: str | None) -> Path | None:

@@ -1,0 +1,108 @@
+"""Stage `run`: the whole chain on one model and one text, resumed at the first unfinished stage."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ftp_lightning.stages.base import ModelSettings, StageSettings, check_reachable, option
+from ftp_lightning.stages.benchmark import BenchmarkStage
+from ftp_lightning.stages.evaluate import BASELINES, EvaluateStage
+from ftp_lightning.stages.progress import Progress
+from ftp_lightning.stages.search import SearchStage
+from ftp_lightning.stages.sensitivity import SensitivityStage
+from ftp_lightning.stages.train import TrainStage
+
+SHARES = {"sensitivity": 4, "search": 22, "train": 24, "finetune": 18, "evaluate": 28, "benchmark": 4}
+"""Rough shares of the time at the default sizes, for the time left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStage(ModelSettings):
+    """The chain: sensitivity, search, train, finetune, evaluate, benchmark, report. Each stage has a folder of its own in OUTPUT."""
+
+    stage: ClassVar[str] = "run"
+
+    budget: float = option(0.3, "mean share of prompt tokens that skip a block, in [0, 1)", least=0.0, below=1.0)
+    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    sensitivity_windows: int = option(16, "calibration windows of the sensitivity", least=1)
+    search_windows: int = option(32, "calibration windows of search and fine-tuning", least=1)
+    generations: int = option(10, "generations of the search", least=0)
+    finetune_generations: int = option(6, "generations of the fine-tuning", least=0)
+    offspring: int = option(12, "children per generation", least=1)
+    steps: int = option(200, "steps of router training", least=1)
+    batch_size: int = option(4, "windows per step of router training", least=1)
+    learning_rate: float = option(1e-2, "of router training", above=0.0)
+    recall_share: float = option(0.5, "share of windows that hold facts to recall", least=0.0, most=1.0)
+    train_data: str | None = option(None, "text to train the router on, where it is another than --data")
+    test_data: str | None = option(None, "text to evaluate on, where it is another than --data")
+    test_split: str = option("auto", "split of the text to evaluate on; `auto` is test")
+    compare: tuple[str, ...] = option(BASELINES, "baselines to evaluate beside the trained router")
+    tasks: tuple[str, ...] = option(("story_recall", "story_ending", "story_name"), "tasks to evaluate")
+    items: int = option(300, "questions with facts to recall", least=1)
+    limit: int | None = option(None, "items per task at most", least=1)
+    test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
+    lengths: tuple[int, ...] = option((256, 512), "prompt lengths of the benchmark")
+    pairs: int = option(15, "pairs of prefills per length", least=2)
+
+    def check(self) -> None:
+        check_reachable(self.budget, self.prompt_tokens)
+        self.stages()
+
+    def execute(self, progress: Progress | None = None) -> Path:
+        from ftp_lightning.report import build_report, headline
+
+        started, before, stages = time.monotonic(), 0.0, self.stages()
+        check_inputs(stages)
+        for number, (name, settings) in enumerate(stages.items(), start=1):
+            share = SHARES[name] / sum(SHARES.values())
+            label = f"[{number}/{len(stages) + 1}] {name}"
+            settings.execute(Progress(label, before, share, started))
+            before += share
+        page = build_report(self.folder)
+        print(headline(json.loads((self.folder / "evaluate" / "results.json").read_text(encoding="utf-8"))))
+        Progress(f"[{len(stages) + 1}/{len(stages) + 1}] report", started=started).done(f"wrote {page}")
+        return self.folder
+
+    def stages(self) -> dict[str, StageSettings]:
+        """The settings of every stage of the chain, in order; each reads what those before it wrote."""
+        at = {name: self.folder / name for name in SHARES}
+        measured, searched = str(at["sensitivity"] / "sensitivity.json"), str(at["search"] / "schedule.json")
+        trained, tuned = str(at["train"] / "pruned"), str(at["finetune"] / "pruned")
+        sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
+        search = sizes | {"budget": self.budget, "kv": self.kv, "sensitivity": measured}
+        evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
+        chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
+            "sensitivity": (SensitivityStage, self._sensitivity()),
+            "search": (SearchStage, search | {"generations": self.generations}),
+            "train": (TrainStage, self._training() | {"schedule": searched}),
+            "finetune": (SearchStage, search | {"generations": self.finetune_generations, "pruned": trained, "schedule": searched}),
+            "evaluate": (EvaluateStage, self._evaluation() | evaluate | {"pruned": tuned}),
+            "benchmark": (BenchmarkStage, {"lengths": self.lengths, "pairs": self.pairs, "pruned": tuned}),
+        }
+        return {name: kind(**self.shared() | {"output": str(at[name])} | changes) for name, (kind, changes) in chain.items()}
+
+    def _sensitivity(self) -> dict[str, Any]:
+        return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}
+
+    def _training(self) -> dict[str, Any]:
+        names = ("kv", "steps", "batch_size", "learning_rate", "recall_share")
+        return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
+
+    def _evaluation(self) -> dict[str, Any]:
+        names = ("tasks", "items", "limit")
+        text = {"data": self.test_data or self.data, "split": self.test_split, "windows": self.test_windows}
+        return {name: getattr(self, name) for name in names} | text
+
+
+def check_inputs(stages: dict[str, StageSettings]) -> None:
+    """UserError at once for texts and tasks that only a late stage would ask for."""
+    from ftp_lightning.data.sources import load_documents
+    from ftp_lightning.stages.task_files import check_tasks
+
+    for settings in stages.values():
+        load_documents(settings.data, settings.chosen_split)
+    check_tasks(stages["evaluate"].tasks)

@@ -1,0 +1,39 @@
+"""Attention scores: uniform attention is 1, and chunks change nothing."""
+
+import torch
+
+from ftp_lightning.pruning.attention import Tapped, Tokens, received_attention
+
+
+def everyone(tokens, batch=1):
+    return Tokens(torch.arange(tokens).expand(batch, tokens), torch.ones(batch, tokens, dtype=torch.bool), True)
+
+
+def test_uniform_attention_scores_one():
+    for last in (None, 3):
+        tapped = Tapped(torch.zeros(2, 4, 9, 8), torch.randn(2, 2, 9, 8), 1.0, None, None)
+        scores, seen = received_attention(tapped, everyone(9, 2), everyone(9, 2), last)
+        assert seen.all() and torch.allclose(scores, torch.ones(2, 9))
+
+
+def test_exact_in_chunks_equals_a_full_matrix():
+    torch.manual_seed(0)
+    tokens = 300  # more than two chunks
+    q, k = torch.randn(1, 4, tokens, 8), torch.randn(1, 2, tokens, 8)
+    scores, _ = received_attention(Tapped(q, k, 8**-0.5, None, None), everyone(tokens), everyone(tokens), None)
+    causal = torch.ones(tokens, tokens).tril().bool()
+    p = ((q @ k.repeat_interleave(2, 1).mT) * 8**-0.5).masked_fill(~causal, -torch.inf).softmax(-1).mean(1)[0]
+    n = torch.arange(1, tokens + 1)
+    expected = (p * n[:, None]).sum(0) / (tokens - torch.arange(tokens))
+    assert torch.allclose(scores[0], expected, atol=1e-5)
+
+
+def test_sliding_window_and_softcap_are_respected():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 6, 8) * 9, torch.randn(1, 2, 6, 8) * 9
+    scores, seen = received_attention(Tapped(q, k, 1.0, 5.0, 2), everyone(6), everyone(6), 2)
+    distance = torch.arange(6)[:, None] - torch.arange(6)
+    visible = (distance >= 0) & (distance < 2)
+    p = (5 * torch.tanh(q @ k.mT / 5)).masked_fill(~visible, -torch.inf).softmax(-1).mean(1)[0]
+    assert seen[0].tolist() == [False, False, False, True, True, True]
+    assert torch.allclose(scores[0, 3], 2 * p[4, 3]) and torch.allclose(scores[0, 4], p[4:, 4].mean() * 2)

@@ -1,0 +1,93 @@
+"""A pruner on disk: the same back, nothing half-written, strangers refused."""
+
+import json
+
+import pytest
+import torch
+from test_engine import BLOCKS, TEXT, seeded, tiny_llama
+
+from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner, UserError
+from ftp_lightning.pruning.pruned_folder import check_base, read_settings
+
+SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
+
+
+@pytest.mark.parametrize("router", [StaticRouter(), RandomRouter(4), seeded(DynamicRouter), seeded(lambda: DynamicRouter(8, ("position", "sparsity")))])
+def test_saved_and_loaded_prunes_the_same(tmp_path, router):
+    pruner = TokenPruner(router, SCHEDULE, kv=["evict", "keep"] * 2, window=9)
+    pruner.save(tmp_path / "p", base="embedded")
+    again = TokenPruner.load(tmp_path / "p")
+    assert again.schedule == SCHEDULE and again.settings() == pruner.settings() and type(again.router) is type(router)
+    model = tiny_llama(torch.float32)
+    with torch.no_grad():
+        with pruner(model):
+            expected = model(TEXT).logits
+        with again(model):
+            assert torch.equal(model(TEXT).logits, expected)
+    assert sum(f.stat().st_size for f in (tmp_path / "p").iterdir()) < 100_000
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {"pruner.json", "router.safetensors"}
+
+
+def test_saving_twice_replaces_whole(tmp_path):
+    TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p")
+    TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5)).save(tmp_path / "p")
+    assert TokenPruner.load(tmp_path / "p").schedule.budget == 0.5
+    assert [f.name for f in tmp_path.iterdir()] == ["p"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds no pruner"):
+        TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_save_leaves_the_old_pruner(tmp_path):
+    TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p")
+    with pytest.raises(UserError, match="cannot be stored"):
+        TokenPruner(FixedRouter([torch.ones(1, 3)] * BLOCKS), SCHEDULE).save(tmp_path / "p")
+    assert TokenPruner.load(tmp_path / "p").schedule == SCHEDULE and len(list(tmp_path.iterdir())) == 1
+
+
+def edit(folder, **changes):
+    record = json.loads((folder / "pruner.json").read_text())
+    (folder / "pruner.json").write_text(json.dumps(record | changes))
+
+
+def test_broken_folders_are_refused_in_words(tmp_path):
+    folder = tmp_path / "p"
+    with pytest.raises(UserError, match="cannot be read"):
+        TokenPruner.load(folder)
+    TokenPruner(seeded(DynamicRouter), SCHEDULE).save(folder)
+    edit(folder, router={"name": "dynamic", "width": 32, "names": ["position"]})
+    with pytest.raises(UserError, match="another shape"):
+        TokenPruner.load(folder)
+    edit(folder, router={"name": "../../evil"})
+    with pytest.raises(UserError, match="unknown"):
+        TokenPruner.load(folder)
+    edit(folder, router={"name": "static"}, sparsity=[2.0])
+    with pytest.raises(UserError, match="must be in"):
+        TokenPruner.load(folder)
+    (folder / "pruner.json").write_text("{")
+    with pytest.raises(UserError, match="broken"):
+        TokenPruner.load(folder)
+    (folder / "pruner.json").write_text("x" * 200_000)
+    with pytest.raises(UserError, match="bytes"):
+        TokenPruner.load(folder)
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    TokenPruner(seeded(DynamicRouter), SCHEDULE).save(tmp_path / "p")
+    weights = tmp_path / "p" / "router.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        TokenPruner.load(tmp_path / "p")
+
+
+def test_another_base_model_is_refused(tmp_path):
+    model, other = tiny_llama(torch.float32), tiny_llama(torch.float32, seed=1)
+    TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p", base="mine", model=model)
+    record = read_settings(tmp_path / "p")
+    check_base(record, model)
+    with pytest.raises(UserError, match="another base"):
+        check_base(record, other)
