@@ -54,13 +54,15 @@ def table(scores: Mapping[str, Sequence[Scores]]) -> str:
     for group, rows in scores.items():
         shares = {key: sum(row[key] for row in rows) / len(rows) for key in measures}
         cells = " | ".join(f"{share:.3f}" for share in shares.values())
-        lines.append(f"| {group} | {len(rows)} | {cells} | {_remark(shares['choice'], len(rows))} |")
+        lines.append(f"| {group} | {len(rows)} | {cells} | {_remark(shares, len(rows))} |")
     return "\n".join(lines)
 
 
-def _remark(share: float, items: int) -> str:
+def _remark(shares: Mapping[str, float], items: int) -> str:
+    """Which of the two choice measures are within 2 standard errors of chance on the whole context."""
     error = math.sqrt(CHANCE * (1 - CHANCE) / items)
-    return "near chance: measures nothing here" if abs(share - CHANCE) < 2 * error else ""
+    near = [measure for measure in ("choice", "norm") if abs(shares[measure] - CHANCE) < 2 * error]
+    return f"near chance by {' and '.join(near)}: measures nothing here" if near else ""
 
 
 def recall_scores(model: Any, tokenizer: Any, items: Sequence[Item]) -> dict[str, list[Scores]]:

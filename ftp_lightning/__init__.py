@@ -28,7 +28,16 @@ _HOMES = {
     "UserError": "ftp_lightning.errors",
 }
 
-__all__ = ["DynamicRouter", "FixedRouter", "RandomRouter", "Schedule", "StaticRouter", "TokenPruner", "UserError", "load_pruned"]
+__all__ = [
+    "DynamicRouter",
+    "FixedRouter",
+    "RandomRouter",
+    "Schedule",
+    "StaticRouter",
+    "TokenPruner",
+    "UserError",
+    "load_pruned",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -21,14 +23,22 @@ STAGES = {
 }
 """Stage -> (its settings class in `ftp_lightning.stages.STAGE`, what it does)."""
 
-LATER = {"sweep": "sweep is not part of this version.\nRun the sweep files under sweeps/ with `wandb sweep` and `wandb agent`."}
+LATER = {
+    "sweep": "sweep is not part of this version.\nRun the files under sweeps/ with `wandb sweep` and `wandb agent`.",
+}
 
-USAGE = "usage: ftp-lightning STAGE [--config FILE ...] [--KEY VALUE ...]\n\nstages:\n{}\n\n`ftp-lightning STAGE --help` shows its flags."
+USAGE = """usage: ftp-lightning STAGE [--config FILE ...] [--KEY VALUE ...]
+
+stages:
+{}
+
+`ftp-lightning STAGE --help` shows its flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one stage. Returns the exit status: 0, 2 for what the user can mend (told in at most three lines), 130 interrupted."""
+    """Run one stage. Returns the exit status: 0, 2 for what the user can mend (three lines tell it), 130 stopped."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    hush()
     try:
         return _run(argv)
     except UserError as error:
@@ -37,6 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def hush() -> None:
+    """Silence advertisements of libraries and a deprecation inside one; errors and real warnings still come through."""
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_warning)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def _run(argv: list[str]) -> int:

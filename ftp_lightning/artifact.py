@@ -1,51 +1,44 @@
 """What a stage leaves on disk: a folder that is finished or not, never half-written files.
 
-`provenance.json` is written last: it is the mark of completion, and its fingerprint of settings, inputs and code decides whether
-the stage has to be run again.
+`provenance.json` is written last: it is the mark of completion, and its fingerprint of settings, inputs and code
+decides whether the stage has to be run again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import time
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.fingerprint import PROVENANCE, code_version, digest, git_commit, versions
 
-PROVENANCE = "provenance.json"
 STATE = "state.json"
-PACKAGE = Path(__file__).resolve().parent
-PACKAGES = ("ftp-lightning", "torch", "transformers", "lightning", "deap", "datasets", "lm_eval", "numpy")
-_WHOLE = 64 * 2**20
 
 
 class StageFolder:
     """The folder of one stage, as a context.
 
-    Entering checks that it can be written and what is in it: `finished` is True where the same stage is done already; a finished
-    stage of another fingerprint is refused with the difference, unless `overwrite`. Leaving without an exception writes config.yaml and
-    provenance.json. After a UserError nothing stays that this call has created; after any other end a saved state stays to resume from.
+    Entering checks that it can be written and what is in it: `finished` is True where the same stage is done already;
+    a finished stage of another fingerprint is refused with the difference, unless `overwrite`. Leaving without an
+    exception writes config.yaml and provenance.json. After a UserError nothing stays that this call has created; after
+    any other end a saved state stays to resume from.
 
     Args:
         path: the folder; made if it is not there.
         config: all settings, written as config.yaml.
-        identity: the settings that decide the result, with inputs by their hashes; with the code version they make the fingerprint.
+        identity: the settings that decide the result, inputs by their hashes; with the code version, the fingerprint.
         command: a command line that gives these settings.
     """
 
     def __init__(self, path: Path, stage: str, config: dict, identity: dict, command: str, overwrite: bool = False):
         self.path, self.stage, self.config, self.command, self.overwrite = Path(path), stage, config, command, overwrite
         self.parts = {"stage": stage, **identity, "code": code_version()}
-        self.fingerprint = _digest(json.dumps(self.parts, sort_keys=True, default=str).encode())
+        self.fingerprint = digest(json.dumps(self.parts, sort_keys=True, default=str).encode())
         self.finished = False
         self._files: list[str] = []
         self._created: list[Path] = []
@@ -57,8 +50,9 @@ class StageFolder:
         if former and not self.overwrite:
             self.finished = former.get("fingerprint") == self.fingerprint
             if not self.finished:
+                difference = _difference(former.get("parts", {}), self.parts)
                 raise UserError(
-                    f"{self.path} holds a finished stage with other settings: {_difference(former.get('parts', {}), self.parts)}\n"
+                    f"{self.path} holds a finished stage with other settings: {difference}\n"
                     "Give another --output, or --overwrite to run it again here."
                 )
         return self
@@ -79,7 +73,7 @@ class StageFolder:
         self.write_text(name, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
     def place(self, name: str) -> Path:
-        """The path of a product that somebody else writes. The first product of a new run takes the former run's away."""
+        """The path for somebody else's file or folder; the first of a new run takes the former run's away."""
         if not self._files:
             self._forget_former()
         if name not in self._files:
@@ -101,7 +95,7 @@ class StageFolder:
         return saved["state"] if saved.get("fingerprint") == self.fingerprint else None
 
     def _forget_former(self) -> None:
-        """No provenance means not finished, so it goes first; then the former run's products, which need not come again."""
+        """No provenance means not finished, so it goes first; then the former products, which need not come again."""
         former = read_provenance(self.path) or {}
         (self.path / PROVENANCE).unlink(missing_ok=True)
         for name in former.get("files", []):
@@ -119,7 +113,7 @@ class StageFolder:
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "parts": self.parts,
-            "files": sorted(self._files),
+            "files": sorted(name for name in self._files if (self.path / name).exists()),
             "command": self.command,
             "seed": self.config.get("seed"),
             "commit": git_commit(),
@@ -151,7 +145,7 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_created(path: Path, created: list[Path]) -> None:
-    """Remove `path` with all it holds where it is among `created`, and those of its created parents that are empty then."""
+    """Remove `path` with all it holds where it is among `created`, then its created parents that are empty."""
     if path in created:
         shutil.rmtree(path, ignore_errors=True)
     for folder in reversed(created):
@@ -178,66 +172,10 @@ def read_provenance(folder: Path) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def hash_path(path: Path) -> str:
-    """16 hex digits over the content of a file, or names and contents of a folder's files; the path itself does not count.
-
-    Of a file beyond 64 MiB its size, first and last 32 MiB count [ours]: weights of many GB are not read twice.
-    """
-    if path.is_file():
-        return _digest(_content(path))
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != PROVENANCE)
-    return _digest(*(part for file in files for part in (file.relative_to(path).as_posix().encode(), _content(file))))
-
-
-@lru_cache(maxsize=1)
-def code_version() -> str:
-    """16 hex digits over the names and contents of this package's Python files."""
-    files = sorted(PACKAGE.rglob("*.py"))
-    return _digest(*(part for file in files for part in (file.relative_to(PACKAGE).as_posix().encode(), file.read_bytes())))
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package lies in; None where it is installed elsewhere."""
-    if not (PACKAGE.parent / ".git").exists():
-        return None
-    found = subprocess.run(["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter, without importing them; None where one is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()[:16]
-
-
-def _content(file: Path) -> bytes:
-    """The sha256 of what counts of a file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= _WHOLE:
-            return hashlib.sha256(stream.read()).digest()
-        digest = hashlib.sha256(size.to_bytes(8, "big") + stream.read(_WHOLE // 2))
-        stream.seek(-_WHOLE // 2, os.SEEK_END)
-        digest.update(stream.read())
-        return digest.digest()
-
-
 def _difference(former: dict, now: dict) -> str:
     keys = [key for key in {**former, **now} if former.get(key) != now.get(key)]
-    return ", ".join(f"{key} {former.get(key)} -> {now.get(key)}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
+    shown = [f"{key} {former.get(key)} -> {now.get(key)}" for key in keys[:4]]
+    return ", ".join(shown + ["..."] * (len(keys) > 4))
 
 
 def _finite(value: Any) -> Any:

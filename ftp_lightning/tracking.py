@@ -8,10 +8,10 @@ from typing import Any
 
 
 def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, group: str | None = None) -> Any:
-    """A Lightning logger that writes under `folder`, or False for `none`, as `lightning.Trainer(logger=…)` takes it.
+    """A Lightning logger that writes under `folder`, or False for `none`, as `lightning.Trainer(logger=...)` takes it.
 
-    `csv`: folder/logs/metrics.csv. `wandb`: online where a key is configured already (WANDB_API_KEY, or a login that wandb finds
-    itself with WANDB_MODE=online), else offline under folder/wandb; this function never asks for a key and never writes one.
+    `csv`: folder/logs/metrics.csv. `wandb`: online where wandb finds a key that the user has configured, unless
+    WANDB_MODE says otherwise; else offline, under folder/wandb. A key is never asked for and never written.
     ValueError for another kind.
     """
     if kind == "none":
@@ -28,8 +28,20 @@ def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, 
 def _wandb(folder: Path, config: dict[str, Any], job_type: str, group: str | None) -> Any:
     from lightning.pytorch.loggers import WandbLogger
 
-    online = bool(os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "online"
-    project = os.environ.get("WANDB_PROJECT", "ftp-lightning")
     return WandbLogger(
-        project=project, save_dir=folder, offline=not online, config=config, job_type=job_type, group=group, name=job_type
+        project=os.environ.get("WANDB_PROJECT", "ftp-lightning"),
+        save_dir=folder,
+        offline=not _may_go_online(),
+        config=config,
+        job_type=job_type,
+        group=group,
+        name=job_type,
     )
+
+
+def _may_go_online() -> bool:
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    return wandb.login(prompt=False, verify=False)

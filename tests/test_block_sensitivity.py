@@ -126,7 +126,7 @@ def test_test_and_predict_measure_the_same():
 
 
 def test_each_dense_block_runs_once_per_batch():
-    """Calls of each MLP: 2 passes (prompt, continuation) x (1 dense + levels x blocks at or below it that are pruned)."""
+    """Calls of each MLP: 2 passes (prompt, continuation) x (1 dense + levels x pruned blocks up to it)."""
     model = llama()
     calls = [0] * BLOCKS
     for index, block in enumerate(find_blocks(model)):

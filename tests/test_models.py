@@ -55,6 +55,7 @@ def test_random_shapes_are_seeded_and_leave_the_global_state_alone():
     assert torch.equal(before, torch.get_rng_state())
     assert model_identity(first) == model_identity(again) != model_identity(other)
     assert load_model("random:tiny", dtype="bfloat16").dtype == torch.bfloat16
+    assert not first.training and not any(p.requires_grad for p in first.parameters())
     assert len(load_tokenizer("random:tiny")) == 4096
 
 

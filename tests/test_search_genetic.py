@@ -76,7 +76,8 @@ def test_the_best_never_gets_worse_and_the_log_is_complete():
 
 def test_the_cost_is_the_minibatch_for_children_and_all_windows_for_survivors():
     fitness = Distance()
-    result = genetic_search(fitness, BLOCKS, settings(generations=1, offspring=10, survivors=3, stage_windows=4), seeds())
+    one = settings(generations=1, offspring=10, survivors=3, stage_windows=4)
+    result = genetic_search(fitness, BLOCKS, one, seeds())
     first, second = result.generations
     assert second["forward_tokens"] - first["forward_tokens"] == 10 * (10 * 4 + 3 * len(KINDS))
     assert second["evaluations"] - first["evaluations"] == 13
@@ -176,7 +177,9 @@ def test_impossible_settings_are_named(changes, name):
 
 
 @pytest.mark.parametrize(
-    "bad", [{}, {"a": Schedule.uniform(7, BUDGET)}, {"a": Schedule.uniform(BLOCKS, 0.3)}], ids=["none", "blocks", "budget"]
+    "bad",
+    [{}, {"a": Schedule.uniform(7, BUDGET)}, {"a": Schedule.uniform(BLOCKS, 0.3)}],
+    ids=["none", "blocks", "budget"],
 )
 def test_seeds_of_another_shape_or_budget_are_refused(bad):
     with pytest.raises(UserError, match="seed"):

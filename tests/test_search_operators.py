@@ -85,7 +85,7 @@ def test_levels_that_do_not_fit_are_refused():
 
 @given(st.integers(1, 24), st.floats(0.01, 0.98), st.floats(0.02, 0.3), st.floats(0.0, 0.02), seeds)
 def test_the_budget_survives_levels_under_any_ceiling(num_blocks, budget, requested, slack, seed):
-    """What the ceiling cuts off is carried by a block: |mean - B| <= 1e-9 also where the step does not divide the ceiling."""
+    """|mean - B| <= 1e-9 also where the step does not divide the ceiling: a block carries what is cut off."""
     ceiling = min(1.0, budget + slack + random.Random(seed).random() * (1 - budget))
     step = level_step(num_blocks, budget, requested)
     top = top_level(step, ceiling)

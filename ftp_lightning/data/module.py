@@ -56,4 +56,4 @@ class WindowsData(LightningDataModule):
         def collate(rows: list[int]) -> dict[str, torch.Tensor | int]:
             return {"input_ids": windows.input_ids[rows], "prompt_tokens": windows.prompt_tokens}
 
-        return DataLoader(range(len(windows)), self.batch_size, sampler=sampler, collate_fn=collate)
+        return DataLoader(range(len(windows)), batch_size=self.batch_size, sampler=sampler, collate_fn=collate)

@@ -1,1 +1,1 @@
-"""Stages: read inputs, call one edge, write the run folder. One settings class per stage is its flags, its YAML and its help."""
+"""Stages read inputs, call one edge, write a folder. A settings class is a stage's flags, its YAML and its help."""

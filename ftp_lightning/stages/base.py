@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder, hash_path
+from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
+from ftp_lightning.fingerprint import hash_path
+from ftp_lightning.stages.option import check_bounds, check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
-RESERVED = 2
-"""Tokens of a prompt that are always kept where a block is pruned: the first and the last (method.md, section 2)."""
-
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    above: float | None = None,
-    is_file: bool = False,
-    passive: bool = False,
-) -> Any:
-    """A field that is a flag: `default`, `help`, and what it may be.
-
-    least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose *content* is an
-    input. `passive`: has no influence on what the stage finds.
-    """
-    bounds = {"least": least, "most": most, "below": below, "above": above}
-    return field(default=default, metadata={"help": help, "bounds": bounds, "is_file": is_file, "passive": passive})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +28,10 @@ class Settings(ABC):
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check_bounds(item.name, getattr(self, item.name), item.metadata["bounds"])
+            check_bounds(item.name, getattr(self, item.name), item.metadata["bounds"])
         self.check()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  a hook, empty where bounds say all
         """What a single bound cannot say; UserError where values do not go together."""
 
     @abstractmethod
@@ -76,8 +55,8 @@ class ModelSettings(Settings):
 
     default_split: ClassVar[str] = "calibration"
 
-    model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: the small Llama of this package")
-    data: str = option("embedded", "text file, folder of them, JSONL, Alpaca JSON, Hub data set, or `embedded`: our stories")
+    model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: our small Llama")
+    data: str = option("embedded", "text file, folder of them, JSON(L), Hub data set, or `embedded`: our stories")
     split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
     seed: int = option(0, "seed of everything random", least=0)
@@ -124,7 +103,7 @@ class StageSettings(ModelSettings):
         return self.folder
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result besides the code: the settings that matter, files and folders by the hash of their content."""
+        """What decides the result besides the code: the settings that matter, files by the hash of their content."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["passive"]}
         files = [item.name for item in fields(self) if item.metadata["is_file"]]
         settings |= {name: _content(name, getattr(self, name)) for name in files}
@@ -141,45 +120,23 @@ class PrunedSettings(StageSettings):
 
     pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it", is_file=True)
     schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
-    budget: float | None = option(None, "uniform schedule of this budget, without --pruned and --schedule", least=0.0, below=1.0)
-    kv: Literal["auto", "evict", "keep"] = option("auto", "keys and values of skipped tokens; auto: as --pruned, else keep")
+    budget: float | None = option(None, "uniform schedule of this budget, without the two", least=0.0, below=1.0)
+    kv: Literal["auto", "evict", "keep"] = option(
+        "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
+    )
 
     def check(self) -> None:
         if self.budget is not None:
             if self.pruned or self.schedule:
-                raise UserError("budget is given beside a pruner or schedule that has its own\nLeave --budget out, or the other two.")
+                raise UserError(
+                    "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
+                )
             check_reachable(self.budget, self.prompt_tokens)
 
 
 def picked(settings_class: type, settings: Settings) -> Any:
     """A settings object of an edge, its fields taken from the flags of the same names."""
     return settings_class(**{item.name: getattr(settings, item.name) for item in fields(settings_class)})
-
-
-def check_reachable(budget: float, prompt_tokens: int) -> None:
-    """UserError where blocks of `prompt_tokens` tokens, the reserved ones always kept, cannot skip a share of `budget`."""
-    reachable = 1 - RESERVED / prompt_tokens
-    if budget > reachable:
-        raise UserError(
-            f"budget {budget} cannot be reached with prompt_tokens {prompt_tokens}: the first and the last token are always "
-            f"kept, so at most {reachable:.3g} can be skipped\nGive a smaller --budget or more --prompt_tokens."
-        )
-
-
-def _check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:
-    if value is None or not any(bound is not None for bound in bounds.values()):
-        return
-    least, most, below, above = (bounds[key] for key in ("least", "most", "below", "above"))
-    fits = (
-        (least is None or value >= least)
-        and (most is None or value <= most)
-        and (below is None or value < below)
-        and (above is None or value > above)
-    )
-    if not fits:
-        low = f"({above:g}" if least is None and above is not None else f"[{least:g}" if least is not None else "(-inf"
-        high = f"{below:g})" if below is not None else f"{most:g}]" if most is not None else "inf)"
-        raise UserError(f"{name} is {value}, must be in {low}, {high}\nChange --{name} or the key {name} of the config file.")
 
 
 def _as_argument(value: Any) -> str:

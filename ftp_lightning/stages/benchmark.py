@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import PrunedSettings, check_reachable, option
+from ftp_lightning.stages.base import PrunedSettings
+from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkStage(PrunedSettings):
-    """Time the prefill, dense and pruned in turn in one process, beside the limit that the FLOPs set. Writes benchmark.json."""
+    """Time the prefill, dense and pruned in turn, beside the limit that the FLOPs set. Writes benchmark.json."""
 
     stage: ClassVar[str] = "benchmark"
 
@@ -24,7 +25,9 @@ class BenchmarkStage(PrunedSettings):
     def check(self) -> None:
         super().check()
         if not self.lengths or not self.batches or min(self.lengths) < 4 or min(self.batches) < 1:
-            raise UserError(f"lengths {self.lengths} must be at least 4, batches {self.batches} at least 1\nChange them.")
+            raise UserError(
+                f"lengths {self.lengths} must be >= 4, batches {self.batches} >= 1\nChange --lengths or --batches."
+            )
         check_reachable(self.budget or 0.0, min(self.lengths))
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
@@ -42,9 +45,12 @@ class BenchmarkStage(PrunedSettings):
             progress.step(done, len(sizes), f"{batch} x {length} tokens")
             rows.append(_row(prefill_speed(model, pruner, length, batch, self.pairs, generator=generator), pruner))
         folder.write_json("benchmark.json", {"rows": rows})
-        folder.write_json("metrics.json", {"speedup": {f"{row['batch']}x{row['length']}": row["speedup"] for row in rows}})
+        speedup = {f"{row['batch']}x{row['length']}": row["speedup"] for row in rows}
+        folder.write_json("metrics.json", {"speedup": speedup})
         last = rows[-1]
-        progress.done(f"{last['speedup']:.2f} times as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f})")
+        progress.done(
+            f"{last['speedup']:.2f}x as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f}x)"
+        )
 
 
 def _row(speed: Any, pruner: Any) -> dict[str, Any]:

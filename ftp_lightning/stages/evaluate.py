@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import PrunedSettings, option
+from ftp_lightning.stages.base import PrunedSettings
+from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
 if TYPE_CHECKING:
     from ftp_lightning.stages.methods import Methods
 
+OUR_TASKS = ("story_recall", "story_ending", "story_name")
 BASELINES = ("random", "uniform", "block_influence", "static")
 
 
@@ -25,10 +27,10 @@ class EvaluateStage(PrunedSettings):
 
     compare: tuple[str, ...] = option((), f"baselines of the same budget: {', '.join(BASELINES)}")
     before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
-    static_schedule: str | None = option(None, "schedule.json of the baseline `static`; else --schedule", is_file=True)
+    static_schedule: str | None = option(None, "schedule of the baseline `static`; else --schedule", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json, for the baseline `block_influence`", is_file=True)
-    tasks: tuple[str, ...] = option(("story_recall", "story_ending", "story_name"), "embedded tasks, or any that lm-eval knows")
-    task_data: str | None = option(None, "folder that holds TASK.jsonl, in the Hub's schema, for tasks of lm-eval", is_file=True)
+    tasks: tuple[str, ...] = option(OUR_TASKS, "our tasks, or any that lm-eval knows")
+    task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema, for lm-eval's tasks", is_file=True)
     mode: Literal["prompt", "sequence"] = option("prompt", "tasks: the context alone is routed, or the whole text")
     items: int = option(300, "questions with facts to recall", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
@@ -45,7 +47,7 @@ class EvaluateStage(PrunedSettings):
         if "block_influence" in self.compare and not self.sensitivity:
             raise UserError("the baseline block_influence needs what `sensitivity` measured\nGive --sensitivity FILE.")
         if "static" in self.compare and not (self.static_schedule or self.schedule):
-            raise UserError("the baseline static needs the schedule that was searched with it\nGive --static_schedule FILE.")
+            raise UserError("the baseline static needs the schedule searched with it\nGive --static_schedule FILE.")
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.stages.inputs import load_model
@@ -65,7 +67,8 @@ class EvaluateStage(PrunedSettings):
         results["methods"] = [bench.measure(name, pruner) for name, pruner in methods]
         self.write(folder, results, bench, methods)
         last = results["methods"][-1]
-        progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g} at {last['realised_sparsity']:.1%} skipped")
+        skipped = f"{last['realised_sparsity']:.1%} skipped"
+        progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g}, {skipped}")
 
     def write(self, folder: StageFolder, results: dict[str, Any], bench: Any, methods: Methods) -> None:
         from ftp_lightning.stages.showcase import story_tokens

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import PrunedSettings, option
+from ftp_lightning.stages.base import PrunedSettings
+from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateStage(PrunedSettings):
-    """Continue one prompt, dense and pruned: both texts, tokens skipped per block, time to first token. Writes generation.json."""
+    """Continue one prompt, dense and pruned: texts, tokens skipped, time to first token. Writes generation.json."""
 
     stage: ClassVar[str] = "generate"
     repeats: ClassVar[bool] = True
@@ -34,8 +35,8 @@ class GenerateStage(PrunedSettings):
         pruner = chosen_pruner(self, model)
         prompt = self.prompt if self.prompt is not None else self._question(tokenizer)
         ids = self._encode(prompt, model, tokenizer)
-        texts = {name: tokenizer.decode(_generate(model, ids, self.max_new_tokens, chosen)[ids.shape[1] :], skip_special_tokens=True)
-                 for name, chosen in (("dense", None), ("pruned", pruner))}  # fmt: skip
+        new = {name: _generate(model, ids, self.max_new_tokens, chosen) for name, chosen in _both(pruner)}
+        texts = {name: tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for name, row in new.items()}
         skipped = [round(share * ids.shape[1]) for share in pruner.trace.prompt.sparsity]
         first = _first_token_ms(model, ids, pruner, self.pairs)
         tokens = ids.shape[1]
@@ -58,16 +59,21 @@ class GenerateStage(PrunedSettings):
         if self.apply_chat_template:
             if not tokenizer.chat_template:
                 raise UserError(f"the tokenizer of {self.model} has no chat template\nLeave --apply_chat_template out.")
-            prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+            turns = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         bos = [] if tokenizer.bos_token_id is None or self.apply_chat_template else [tokenizer.bos_token_id]
         ids = bos + tokenizer.encode(prompt, add_special_tokens=False)
         limit = getattr(model.config, "max_position_embeddings", None) or len(ids) + self.max_new_tokens
         if not prompt.strip() or len(ids) + self.max_new_tokens > limit:
             raise UserError(
-                f"the prompt has {len(ids)} tokens; it must not be empty, and with {self.max_new_tokens} new ones fit the model's "
-                f"{limit}\nGive another --prompt or fewer --max_new_tokens."
+                f"the prompt has {len(ids)} tokens; it must not be empty, and with {self.max_new_tokens} new ones "
+                f"fit the model's {limit}\nGive another --prompt or fewer --max_new_tokens."
             )
         return torch.tensor([ids], device=model.device)
+
+
+def _both(pruner: Any) -> tuple[tuple[str, Any], ...]:
+    return ("dense", None), ("pruned", pruner)
 
 
 def _generate(model: Any, ids: Any, tokens: int, pruner: Any) -> Any:
@@ -83,7 +89,7 @@ def _first_token_ms(model: Any, ids: Any, pruner: Any, pairs: int) -> dict[str, 
     """Median milliseconds to the first token; dense and pruned in turn, after one of each that does not count."""
     times: dict[str, list[float]] = {"dense": [], "pruned": []}
     for _ in range(pairs + 1):
-        for name, chosen in (("dense", None), ("pruned", pruner)):
+        for name, chosen in _both(pruner):
             start = time.perf_counter()
             _generate(model, ids, 1, chosen).tolist()  # reading the token waits for the device
             times[name].append(1e3 * (time.perf_counter() - start))

@@ -15,7 +15,7 @@ from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.stages.base import PrunedSettings, StageSettings
+from ftp_lightning.stages.base import ModelSettings, PrunedSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,18 +23,24 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = 0.3
 
 
-def load_model(settings: StageSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The stage's model and tokenizer; UserError also where a window does not fit the model."""
     place = {"dtype": settings.dtype, "device": settings.device, "revision": settings.revision}
     model, tokenizer = models.load(settings.model, **place, seed=settings.seed)
-    limit, wanted = getattr(model.config, "max_position_embeddings", None), settings.prompt_tokens + settings.continuation_tokens
+    limit = getattr(model.config, "max_position_embeddings", None)
+    wanted = settings.prompt_tokens + settings.continuation_tokens
     if limit is not None and wanted > limit:
-        raise UserError(f"windows of {wanted} tokens do not fit the model's {limit}\nGive fewer --prompt_tokens or --continuation_tokens.")
+        remedy = "Give fewer --prompt_tokens or --continuation_tokens."
+        raise UserError(f"windows of {wanted} tokens do not fit the model's {limit}\n{remedy}")
     return model, tokenizer
 
 
 def mixed_windows(
-    settings: StageSettings, tokenizer: PreTrainedTokenizerBase, count: int, recall_share: float, split: str | None = None
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    recall_share: float,
+    split: str | None = None,
 ) -> Windows:
     """`count` windows of the stage's text, `recall_share` of them with facts to recall."""
     documents = load_documents(settings.data, split or settings.chosen_split)
@@ -100,4 +106,5 @@ def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:
 def check_blocks(schedule: Schedule, name: str, blocks: int) -> None:
     """UserError where a schedule is not one of `blocks` blocks."""
     if schedule.num_blocks != blocks:
-        raise UserError(f"{name} is made for {schedule.num_blocks} blocks, the model has {blocks}\nGive the one made for this model.")
+        made_for = f"{name} is made for {schedule.num_blocks} blocks"
+        raise UserError(f"{made_for}, the model has {blocks}\nGive the one made for this model.")

@@ -1,4 +1,4 @@
-"""One method measured on everything: windows of text in both modes, tasks through lm-eval, and what they say together."""
+"""One method measured on everything: windows of text in both modes, tasks through lm-eval, and what they say."""
 
 from __future__ import annotations
 
@@ -113,13 +113,15 @@ class Bench:
         right = [[item["right"] for item in items] for items in rows]
         buckets = [distance_bucket(item["distance"]) for item in rows[0]]
         total = asdict(statistics.kept(*right))
-        near_first = sorted(statistics.kept_by(buckets, *right).items(), key=lambda pair: int(pair[0].split("-")[0]))
+        groups = statistics.kept_by(buckets, *right)
+        near_first = sorted((bucket for bucket in groups if groups[bucket].items), key=lambda b: int(b.split("-")[0]))
         names = ("share", "low", "high", "items")
-        by_distance = {bucket: {name: asdict(kept)[name] for name in names} for bucket, kept in near_first if kept.items}
+        by_distance = {bucket: {name: getattr(groups[bucket], name) for name in names} for bucket in near_first}
         return total | {"by_distance": by_distance} if total["items"] else None
 
     def _dense_cell(self, summary: dict) -> dict[str, Any]:
-        return {"acc": _accuracy(summary), "stderr": summary["acc_stderr"], "chance": summary["chance"], "n": summary["n"]}
+        names = {"stderr": "acc_stderr", "chance": "chance", "n": "n"}
+        return {"acc": _accuracy(summary)} | {name: summary[key] for name, key in names.items()}
 
     def _cell(self, task: str, summary: dict) -> dict[str, Any]:
         """Accuracy, its standard error, skill, and whether it measures anything (method.md, section 8)."""
@@ -127,7 +129,12 @@ class Bench:
         known = None not in (acc, dense["acc_stderr"], dense["chance"])
         skill = statistics.skill(acc, _accuracy(dense), dense["chance"], dense["acc_stderr"]) if known else None
         exercised = (summary["exercised"] or 0.0) >= 0.5
-        return {"acc": acc, "stderr": summary["acc_stderr"], "skill": skill, "measures": skill is not None and exercised}
+        return {
+            "acc": acc,
+            "stderr": summary["acc_stderr"],
+            "skill": skill,
+            "measures": skill is not None and exercised,
+        }
 
     def _retention(self, cells: dict[str, dict]) -> float | None:
         """The paper's retention over the tasks that measure something."""

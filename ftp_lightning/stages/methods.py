@@ -39,10 +39,12 @@ def _baseline(name: str, settings: EvaluateStage, chosen: TokenPruner, model: An
     if name == "block_influence":
         influence = load_sensitivity(settings.sensitivity, blocks)["block_influence"]
         return TokenPruner(StaticRouter(), allocations.from_importance(influence, schedule.budget), kv=chosen.kv)
-    return TokenPruner(StaticRouter(), load_schedule(settings.static_schedule or settings.schedule, model), kv=chosen.kv)
+    return TokenPruner(
+        StaticRouter(), load_schedule(settings.static_schedule or settings.schedule, model), kv=chosen.kv
+    )
 
 
 def _name(settings: EvaluateStage, router: Router) -> str:
-    """A stored pruner is called by its router; the static router under no searched schedule is the baseline `uniform`."""
+    """A pruner is called by its router; the static router under no schedule of its own is the baseline `uniform`."""
     kind = next((name for name, kind in ROUTERS.items() if type(router) is kind), "pruned")
     return kind if settings.pruned or settings.schedule else "uniform"

@@ -46,7 +46,7 @@ def parser_of(settings_class: type) -> Parser:
         default_env=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; may be repeated, later ones win")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML of settings; may be repeated, later ones win")
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
         _add(parser, field.name, hints[field.name], field.default, field.metadata["help"])
@@ -73,7 +73,8 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str]) -> 
         namespace = parser_of(settings_class).parse_args(list(arguments))
     except SystemExit as finished:
         if finished.code:
-            raise UserError(f"the arguments were not understood\n`ftp-lightning {settings_class.stage} --help` lists them.") from None
+            remedy = f"`ftp-lightning {settings_class.stage} --help` lists them."
+            raise UserError(f"the arguments were not understood\n{remedy}") from None
         return None
     values = {field.name: namespace[field.name] for field in fields(settings_class)}
-    return settings_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return settings_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

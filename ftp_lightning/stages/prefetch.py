@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import Settings, option
+from ftp_lightning.stages.base import Settings
+from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -15,7 +16,7 @@ NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchStage(Settings):
-    """Download a model, data sets and tasks from the Hub into its cache (HF_HOME); then HF_HUB_OFFLINE=1 works without network."""
+    """Download a model, data sets and tasks into the Hub's cache (HF_HOME); HF_HUB_OFFLINE=1 then needs no network."""
 
     stage: ClassVar[str] = "prefetch"
 
@@ -75,4 +76,5 @@ def _attempt(name: str, fetch):
         return fetch()
     except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{name} cannot be had from the Hub: {reason}\nCheck the name, the network and HF_HUB_OFFLINE.") from error
+        remedy = "Check the name, the network and HF_HUB_OFFLINE."
+        raise UserError(f"{name} cannot be had from the Hub: {reason}\n{remedy}") from error

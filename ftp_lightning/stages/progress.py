@@ -20,8 +20,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Lines about one stage: redrawn in place on a terminal, every ten seconds otherwise.
 
-    `before` and `share`: which part of a whole chain lay before this stage and which part it is (both in [0, 1]); from them and the
-    chain's start the time left for all of it is estimated.
+    `before` and `share`: which part of a whole chain lay before this stage and which part it is (both in [0, 1]);
+    from them and the chain's start the time left for all of it is estimated.
     """
 
     def __init__(

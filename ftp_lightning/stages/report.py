@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import Settings, option
+from ftp_lightning.stages.base import Settings
+from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
 

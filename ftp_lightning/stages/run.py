@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.stages.base import ModelSettings, StageSettings, check_reachable, option
+from ftp_lightning.stages.base import ModelSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
-from ftp_lightning.stages.evaluate import BASELINES, EvaluateStage
+from ftp_lightning.stages.evaluate import BASELINES, OUR_TASKS, EvaluateStage
+from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
@@ -22,7 +23,7 @@ SHARES = {"sensitivity": 4, "search": 22, "train": 24, "finetune": 18, "evaluate
 
 @dataclass(frozen=True, kw_only=True)
 class RunStage(ModelSettings):
-    """The chain: sensitivity, search, train, finetune, evaluate, benchmark, report. Each stage has a folder of its own in OUTPUT."""
+    """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT."""
 
     stage: ClassVar[str] = "run"
 
@@ -41,7 +42,7 @@ class RunStage(ModelSettings):
     test_data: str | None = option(None, "text to evaluate on, where it is another than --data")
     test_split: str = option("auto", "split of the text to evaluate on; `auto` is test")
     compare: tuple[str, ...] = option(BASELINES, "baselines to evaluate beside the trained router")
-    tasks: tuple[str, ...] = option(("story_recall", "story_ending", "story_name"), "tasks to evaluate")
+    tasks: tuple[str, ...] = option(OUR_TASKS, "tasks to evaluate")
     items: int = option(300, "questions with facts to recall", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
     test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
@@ -75,15 +76,18 @@ class RunStage(ModelSettings):
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
         search = sizes | {"budget": self.budget, "kv": self.kv, "sensitivity": measured}
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
+        tuning = search | {"generations": self.finetune_generations, "pruned": trained, "schedule": searched}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
             "sensitivity": (SensitivityStage, self._sensitivity()),
             "search": (SearchStage, search | {"generations": self.generations}),
             "train": (TrainStage, self._training() | {"schedule": searched}),
-            "finetune": (SearchStage, search | {"generations": self.finetune_generations, "pruned": trained, "schedule": searched}),
+            "finetune": (SearchStage, tuning),
             "evaluate": (EvaluateStage, self._evaluation() | evaluate | {"pruned": tuned}),
             "benchmark": (BenchmarkStage, {"lengths": self.lengths, "pairs": self.pairs, "pruned": tuned}),
         }
-        return {name: kind(**self.shared() | {"output": str(at[name])} | changes) for name, (kind, changes) in chain.items()}
+        return {
+            name: kind(**self.shared() | {"output": str(at[name])} | changes) for name, (kind, changes) in chain.items()
+        }
 
     def _sensitivity(self) -> dict[str, Any]:
         return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}

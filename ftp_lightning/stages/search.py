@@ -1,4 +1,4 @@
-"""Stage `search`: a schedule for a budget. With the static router it is the first search, with a trained one the fine-tuning."""
+"""Stage `search`: a schedule for a budget, with the static router or, as fine-tuning, with a trained one."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
-from ftp_lightning.stages.base import StageSettings, check_reachable, option, picked
+from ftp_lightning.stages.base import StageSettings, picked
+from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning import TokenPruner
-    from ftp_lightning.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage(StageSettings):
-    """Search the schedule of a budget that keeps the continuation nearest to dense. Writes schedule.json, with --pruned also pruned/."""
+    """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned also pruned/."""
 
     stage: ClassVar[str] = "search"
 
     budget: float = option(0.3, "mean share of prompt tokens that skip a block, in [0, 1)", least=0.0, below=1.0)
-    kv: Literal["auto", "evict", "keep"] = option("auto", "keys and values of skipped tokens; auto: as --pruned, else keep")
+    kv: Literal["auto", "evict", "keep"] = option(
+        "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
+    )
     router: Literal["static", "random"] = option("static", "router to search with, where there is no --pruned")
     pruned: str | None = option(None, "folder of a trained pruner: fine-tune its schedule", is_file=True)
     schedule: str | None = option(None, "schedule.json to start from, besides the allocations", is_file=True)
@@ -47,21 +49,27 @@ class SearchStage(StageSettings):
         from ftp_lightning.search.fitness import ContinuationFitness
         from ftp_lightning.search.genetic import SearchSettings, genetic_search
         from ftp_lightning.stages.inputs import load_model, mixed_windows
+        from ftp_lightning.stages.seeds import starting_schedules
         from ftp_lightning.tracking import make_logger
 
         search_settings = picked(SearchSettings, self)
         model, tokenizer = load_model(self)
         start = self.start(model)
-        seeds = self.seeds(start)
+        seeds = starting_schedules(self, start)
         windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
-        logger = make_logger(self.tracking, folder.path, self.config(), "finetune" if self.pruned else "search")
+        job = "finetune" if self.pruned else "search"
+        logger = make_logger(self.tracking, folder.place("logs").parent, self.config(), job)
 
         def on_generation(state: dict) -> None:
             folder.save_state(state)
             done, entry = state["generation"], state["log"][-1]
             if logger:
-                logger.log_metrics({f"search/{key}": entry[key] for key in ("best", "mean", "forward_tokens")}, step=done)
-            progress.step(done, self.generations, f"generation {done} of {self.generations}, best KL {entry['best']:.3g}")
+                logger.log_metrics(
+                    {f"search/{key}": entry[key] for key in ("best", "mean", "forward_tokens")}, step=done
+                )
+            progress.step(
+                done, self.generations, f"generation {done} of {self.generations}, best KL {entry['best']:.3g}"
+            )
 
         progress.say(f"measuring {len(seeds)} allocations on {len(windows)} windows")
         fitness = ContinuationFitness(model, windows, start.with_schedule, self.batch_size)
@@ -86,41 +94,8 @@ class SearchStage(StageSettings):
         from ftp_lightning.stages.inputs import load_pruner, num_blocks
 
         if not self.pruned:
-            router = ROUTERS[self.router]()
-            return TokenPruner(router, Schedule.uniform(num_blocks(model), self.budget), kv="keep" if self.kv == "auto" else self.kv)
+            even = Schedule.uniform(num_blocks(model), self.budget)
+            return TokenPruner(ROUTERS[self.router](), even, kv="keep" if self.kv == "auto" else self.kv)
         trained = load_pruner(self.pruned, model)
         changes = {} if self.kv == "auto" else {"kv": self.kv}
         return TokenPruner(trained.router, trained.schedule, **trained.settings() | changes)
-
-    def seeds(self, start: TokenPruner) -> dict[str, Schedule]:
-        """Allocations to start from, by name, all of the budget."""
-        from ftp_lightning.schedule import Schedule
-        from ftp_lightning.search.allocations import project
-        from ftp_lightning.stages.inputs import check_blocks, load_sensitivity
-
-        blocks = start.schedule.num_blocks
-        measured = load_sensitivity(self.sensitivity, blocks) if self.sensitivity else None
-        seeds = allocations(blocks, self.budget, self.max_sparsity, measured)
-        given = {"start": start.schedule} if self.pruned else {}
-        if self.schedule:
-            given["given"] = Schedule.load(self.schedule)
-            check_blocks(given["given"], self.schedule, blocks)
-        return seeds | {name: project(schedule.sparsity, self.budget, upper=self.max_sparsity) for name, schedule in given.items()}
-
-
-def allocations(num_blocks: int, budget: float, ceiling: float, measured: dict | None) -> dict[str, Schedule]:
-    """Closed-form allocations of a budget; with what `sensitivity` measured also the two that need it."""
-    from ftp_lightning.search import allocations as spread
-
-    found = {
-        "uniform": spread.uniform(num_blocks, budget),
-        "ramp": spread.ramp(num_blocks, budget, ceiling),
-        "late": spread.late(num_blocks, budget, ceiling),
-    }
-    if num_blocks > 1:
-        found["first dense"] = spread.step(num_blocks, budget, ceiling=ceiling)
-    if measured:
-        found["block influence"] = spread.from_importance(measured["block_influence"], budget, ceiling)
-    if measured and budget <= measured["levels"][-1]:
-        found["sensitivity"] = spread.knapsack(measured["kl"], measured["levels"], budget)
-    return found

@@ -7,13 +7,14 @@ from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings, check_reachable, option
+from ftp_lightning.stages.base import StageSettings
+from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityStage(StageSettings):
-    """Measure Block Influence, token redundancy, and the KL when one block alone is pruned. Writes sensitivity.json."""
+    """Measure Block Influence, redundancy, and the KL when one block alone is pruned. Writes sensitivity.json."""
 
     stage: ClassVar[str] = "sensitivity"
 
@@ -24,8 +25,9 @@ class SensitivityStage(StageSettings):
     batch_size: int = option(8, "windows per forward", least=1)
 
     def check(self) -> None:
-        if not self.levels or list(self.levels) != sorted({*self.levels}) or self.levels[0] <= 0 or self.levels[-1] > 1:
-            raise UserError(f"levels are {list(self.levels)}, must rise within (0, 1]\nGive for example --levels 0.3,0.6,0.9.")
+        levels = list(self.levels)
+        if not levels or levels != sorted({*levels}) or levels[0] <= 0 or levels[-1] > 1:
+            raise UserError(f"levels are {levels}, must rise within (0, 1]\nGive for example --levels 0.3,0.6,0.9.")
         check_reachable(self.levels[0], self.prompt_tokens)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
@@ -41,13 +43,16 @@ class SensitivityStage(StageSettings):
             model, lambda schedule: TokenPruner(StaticRouter(), schedule, kv=self.kv), num_blocks(model), self.levels
         )
         batches = -(-len(windows) // self.batch_size)
-        trainer = quiet_trainer(model.device.type, lambda done: progress.step(done, batches, f"batch {done} of {batches}"))
+        trainer = quiet_trainer(
+            model.device.type, lambda done: progress.step(done, batches, f"batch {done} of {batches}")
+        )
         trainer.predict(system, datamodule=WindowsData(windows, batch_size=self.batch_size), return_predictions=False)
         found = system.summary()
         folder.write_json("sensitivity.json", found)
         folder.write_json("metrics.json", {"windows": windows.hash(), "tokens": found["tokens"]})
         weakest = min(range(found["num_blocks"]), key=lambda block: found["kl"][block][-1])
-        progress.done(f"block {weakest + 1} is cheapest to prune, KL {found['kl'][weakest][-1]:.2g} at {self.levels[-1]:.0%}")
+        kl = found["kl"][weakest][-1]
+        progress.done(f"block {weakest + 1} is cheapest to prune, KL {kl:.2g} at {self.levels[-1]:.0%}")
 
 
 def quiet_trainer(device: str, tell):

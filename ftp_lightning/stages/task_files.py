@@ -8,37 +8,38 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftp_lightning.data import choices
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.windows import Windows, plain_windows
 from ftp_lightning.errors import UserError
+from ftp_lightning.stages.evaluate import OUR_TASKS, EvaluateStage
 
-if TYPE_CHECKING:
-    from ftp_lightning.stages.evaluate import EvaluateStage
-
-RECALL, DELETED, ENDING, NAME = "story_recall", "story_recall_deleted", "story_ending", "story_name"
+RECALL, ENDING, _ = OUR_TASKS
+DELETED = "story_recall_deleted"
 
 
 def test_windows(settings: EvaluateStage, tokenizer: Any) -> Windows:
     """Consecutive windows of the test text, all of them or random ones."""
     documents = load_documents(settings.data, settings.chosen_split)
     rng = random.Random(f"{settings.seed}/windows")
-    return plain_windows(tokenizer, documents, settings.prompt_tokens, settings.continuation_tokens, settings.windows, rng)
+    return plain_windows(
+        tokenizer, documents, settings.prompt_tokens, settings.continuation_tokens, settings.windows, rng
+    )
 
 
 class TaskFiles:
-    """The rows of every embedded task that is asked for, and where the others lie. UserError for files that are not there."""
+    """The rows of our tasks that are asked for, and where the others lie. UserError for files that are not there."""
 
     def __init__(self, settings: EvaluateStage, tokenizer: Any):
-        self.rows = {task: _rows(task, settings, tokenizer) for task in settings.tasks if task in (RECALL, ENDING, NAME)}
+        self.rows = {task: _rows(task, settings, tokenizer) for task in settings.tasks if task in OUR_TASKS}
         self.others = {task: _local_file(task, settings.task_data) for task in settings.tasks if task not in self.rows}
 
     @contextmanager
     def named(self, with_deleted: bool) -> Iterator[dict[str, Path | None]]:
-        """Task -> its JSONL file, None where lm-eval knows the data itself; `with_deleted` adds the recall items without facts."""
+        """Task -> its JSONL file, None where lm-eval has the data; `with_deleted` adds recall items without facts."""
         with tempfile.TemporaryDirectory() as folder:
             files = {task: _write(Path(folder) / f"{task}.jsonl", rows) for task, rows in self.rows.items()}
             if with_deleted and RECALL in files:
@@ -58,7 +59,7 @@ def _rows(task: str, settings: EvaluateStage, tokenizer: Any) -> list[choices.It
 
 def check_tasks(names: Sequence[str]) -> None:
     """UserError for tasks that neither we nor lm-eval know; its list is read only where one is not ours."""
-    others = [name for name in names if name not in (RECALL, ENDING, NAME)]
+    others = [name for name in names if name not in OUR_TASKS]
     if not others:
         return
     from lm_eval.tasks import TaskManager
@@ -66,7 +67,8 @@ def check_tasks(names: Sequence[str]) -> None:
     known = TaskManager().all_tasks
     unknown = [name for name in others if name not in known]
     if unknown:
-        raise UserError(f"unknown task {', '.join(unknown)}\nOurs are {RECALL}, {ENDING}, {NAME}; for others see `lm_eval ls tasks`.")
+        ours = f"Ours are {', '.join(OUR_TASKS)}; for others see `lm_eval ls tasks`."
+        raise UserError(f"unknown task {', '.join(unknown)}\n{ours}")
 
 
 def _local_file(task: str, folder: str | None) -> Path | None:
@@ -74,7 +76,9 @@ def _local_file(task: str, folder: str | None) -> Path | None:
         return None
     path = Path(folder).expanduser() / f"{task}.jsonl"
     if not path.is_file():
-        raise UserError(f"--task_data {folder} holds no {task}.jsonl\nPut it there, or leave --task_data out to ask the Hub.")
+        raise UserError(
+            f"--task_data {folder} holds no {task}.jsonl\nPut it there, or leave --task_data out to ask the Hub."
+        )
     return path
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings, check_reachable, option, picked
+from ftp_lightning.stages.base import StageSettings, picked
+from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
 
@@ -19,7 +20,7 @@ class TrainStage(StageSettings):
     default_split: ClassVar[str] = "training"
 
     schedule: str | None = option(None, "schedule.json to train under", is_file=True)
-    budget: float | None = option(None, "uniform schedule of this budget, without --schedule (then 0.3)", least=0.0, below=1.0)
+    budget: float | None = option(None, "uniform schedule of this budget, without --schedule", least=0.0, below=1.0)
     kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     steps: int = option(200, "optimiser steps", least=1)
     batch_size: int = option(4, "windows per step", least=1)
@@ -54,8 +55,8 @@ class TrainStage(StageSettings):
             windows,
             held_out,
             picked(TrainingSettings, self),
-            folder.path,
-            logger=make_logger(self.tracking, folder.path, self.config(), "train"),
+            folder.place("checkpoints").parent,
+            logger=make_logger(self.tracking, folder.place("logs").parent, self.config(), "train"),
             progress=lambda step, steps: progress.step(step, steps, f"step {step} of {steps}"),
         )
         pruner.save(folder.place("pruned"), base=self.model, model=model)

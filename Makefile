@@ -1,0 +1,37 @@
+# `make` lists the targets. Every target makes the virtual environment itself.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+RUN ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo report bench test check
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP)  ## make .venv with the pinned requirements and this package
+
+$(SETUP): requirements.txt pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps -e .
+	touch $@
+
+demo: $(SETUP)  ## prune the embedded model with the whole method; ends with runs/demo/report.html
+	$(PYTHON) -m ftp_lightning run --output $(RUN)
+
+report: $(SETUP)  ## write the report of RUN (runs/demo) anew
+	$(PYTHON) -m ftp_lightning report --run $(RUN)
+
+bench: $(SETUP)  ## prefill time of a random 110 M Llama, dense and pruned
+	$(PYTHON) -m ftp_lightning benchmark --model random:llama-110m --lengths 512,1024,2048 --output runs/bench
+
+test: $(SETUP)  ## the fast tests, offline
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+check: $(SETUP)  ## lint, format, tests
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(MAKE) test

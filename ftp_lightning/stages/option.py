@@ -1,0 +1,60 @@
+"""One flag of a stage: its default, its help and its bounds stand in one place."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from ftp_lightning.errors import UserError
+
+RESERVED = 2
+"""Tokens of a prompt that are always kept where a block is pruned: the first and the last (method.md, section 2)."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    is_file: bool = False,
+    passive: bool = False,
+) -> Any:
+    """A field that is a flag: `default`, `help`, and what it may be.
+
+    least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose
+    *content* is an input. `passive`: has no influence on what the stage finds.
+    """
+    bounds = {"least": least, "most": most, "below": below, "above": above}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "is_file": is_file, "passive": passive})
+
+
+def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:
+    """UserError where a value is out of the bounds that `option` was given."""
+    if value is None or not any(bound is not None for bound in bounds.values()):
+        return
+    least, most, below, above = (bounds[key] for key in ("least", "most", "below", "above"))
+    fits = (
+        (least is None or value >= least)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+        and (above is None or value > above)
+    )
+    if not fits:
+        low = f"({above:g}" if least is None and above is not None else f"[{least:g}" if least is not None else "(-inf"
+        high = f"{below:g})" if below is not None else f"{most:g}]" if most is not None else "inf)"
+        raise UserError(
+            f"{name} is {value}, must be in {low}, {high}\nChange --{name} or the key {name} of the config file."
+        )
+
+
+def check_reachable(budget: float, prompt_tokens: int) -> None:
+    """UserError where prompts of this many tokens, the reserved ones always kept, cannot skip a share of `budget`."""
+    reachable = 1 - RESERVED / prompt_tokens
+    if budget > reachable:
+        raise UserError(
+            f"budget {budget} cannot be reached with prompts of {prompt_tokens} tokens: the first and the last are "
+            f"always kept, so at most {reachable:.3g} can be skipped\nGive a smaller --budget or longer prompts."
+        )
