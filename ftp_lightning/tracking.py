@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def logging_to(
+    kind: str, folder: Path, config: dict[str, Any], job_type: str, group: str | None = None
+) -> Iterator[Any]:
+    """`make_logger`'s logger, closed at the end, so that the next stage of one process has a run of its own."""
+    logger = make_logger(kind, folder, config, job_type, group)
+    try:
+        yield logger
+    finally:
+        if logger:
+            logger.finalize("success" if sys.exc_info()[0] is None else "failed")
+        if kind == "wandb":
+            logger.experiment.finish()
 
 
 def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, group: str | None = None) -> Any:
@@ -19,6 +38,7 @@ def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, 
     if kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
+        shutil.rmtree(folder / "logs", ignore_errors=True)  # of an interrupted run: its rows will come again
         return CSVLogger(save_dir=folder, name="", version="logs")
     if kind == "wandb":
         return _wandb(folder, config, job_type, group)
@@ -28,10 +48,12 @@ def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, 
 def _wandb(folder: Path, config: dict[str, Any], job_type: str, group: str | None) -> Any:
     from lightning.pytorch.loggers import WandbLogger
 
+    online = _may_go_online()
     return WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "ftp-lightning"),
         save_dir=folder,
-        offline=not _may_go_online(),
+        offline=not online,
+        mode="online" if online else "offline",  # said outright: wandb has read WANDB_MODE before Lightning sets it
         config=config,
         job_type=job_type,
         group=group,

@@ -20,7 +20,7 @@ class WrappedMethod:
     def __init__(self, module: nn.Module, name: str, run: Callable):
         self.module, self.name, self.run = module, name, run
         self.previous = module.__dict__.get(name)
-        functools.update_wrapper(self, self.inner)
+        functools.update_wrapper(self, self.inner, updated=())  # not its __dict__: a wrapped wrapper keeps its own state
         module.__dict__[name] = self
 
     @property

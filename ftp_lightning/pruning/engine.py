@@ -166,6 +166,7 @@ class Engine:
             whole = mask[:, -(past + new) :].to(torch.bool)
             real, past_real = whole[:, -new:], whole[:, :-new]
             padded = not bool(whole.all())
+        self._check_windows(past + new)
         routed = past == 0 or self.pruner.routing_chunk
         prompt = self.pruner.masked_prompt
         if prompt is not None and past:
@@ -175,6 +176,14 @@ class Engine:
         table = torch.ones(batch, width, device=tokens.device) if self.pruner.router.needs_attention else None
         past_real = past_real if padded else None
         return Pass(real, past, past_real, part, prompt is not None, table, Trace(real=real))
+
+    def _check_windows(self, tokens: int) -> None:
+        for index, site in enumerate(self.sites):
+            if site.window is not None and tokens > site.window:
+                raise UserError(
+                    f"block {index} sees a sliding window of {site.window} tokens and the text has {tokens}: such texts cannot be "
+                    "pruned by this version.\nUse shorter texts, or a model without sliding windows."
+                )
 
     def _close(self, done: Pass) -> None:
         trace = done.trace

@@ -94,6 +94,8 @@ class Bench:
         from ftp_lightning.evaluation.tasks import run_tasks
 
         settings = self.settings
+        if not settings.tasks:
+            return {}
         window = {"prompt_tokens": settings.prompt_tokens, "continuation_tokens": settings.continuation_tokens}
         lm = FtpLM(
             self.model, pruner=pruner, mode=settings.mode, tokenizer=self.tokenizer, batch_size=settings.batch_size,

@@ -50,7 +50,7 @@ class SearchStage(StageSettings):
         from ftp_lightning.search.genetic import SearchSettings, genetic_search
         from ftp_lightning.stages.inputs import load_model, mixed_windows
         from ftp_lightning.stages.seeds import starting_schedules
-        from ftp_lightning.tracking import make_logger
+        from ftp_lightning.tracking import logging_to
 
         search_settings = picked(SearchSettings, self)
         model, tokenizer = load_model(self)
@@ -58,26 +58,17 @@ class SearchStage(StageSettings):
         seeds = starting_schedules(self, start)
         windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
         job = "finetune" if self.pruned else "search"
-        logger = make_logger(self.tracking, folder.place("logs").parent, self.config(), job)
-
-        def on_generation(state: dict) -> None:
-            folder.save_state(state)
-            done, entry = state["generation"], state["log"][-1]
-            if logger:
-                logger.log_metrics(
-                    {f"search/{key}": entry[key] for key in ("best", "mean", "forward_tokens")}, step=done
-                )
-            progress.step(
-                done, self.generations, f"generation {done} of {self.generations}, best KL {entry['best']:.3g}"
-            )
 
         progress.say(f"measuring {len(seeds)} allocations on {len(windows)} windows")
         fitness = ContinuationFitness(model, windows, start.with_schedule, self.batch_size)
-        found = genetic_search(
-            fitness, start.schedule.num_blocks, search_settings, seeds, on_generation, resume=folder.load_state()
-        )
-        if logger:
-            logger.finalize("success")
+        with logging_to(self.tracking, folder.place("logs").parent, self.config(), job) as logger:
+
+            def on_generation(state: dict) -> None:
+                folder.save_state(state)
+                self.tell(state, logger, progress)
+
+            blocks, state = start.schedule.num_blocks, folder.load_state()
+            found = genetic_search(fitness, blocks, search_settings, seeds, on_generation, resume=state)
         found.schedule.save(folder.place("schedule.json"))
         if self.pruned:
             start.with_schedule(found.schedule).save(folder.place("pruned"), base=self.model, model=model)
@@ -85,6 +76,13 @@ class SearchStage(StageSettings):
         folder.write_json("metrics.json", metrics | {"windows": windows.hash()})
         rival = min(found.allocations, key=found.allocations.__getitem__)
         progress.done(f"KL {found.value:.3g}; best allocation to start from: {rival}, {found.allocations[rival]:.3g}")
+
+    def tell(self, state: dict, logger: Any, progress: Progress) -> None:
+        """One generation is over."""
+        done, entry = state["generation"], state["log"][-1]
+        if logger:
+            logger.log_metrics({f"search/{key}": entry[key] for key in ("best", "mean", "forward_tokens")}, step=done)
+        progress.step(done, self.generations, f"generation {done} of {self.generations}, best KL {entry['best']:.3g}")
 
     def start(self, model: Any) -> TokenPruner:
         """The pruner whose schedule is searched."""

@@ -25,10 +25,10 @@ class TrainStage(StageSettings):
     steps: int = option(200, "optimiser steps", least=1)
     batch_size: int = option(4, "windows per step", least=1)
     learning_rate: float = option(1e-2, "of Adam, decaying linearly", above=0.0)
-    lambda_d: float = option(1.0, "weight of the distillation loss", least=0.0)
+    lambda_d: float = option(20.0, "weight of the distillation loss", least=0.0)
     lambda_s: float = option(1.0, "weight of the sparsity loss", least=0.0)
     lambda_g: float = option(1.0, "first weight of the guide loss", least=0.0)
-    guide_share: float = option(0.5, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
+    guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     validations: int = option(5, "times the router is measured on validation windows", least=1)
     validation_windows: int = option(16, "windows it is measured on", least=1)
@@ -42,23 +42,20 @@ class TrainStage(StageSettings):
         from ftp_lightning.lit.router_training import TrainingSettings, fit_router
         from ftp_lightning.pruning import TokenPruner
         from ftp_lightning.stages.inputs import load_model, mixed_windows, schedule_or_uniform
-        from ftp_lightning.tracking import make_logger
+        from ftp_lightning.tracking import logging_to
 
         model, tokenizer = load_model(self)
         schedule = schedule_or_uniform(self.schedule, self.budget, model)
         windows = mixed_windows(self, tokenizer, self.steps * self.batch_size, self.recall_share)
         held_out = mixed_windows(self, tokenizer, self.validation_windows, self.recall_share, "validation")
         pruner = TokenPruner(self.new_router(), schedule, kv=self.kv)
-        found = fit_router(
-            model,
-            pruner,
-            windows,
-            held_out,
-            picked(TrainingSettings, self),
-            folder.place("checkpoints").parent,
-            logger=make_logger(self.tracking, folder.place("logs").parent, self.config(), "train"),
-            progress=lambda step, steps: progress.step(step, steps, f"step {step} of {steps}"),
-        )
+        settings, place = picked(TrainingSettings, self), folder.place("checkpoints").parent
+
+        def tell(step: int, steps: int) -> None:
+            progress.step(step, steps, f"step {step} of {steps}")
+
+        with logging_to(self.tracking, folder.place("logs").parent, self.config(), "train") as logger:
+            found = fit_router(model, pruner, windows, held_out, settings, place, logger=logger, progress=tell)
         pruner.save(folder.place("pruned"), base=self.model, model=model)
         folder.write_json("metrics.json", found | {"windows": windows.hash()})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")

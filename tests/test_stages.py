@@ -1,0 +1,178 @@
+"""The chain end to end on the embedded model, tiny in every size; and what each stage promises about its folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ftp_lightning import Schedule, TokenPruner, load_pruned
+from ftp_lightning.__main__ import main, parse
+from ftp_lightning.artifact import read_provenance
+from ftp_lightning.fingerprint import hash_path
+from ftp_lightning.stages.run import SHARES
+
+SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
+    --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()
+METHODS = ["random", "uniform", "block_influence", "static", "dynamic (before fine-tuning)", "dynamic"]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """The folder of one tiny run of the embedded model at a budget of 30 %."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    assert main(["run", "--output", str(folder), *SIZES]) == 0
+    return folder
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_stage_is_finished_and_says_how_it_came_about(chain):
+    for stage in SHARES:
+        names = {path.name for path in (chain / stage).iterdir()}
+        assert {"config.yaml", "metrics.json", "provenance.json"} <= names
+        assert set(read_provenance(chain / stage)["files"]) <= names
+        assert not [name for name in names if "partial" in name or name == "state.json"]
+    assert (chain / "report.html").stat().st_size > 50_000
+
+
+def test_products_hold_no_paths(chain):
+    text = "".join(path.read_text(errors="ignore") for path in chain.rglob("*.json") if path.name != "provenance.json")
+    assert str(chain.parent) not in text and str(Path.home()) not in text
+
+
+def test_both_searches_meet_the_budget_exactly(chain):
+    for stage in ("search", "finetune"):
+        schedule = Schedule.load(chain / stage / "schedule.json")
+        assert schedule.num_blocks == 12 and abs(schedule.budget - 0.3) <= 1e-9
+        found = read(chain / stage / "metrics.json")
+        assert found["value"] <= min(found["allocations"].values())
+        assert found["generations"][-1]["best"] == found["value"]
+    assert set(read(chain / "search/metrics.json")["allocations"]) == {
+        "uniform", "ramp", "late", "first dense", "block influence", "sensitivity",
+    }  # fmt: skip
+    assert {"start", "given"} <= set(read(chain / "finetune/metrics.json")["allocations"])
+
+
+def test_fine_tuning_keeps_the_router_and_changes_the_schedule(chain):
+    trained, tuned = (TokenPruner.load(chain / stage / "pruned") for stage in ("train", "finetune"))
+    assert trained.router.parameter_count == 450
+    state = tuned.router.state_dict()
+    assert all(state[name].equal(value) for name, value in trained.router.state_dict().items())
+    assert trained.schedule == Schedule.load(chain / "search/schedule.json")
+    assert tuned.schedule == Schedule.load(chain / "finetune/schedule.json")
+
+
+def test_the_pruned_folder_is_loaded_with_its_base(chain):
+    model, tokenizer = load_pruned(chain / "finetune" / "pruned")
+    assert model.config.num_hidden_layers == 12 and tokenizer.vocab_size == model.config.vocab_size
+
+
+def test_results_have_the_shape_that_the_report_reads(chain):
+    results = read(chain / "evaluate" / "results.json")
+    assert set(results) == {"dense", "noise_floor", "methods"}
+    assert [method["name"] for method in results["methods"]] == METHODS
+    assert set(results["dense"]["tasks"]) == {"story_recall", "story_ending", "story_name"}
+    for method in results["methods"]:
+        assert (method["kv"], len(method["realised_per_block"])) == ("keep", 12)
+        assert method["budget"] == pytest.approx(0.3, abs=1e-9)
+        assert method["realised_sparsity"] == pytest.approx(0.3, abs=0.01)
+        assert 0.0 < method["flops_reduction"] < 0.3
+        assert method["kl"]["mean"] > results["noise_floor"]["kl"] >= 0.0
+        assert set(method["ppl"]) == {"prompt", "sequence"} and method["kl_sequence"] > 0.0
+        kept = method["kept"]
+        assert kept["low"] <= kept["share"] <= kept["high"] and kept["items"] > 0
+        assert sum(bucket["items"] for bucket in kept["by_distance"].values()) == kept["items"]
+        assert all(set(cell) == {"acc", "stderr", "skill", "measures"} for cell in method["tasks"].values())
+
+
+def test_samples_tell_every_item_and_method(chain):
+    rows = [json.loads(line) for line in (chain / "evaluate/samples.jsonl").read_text().splitlines()]
+    recall = [row for row in rows if row["task"] == "story_recall"]
+    assert len(recall) == 4 and all(list(row["right"]) == ["dense", *METHODS] for row in recall)
+    dense = read(chain / "evaluate/results.json")["dense"]["tasks"]["story_recall"]
+    assert dense["n"] == len(recall)
+
+
+def test_tokens_count_the_blocks_that_computed_them(chain):
+    story = read(chain / "evaluate" / "tokens.json")
+    assert story["num_blocks"] == len(story["keep"]) == 12 and len(story["tokens"]) == 192
+    assert story["computed_by"] == [sum(column) for column in zip(*story["keep"])]
+    assert story["computed_by"][0] == story["computed_by"][-1] == 12  # the reserved tokens
+
+
+def test_the_benchmark_stands_beside_the_flops_limit(chain):
+    (row,) = read(chain / "benchmark" / "benchmark.json")["rows"]
+    assert (row["length"], row["batch"], row["kv"]) == (64, 1, "keep")
+    assert row["low"] <= row["speedup"] <= row["high"] and 1.0 < row["flops_limit"] < 2.0
+
+
+def test_a_finished_run_is_left_alone_and_an_interrupted_one_resumes_to_the_same_products(chain, tmp_path, capsys):
+    folder = tmp_path / "again"
+    shutil.copytree(chain, folder)
+    before = hash_path(folder / "finetune" / "pruned"), (folder / "finetune" / "schedule.json").read_bytes()
+    (folder / "finetune" / "provenance.json").unlink()  # as if killed
+    (folder / "finetune" / "schedule.json").unlink()
+    assert main(["run", "--output", str(folder), *SIZES]) == 0
+    told = capsys.readouterr().err
+    assert told.count("is done already") == 5 and "finetune: measuring" in told
+    assert (hash_path(folder / "finetune" / "pruned"), (folder / "finetune" / "schedule.json").read_bytes()) == before
+
+
+def test_a_run_with_other_settings_is_refused_and_nothing_changes(chain, capsys):
+    before = hash_path(chain)
+    assert main(["run", "--output", str(chain), *SIZES, "--seed", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "seed 0 -> 1" in told and "--overwrite" in told
+    assert hash_path(chain) == before
+
+
+def test_generate_shows_both_texts(chain, tmp_path, capsys):
+    pruned = chain / "finetune" / "pruned"
+    words = ["--pruned", str(pruned), "--output", str(tmp_path), "--max_new_tokens", "4", "--pairs", "1"]
+    for prompt in ([], ["--prompt", "Once upon a time there was a miller who kept a goat in the orchard."]):
+        assert main(["generate", *words, *prompt]) == 0  # a second prompt needs no --overwrite
+    shown, found = capsys.readouterr().out, read(tmp_path / "generation.json")
+    assert found["prompt"].startswith("Once upon") and len(found["skipped"]) == 12
+    assert "time to first token" in shown and found["dense"] in shown and found["pruned"] in shown
+
+
+def test_an_interrupted_search_goes_on_to_the_result_it_would_have_had(tmp_path, monkeypatch):
+    sizes = "--model random:tiny --windows 2 --offspring 2 --generations 3 --kv evict --prompt_tokens 48".split()
+    assert main(["search", *sizes, "--output", str(tmp_path / "whole")]) == 0
+
+    def interrupt(self, done, total, what):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ftp_lightning.stages.progress.Progress.step", interrupt)
+    assert main(["search", *sizes, "--output", str(tmp_path / "stopped")]) == 130
+    assert (tmp_path / "stopped" / "state.json").is_file()
+    monkeypatch.undo()
+    assert main(["search", *sizes, "--output", str(tmp_path / "stopped")]) == 0
+    for name in ("schedule.json", "metrics.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_search_at_another_budget_starts_from_the_projected_schedule(chain, tmp_path):
+    given = str(chain / "search" / "schedule.json")
+    sizes = ["--windows", "1", "--generations", "0", "--budget", "0.5", "--output", str(tmp_path)]
+    assert main(["search", "--schedule", given, *sizes]) == 0
+    assert Schedule.load(tmp_path / "schedule.json").budget == pytest.approx(0.5, abs=1e-9)
+    assert "given" in read(tmp_path / "metrics.json")["allocations"]
+
+
+def test_settings_of_the_chain_pass_on_what_they_share():
+    run = parse("run", "--model random:tiny --seed 4 --kv evict --budget 0.5 --test_data x --train_data y".split())
+    stages = run.stages()
+    assert {stage.model for stage in stages.values()} == {"random:tiny"}
+    assert {stage.seed for stage in stages.values()} == {4}
+    assert stages["train"].data == "y" and stages["evaluate"].data == "x" and stages["search"].data == "embedded"
+    assert [stages[name].chosen_split for name in ("search", "train", "evaluate")] == [
+        "calibration",
+        "training",
+        "test",
+    ]
+    assert stages["search"].budget == stages["finetune"].budget == 0.5
