@@ -1,13 +1,16 @@
 """What does each method keep at 22, 30, 40 and 60 %, in both kv modes, over three seeds?  python experiments/budgets.py --help
 
-For every (kv, seed, budget): sensitivity, search with the static router, router training, fine-tuning, evaluation on each test text: the
-stages of `ftp-lightning run`, called in one process. Finished stages are not run again, so the study goes on where it was stopped.
+For every (kv, seed, budget): sensitivity, search with the static router, router training, fine-tuning, the stages of
+`ftp-lightning run`, called in one process; then every method is measured on each test text. What is finished is not done again, so the
+study goes on where it was stopped. Answers are scored as lm-eval's `ftp` scores them, the right choice alone, contexts of one length together.
 `--worker I/N` takes every N-th cell (start N processes); `--tables` only writes the tables of what is finished.
 """
 
 import argparse
 import itertools
 import json
+import os
+import random
 import statistics
 from pathlib import Path
 
@@ -47,7 +50,6 @@ def tests_of(args):
 
 def cell(args, kv, seed, budget):
     """All stages of one cell, in order."""
-    from ftp_lightning.stages.evaluate import BASELINES, EvaluateStage
     from ftp_lightning.stages.search import SearchStage
     from ftp_lightning.stages.sensitivity import SensitivityStage
     from ftp_lightning.stages.train import TrainStage
@@ -63,11 +65,98 @@ def cell(args, kv, seed, budget):
     TrainStage(**shared, kv=kv, schedule=schedule, steps=args.steps, validations=3, output=str(own / "train"), **train).execute()
     tuning = {"generations": args.finetune_generations, "pruned": trained, "schedule": schedule, "output": str(own / "finetune")}
     SearchStage(**shared, **search, **tuning).execute()
-    compared = {"pruned": tuned, "before": trained, "static_schedule": schedule, "sensitivity": measured, "compare": BASELINES}
     for number, (name, source) in enumerate(tests_of(args).items()):
-        tasks = ("story_recall",) if number == 0 else ()
-        sizes = {"items": args.items, "windows": args.windows, "batch_size": 16, "tasks": tasks, "output": str(own / f"evaluate-{name}")}
-        EvaluateStage(**shared, **compared, **sizes, **whole(source)).execute()
+        target = own / f"test-{name}.json"
+        if not target.exists():
+            test = Test(args, seed, source, recall=number == 0)
+            write(target, {method: test.measure(pruner) for method, pruner in methods(own, kv, seed, budget, measured).items()})
+            write(own.parent / f"dense-{name}-seed{seed}.json", test.dense)
+
+
+def methods(folder, kv, seed, budget, measured):
+    """Name -> pruner, in the order of the tables."""
+    from ftp_lightning import RandomRouter, Schedule, StaticRouter, TokenPruner
+    from ftp_lightning.search.allocations import from_importance
+
+    influence = json.loads(Path(measured).read_text())["block_influence"]
+    even, searched = Schedule.uniform(len(influence), budget), Schedule.load(folder / "search/schedule.json")
+    static = {"uniform": even, "block_influence": from_importance(influence, budget), "static": searched}
+    return {
+        "random": TokenPruner(RandomRouter(seed), even, kv=kv),
+        **{name: TokenPruner(StaticRouter(), schedule, kv=kv) for name, schedule in static.items()},
+        "dynamic (before fine-tuning)": TokenPruner.load(folder / "train/pruned"),
+        "dynamic": TokenPruner.load(folder / "finetune/pruned"),
+    }
+
+
+def write(path, record):
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(record))
+    os.replace(partial, path)
+
+
+class Test:
+    """A test text: windows for KL and perplexity, and questions on facts set into it; measured dense once per process."""
+
+    known: dict = {}
+
+    def __init__(self, args, seed, source, recall):
+        if (seed, source) not in self.known:
+            self.known[seed, source] = self._prepare(args, seed, source, recall)
+        self.__dict__.update(self.known[seed, source])
+
+    def _prepare(self, args, seed, source, recall):
+        from ftp_lightning.data.choices import recall_items
+        from ftp_lightning.data.sources import load_documents
+        from ftp_lightning.data.windows import plain_windows
+        from ftp_lightning.evaluation.continuation import noise_floor, teacher_logprobs
+        from ftp_lightning.models import load
+
+        self.model, self.tokenizer = load(args.model, dtype=args.dtype)
+        documents = load_documents(source, "test" if source == "embedded" else "all")
+        self.windows = plain_windows(self.tokenizer, documents, 192, 64, args.windows, random.Random(f"{seed}/windows"))
+        self.teacher, floor = teacher_logprobs(self.model, self.windows, 16), noise_floor(self.model, self.windows, 16)
+        items = recall_items(self.tokenizer, documents, random.Random(f"{seed}/recall"), args.items) if recall else []
+        self.questions = [self._tokens(item, "context") for item in items]
+        self.right = self.answers(self.questions)
+        self.without = self.answers([self._tokens(item, "context_deleted") for item in items])
+        answered = {"right": sum(self.right), "right without facts": sum(self.without), "questions": len(items)}
+        self.dense = {"ppl": floor.dense_ppl, "noise": floor.kl_mean, **answered}
+        return dict(self.__dict__)
+
+    def _tokens(self, item, context):
+        bos = [self.tokenizer.bos_token_id]
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+        return bos + encode(item[context]), encode(item["choices"][item["answer"]])
+
+    def answers(self, questions):
+        """Whether the greedy answer to each is right; contexts of one length go together, so that nothing is padded."""
+        from ftp_lightning.evaluation.scoring import score_after_prompt
+
+        right = [False] * len(questions)
+        order = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
+        for _, group in itertools.groupby(order, key=lambda i: len(questions[i][0])):
+            group = list(group)
+            for start in range(0, len(group), 16):
+                part = group[start : start + 16]
+                scores = score_after_prompt(self.model, [questions[i][0] for i in part], [[questions[i][1]] for i in part], 16)
+                for i, [score] in zip(part, scores):
+                    right[i] = score.greedy
+        return right
+
+    def measure(self, pruner):
+        from dataclasses import asdict
+
+        from ftp_lightning.evaluation.continuation import evaluate_windows
+        from ftp_lightning.evaluation.statistics import kept
+        from ftp_lightning.pruning.flops import flops_reduction
+
+        text = evaluate_windows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
+        with pruner(self.model):
+            right = self.answers(self.questions)
+        found = {"kl": text.kl_mean, "ppl": text.ppl, "kl_rows": text.kl_rows, "right": right, "realised": text.mean_sparsity}
+        found["flops_cut"] = flops_reduction(self.model, pruner.schedule, 192, pruner.kv)
+        return found | ({"kept": asdict(kept(self.right, self.without, right))} if right else {})
 
 
 def run(args):
@@ -93,30 +182,24 @@ def mean_std(values, digits):
 def table(args, kv, budget):
     """Markdown rows of one kv mode and budget, mean ± std over the seeds that are finished."""
     tests = list(tests_of(args))
-    found = {name: [] for name in tests}
-    for name in tests:
-        for path in sorted(args.output.glob(f"{kv}-seed*-{budget}/evaluate-{name}/results.json")):
-            found[name].append(json.loads(path.read_text()))
-    if not found[tests[0]]:
+    seeds = [p.parent.name.split("-")[1] for p in sorted(args.output.glob(f"{kv}-seed*-{budget}/test-{tests[-1]}.json"))]
+    if not seeds:
         return
-    seeds = len(found[tests[0]])
-    print(f"\n### {budget:.0%}, `{kv}`, {seeds} seed{'s' * (seeds > 1)}\n")
+    read = lambda path: json.loads((args.output / path).read_text())  # noqa: E731
+    found = {n: [read(f"{kv}-{seed}-{budget}/test-{n}.json") for seed in seeds] for n in tests}
+    dense = {n: [read(f"dense-{n}-{seed}.json") for seed in seeds] for n in tests}
+    print(f"\n### {budget:.0%}, `{kv}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
     heads = "".join(f" KL {n} | PPL {n} |" for n in tests)
     print(f"| method | kept, % | answers |{heads} realised | FLOPs cut |\n|---|---|---|{'---|---|' * len(tests)}---|---|")
-    ppl = "".join(f" 0 | {mean_std([r['dense']['ppl'] for r in found[n]], 1)} |" for n in tests)
-    print(f"| dense | 100 | |{ppl} 0 | 0 |")
-    floor = "".join(f" {mean_std([r['noise_floor']['kl'] for r in found[n]], 5)} | |" for n in tests)
-    print(f"| noise floor (batch of 1) | | |{floor} | |")
+    ppl = "".join(f" {mean_std([d['noise'] for d in dense[n]], 5)} | {mean_std([d['ppl'] for d in dense[n]], 1)} |" for n in tests)
+    print(f"| dense (KL: another batch size) | 100 | |{ppl} 0 | 0 |")
     for method, shown in zip(METHODS, SHOWN):
-        rows = {n: [m for r in found[n] for m in r["methods"] if m["name"] == method] for n in tests}
+        rows = {n: [r[method] for r in found[n]] for n in tests}
         first = rows[tests[0]]
-        kept = [m["kept"] for m in first]
-        cells = "".join(
-            f" {mean_std([m['kl']['mean'] for m in rows[n]], 4)} | {mean_std([m['ppl']['prompt'] for m in rows[n]], 1)} |" for n in tests
-        )
-        share = mean_std([100 * k["share"] for k in kept], 1)
-        realised, cut = (mean_std([m[key] for m in first], 3) for key in ("realised_sparsity", "flops_reduction"))
-        print(f"| {shown} | {share} | {sum(k['items'] for k in kept)} |{cells} {realised} | {cut} |")
+        cells = "".join(f" {mean_std([m['kl'] for m in rows[n]], 4)} | {mean_std([m['ppl'] for m in rows[n]], 1)} |" for n in tests)
+        share = mean_std([100 * m["kept"]["share"] for m in first], 1)
+        realised, cut = (mean_std([m[key] for m in first], 3) for key in ("realised", "flops_cut"))
+        print(f"| {shown} | {share} | {sum(m['kept']['items'] for m in first)} |{cells} {realised} | {cut} |")
 
 
 def main():

@@ -17,7 +17,7 @@ from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.stages.train import TrainStage
 
-SHARES = {"sensitivity": 4, "search": 22, "train": 24, "finetune": 18, "evaluate": 28, "benchmark": 4}
+SHARES = {"sensitivity": 3, "search": 16, "train": 19, "finetune": 11, "evaluate": 49, "benchmark": 2}
 """Rough shares of the time at the default sizes, for the time left."""
 
 
