@@ -1,9 +1,11 @@
-"""What does each method keep at 22, 30, 40 and 60 %, in both kv modes, over three seeds?  python experiments/budgets.py --help
+"""What does each method keep at 22, 30, 40 and 60 %, in both kv modes, over three seeds?  python experiments/budgets.py
+--help
 
 For every (kv, seed, budget): sensitivity, search with the static router, router training, fine-tuning, the stages of
-`ftp-lightning run`, called in one process; then every method is measured on each test text. What is finished is not done again, so the
-study goes on where it was stopped. Answers are scored as lm-eval's `ftp` scores them, the right choice alone, contexts of one length together.
-`--worker I/N` takes every N-th cell (start N processes); `--tables` only writes the tables of what is finished.
+`ftp-lightning run`, called in one process; then every method is measured on each test text. What is finished is not
+done again, so the study goes on where it was stopped. Answers are scored as lm-eval's `ftp` scores them, the right
+choice alone, contexts of one length together. `--worker I/N` takes every N-th cell (start N processes); `--tables` only
+writes the tables of what is finished.
 """
 
 import argparse
@@ -15,15 +17,26 @@ import statistics
 from pathlib import Path
 
 METHODS = ("random", "uniform", "block_influence", "static", "dynamic (before fine-tuning)", "dynamic")
-SHOWN = ("random", "uniform", "Block Influence", "static, searched", "dynamic, before fine-tuning", "dynamic, fine-tuned")
+SHOWN = (
+    "random",
+    "uniform",
+    "Block Influence",
+    "static, searched",
+    "dynamic, before fine-tuning",
+    "dynamic, fine-tuned",
+)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--calibration", default="embedded", help="text for sensitivity and search; used whole unless embedded")
+    parser.add_argument(
+        "--calibration", default="embedded", help="text for sensitivity and search; used whole unless embedded"
+    )
     parser.add_argument("--train", default="embedded", help="text to train the router on")
-    parser.add_argument("--test", action="append", metavar="NAME=SOURCE", help="test text; the first one also gets the recall questions")
+    parser.add_argument(
+        "--test", action="append", metavar="NAME=SOURCE", help="test text; the first one also gets the recall questions"
+    )
     parser.add_argument("--budgets", default="0.22,0.3,0.4,0.6")
     parser.add_argument("--kv", default="keep,evict")
     parser.add_argument("--seeds", default="0,1,2")
@@ -57,19 +70,38 @@ def cell(args, kv, seed, budget):
     shared = {"model": args.model, "dtype": args.dtype, "seed": seed, "device": "cpu", "tracking": "none"}
     common, own = args.output / f"{kv}-seed{seed}", args.output / f"{kv}-seed{seed}-{budget}"
     measured = str(common / "sensitivity.json")
-    search = {"budget": budget, "kv": kv, "sensitivity": measured, "offspring": 10, "windows": 24, **whole(args.calibration)}
+    search = {
+        "budget": budget,
+        "kv": kv,
+        "sensitivity": measured,
+        "offspring": 10,
+        "windows": 24,
+        **whole(args.calibration),
+    }
     SensitivityStage(**shared, kv=kv, windows=8, output=str(common), **whole(args.calibration)).execute()
     SearchStage(**shared, **search, generations=args.generations, output=str(own / "search")).execute()
     schedule, trained, tuned = (str(own / p) for p in ("search/schedule.json", "train/pruned", "finetune/pruned"))
-    train = whole(args.train) | ({"split": "auto"} if args.train != "embedded" else {})  # validation comes from the same text
-    TrainStage(**shared, kv=kv, schedule=schedule, steps=args.steps, validations=3, output=str(own / "train"), **train).execute()
-    tuning = {"generations": args.finetune_generations, "pruned": trained, "schedule": schedule, "output": str(own / "finetune")}
+    train = whole(args.train) | (
+        {"split": "auto"} if args.train != "embedded" else {}
+    )  # validation comes from the same text
+    TrainStage(
+        **shared, kv=kv, schedule=schedule, steps=args.steps, validations=3, output=str(own / "train"), **train
+    ).execute()
+    tuning = {
+        "generations": args.finetune_generations,
+        "pruned": trained,
+        "schedule": schedule,
+        "output": str(own / "finetune"),
+    }
     SearchStage(**shared, **search, **tuning).execute()
     for number, (name, source) in enumerate(tests_of(args).items()):
         target = own / f"test-{name}.json"
         if not target.exists():
             test = Test(args, seed, source, recall=number == 0)
-            write(target, {method: test.measure(pruner) for method, pruner in methods(own, kv, seed, budget, measured).items()})
+            write(
+                target,
+                {method: test.measure(pruner) for method, pruner in methods(own, kv, seed, budget, measured).items()},
+            )
             write(own.parent / f"dense-{name}-seed{seed}.json", test.dense)
 
 
@@ -96,7 +128,8 @@ def write(path, record):
 
 
 class Test:
-    """A test text: windows for KL and perplexity, and questions on facts set into it; measured dense once per process."""
+    """A test text: windows for KL and perplexity, and questions on facts set into it; measured dense once per
+    process."""
 
     known: dict = {}
 
@@ -139,7 +172,9 @@ class Test:
             group = list(group)
             for start in range(0, len(group), 16):
                 part = group[start : start + 16]
-                scores = score_after_prompt(self.model, [questions[i][0] for i in part], [[questions[i][1]] for i in part], 16)
+                scores = score_after_prompt(
+                    self.model, [questions[i][0] for i in part], [[questions[i][1]] for i in part], 16
+                )
                 for i, [score] in zip(part, scores):
                     right[i] = score.greedy
         return right
@@ -154,7 +189,13 @@ class Test:
         text = evaluate_windows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
         with pruner(self.model):
             right = self.answers(self.questions)
-        found = {"kl": text.kl_mean, "ppl": text.ppl, "kl_rows": text.kl_rows, "right": right, "realised": text.mean_sparsity}
+        found = {
+            "kl": text.kl_mean,
+            "ppl": text.ppl,
+            "kl_rows": text.kl_rows,
+            "right": right,
+            "realised": text.mean_sparsity,
+        }
         found["flops_cut"] = flops_reduction(self.model, pruner.schedule, 192, pruner.kv)
         return found | ({"kept": asdict(kept(self.right, self.without, right))} if right else {})
 
@@ -164,8 +205,15 @@ def run(args):
 
     torch.set_num_threads(1)
     index, workers = map(int, args.worker.split("/"))
-    cells = list(itertools.product(args.kv.split(","), map(int, args.seeds.split(",")), map(float, args.budgets.split(","))))
-    mine = [c for i, c in enumerate(itertools.groupby(cells, key=lambda c: c[:2])) for c in list(c[1]) if i % workers == index]
+    cells = list(
+        itertools.product(args.kv.split(","), map(int, args.seeds.split(",")), map(float, args.budgets.split(",")))
+    )
+    mine = [
+        c
+        for i, c in enumerate(itertools.groupby(cells, key=lambda c: c[:2]))
+        for c in list(c[1])
+        if i % workers == index
+    ]
     for kv, seed, budget in sorted(mine, key=lambda c: c[1]):
         print(f"== {kv}, seed {seed}, budget {budget}", flush=True)
         cell(args, kv, seed, budget)
@@ -182,7 +230,9 @@ def mean_std(values, digits):
 def table(args, kv, budget):
     """Markdown rows of one kv mode and budget, mean ± std over the seeds that are finished."""
     tests = list(tests_of(args))
-    seeds = [p.parent.name.split("-")[1] for p in sorted(args.output.glob(f"{kv}-seed*-{budget}/test-{tests[-1]}.json"))]
+    seeds = [
+        p.parent.name.split("-")[1] for p in sorted(args.output.glob(f"{kv}-seed*-{budget}/test-{tests[-1]}.json"))
+    ]
     if not seeds:
         return
     read = lambda path: json.loads((args.output / path).read_text())  # noqa: E731
@@ -190,13 +240,19 @@ def table(args, kv, budget):
     dense = {n: [read(f"dense-{n}-{seed}.json") for seed in seeds] for n in tests}
     print(f"\n### {budget:.0%}, `{kv}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
     heads = "".join(f" KL {n} | PPL {n} |" for n in tests)
-    print(f"| method | kept, % | answers |{heads} realised | FLOPs cut |\n|---|---|---|{'---|---|' * len(tests)}---|---|")
-    ppl = "".join(f" {mean_std([d['noise'] for d in dense[n]], 5)} | {mean_std([d['ppl'] for d in dense[n]], 1)} |" for n in tests)
+    print(
+        f"| method | kept, % | answers |{heads} realised | FLOPs cut |\n|---|---|---|{'---|---|' * len(tests)}---|---|"
+    )
+    ppl = "".join(
+        f" {mean_std([d['noise'] for d in dense[n]], 5)} | {mean_std([d['ppl'] for d in dense[n]], 1)} |" for n in tests
+    )
     print(f"| dense (KL: another batch size) | 100 | |{ppl} 0 | 0 |")
     for method, shown in zip(METHODS, SHOWN):
         rows = {n: [r[method] for r in found[n]] for n in tests}
         first = rows[tests[0]]
-        cells = "".join(f" {mean_std([m['kl'] for m in rows[n]], 4)} | {mean_std([m['ppl'] for m in rows[n]], 1)} |" for n in tests)
+        cells = "".join(
+            f" {mean_std([m['kl'] for m in rows[n]], 4)} | {mean_std([m['ppl'] for m in rows[n]], 1)} |" for n in tests
+        )
         share = mean_std([100 * m["kept"]["share"] for m in first], 1)
         realised, cut = (mean_std([m[key] for m in first], 3) for key in ("realised", "flops_cut"))
         print(f"| {shown} | {share} | {sum(m['kept']['items'] for m in first)} |{cells} {realised} | {cut} |")

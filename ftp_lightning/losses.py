@@ -15,14 +15,17 @@ from torch import Tensor
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """L_d = mean |student - teacher|^2 / mean |teacher|^2 over the positions given [ours: relative, so that lambda_d means the same
-    for every model]. student, teacher (..., D): last hidden states of the pruned and the dense model. A float32 scalar >= 0."""
+    """L_d = mean |student - teacher|^2 / mean |teacher|^2 over the positions given [ours: relative, so that lambda_d
+    means the same for every model]. student, teacher (..., D): last hidden states of the pruned and the dense model. A
+    float32 scalar
+    >= 0."""
     student, teacher = student.float(), teacher.float()
     return F.mse_loss(student, teacher) / teacher.pow(2).mean().clamp(min=1e-12)
 
 
 def soft_sparsity(probability: Tensor, real: Tensor, reserved: Tensor) -> Tensor:
-    """s_hat = 1 - mean of p_compute over the real, non-reserved tokens of the routed part [ours: soft, whatever the choice is].
+    """s_hat = 1 - mean of p_compute over the real, non-reserved tokens of the routed part [ours: soft, whatever the
+    choice is].
 
     probability (B, P) in [0, 1]; real, reserved (B, P) bool. 0 where no token is free.
     """
@@ -31,7 +34,8 @@ def soft_sparsity(probability: Tensor, real: Tensor, reserved: Tensor) -> Tensor
 
 
 def sparsity_loss(target: Sequence[float], realised: Sequence[Tensor]) -> Tensor:
-    """L_s = sum over blocks of max(s_l - s_hat_l, 0): penalises only under-pruning (paper). target, realised: one per block."""
+    """L_s = sum over blocks of max(s_l - s_hat_l, 0): penalises only under-pruning (paper). target, realised: one per
+    block."""
     short = [torch.clamp(s - s_hat, min=0.0) for s, s_hat in zip(target, realised, strict=True)]
     return torch.stack(short).sum()
 
@@ -48,7 +52,7 @@ def guide_loss(probability: Tensor, decision: Tensor, real: Tensor) -> Tensor:
 
 
 def guide_weight(lambda_g: float, step: int, total_steps: int, share: float) -> float:
-    """lambda_g(t) = lambda_g max(0, 1 - t / (share * total)): linear to 0 over a share of training [ours: the paper only says it
-    decays]. A share of 0 switches the guide off."""
+    """lambda_g(t) = lambda_g max(0, 1 - t / (share * total)): linear to 0 over a share of training [ours: the paper
+    only says it decays]. A share of 0 switches the guide off."""
     horizon = share * total_steps
     return lambda_g * max(0.0, 1.0 - step / horizon) if horizon > 0 else 0.0

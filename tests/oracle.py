@@ -1,7 +1,8 @@
-"""The slow, obvious twin of the engine: a Llama forward in plain torch with T x T masks, one row at a time, no cache, no gathering.
+"""The slow, obvious twin of the engine: a Llama forward in plain torch with T x T masks, one row at a time, no cache,
+no gathering.
 
-Independent of Hugging Face's attention and of the engine: it shares norms and rotary angles with the model (their rounding is not ours),
-and routers and the rounding rule with the package.
+Independent of Hugging Face's attention and of the engine: it shares norms and rotary angles with the model (their
+rounding is not ours), and routers and the rounding rule with the package.
 Padding is cut off before a row is computed, so nothing here knows of padding.
 """
 
@@ -18,7 +19,8 @@ def rotate(x, cos, sin):
 
 
 def llama_block(layer, config, x, cos, sin, visible):
-    """One decoder layer on x (T, D) under a (T, T) bool mask. Returns its output and the attention probabilities (H, T, T)."""
+    """One decoder layer on x (T, D) under a (T, T) bool mask. Returns its output and the attention probabilities (H, T,
+    T)."""
     attention, heads, groups = layer.self_attn, config.num_attention_heads, config.num_key_value_heads
     tokens = len(x)
     h = layer.input_layernorm(x)
@@ -33,11 +35,14 @@ def llama_block(layer, config, x, cos, sin, visible):
     x = x + out
     h = layer.post_attention_layernorm(x)
     mlp = layer.mlp
-    return x + (torch.nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T, p
+    return x + (
+        torch.nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T)
+    ) @ mlp.down_proj.weight.T, p
 
 
 def scores(p, visible, queries):
-    """a_j by the book, with loops: p (H, T, T), visible (T, T), queries = the list Q. nan where no query of Q sees j."""
+    """a_j by the book, with loops: p (H, T, T), visible (T, T), queries = the list Q. nan where no query of Q sees
+    j."""
     tokens = p.shape[-1]
     result = torch.full((tokens,), torch.nan, dtype=torch.float64)
     for j in range(tokens):
@@ -61,7 +66,8 @@ def choose(pruner, context, kept, tokens):
 
 @torch.no_grad()
 def run_row(model, pruner, ids, prompt_tokens, keep=None):
-    """Logits (T, V) and keep [N x (P,)] of one row without padding: the first `prompt_tokens` are routed, the rest is dense.
+    """Logits (T, V) and keep [N x (P,)] of one row without padding: the first `prompt_tokens` are routed, the rest is
+    dense.
 
     `keep` replays decisions instead of taking them.
     """
@@ -80,13 +86,22 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
             kept = kept_tokens(prompt, s, min(2, prompt))
             real = torch.ones(1, prompt, dtype=torch.bool)
             context = RoutingContext(
-                index, s, real, torch.arange(prompt)[None], torch.tensor([[prompt]]), torch.tensor([[kept]]), table, x[None, :prompt]
+                index,
+                s,
+                real,
+                torch.arange(prompt)[None],
+                torch.tensor([[prompt]]),
+                torch.tensor([[kept]]),
+                table,
+                x[None, :prompt],
             )
             keep_P = choose(pruner, context, kept, prompt)
         decided.append(keep_P)
         computed = torch.cat([keep_P, torch.ones(tokens - prompt, dtype=torch.bool)])
         visible = causal & computed[None, :] if pruner.kv[index] == "evict" else causal
-        visible = visible | torch.eye(tokens, dtype=torch.bool)  # a skipped row must see something; its output is thrown away
+        visible = visible | torch.eye(
+            tokens, dtype=torch.bool
+        )  # a skipped row must see something; its output is thrown away
         out, p = llama_block(layer, config, x, cos, sin, visible)
         queries = [i for i in range(prompt) if computed[i]]
         queries = queries[-pruner.window :] if pruner.attention == "window" else queries

@@ -21,7 +21,8 @@ def tiny_llama(dtype=torch.float64, attention="sdpa", seed=0):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
         attn_implementation=attention,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
@@ -85,7 +86,11 @@ def test_gathered_equals_oracle_property(sparsity, kv, router, attention, window
 
 def test_float32_and_eager_equal_the_oracle_too():
     # Hugging Face's eager attention takes its softmax in float32 whatever the model's dtype
-    for dtype, attention, tolerance in ((torch.float32, "sdpa", 1e-5), (torch.float64, "eager", 1e-5), (torch.float32, "eager", 1e-5)):
+    for dtype, attention, tolerance in (
+        (torch.float32, "sdpa", 1e-5),
+        (torch.float64, "eager", 1e-5),
+        (torch.float32, "eager", 1e-5),
+    ):
         model = tiny_llama(dtype, attention)
         for kv in ("evict", "keep"):
             pruner = TokenPruner(StaticRouter(), Schedule([0.2, 0.5, 0.0, 0.5]), kv=kv)
@@ -128,7 +133,9 @@ def test_padded_prompt_then_continuation(kv):
     position = (longer.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), pruner(MODEL):
         cache = MODEL(input_ids=ids, attention_mask=mask, position_ids=position[:, :16], use_cache=True).past_key_values
-        logits = MODEL(input_ids=new, attention_mask=longer, position_ids=position[:, 16:], past_key_values=cache).logits
+        logits = MODEL(
+            input_ids=new, attention_mask=longer, position_ids=position[:, 16:], past_key_values=cache
+        ).logits
     for row, n in enumerate(lengths):
         alone, _ = prefill_and_continue(MODEL, pruner, torch.cat([TEXT[row, :n], new[row]])[None], n)
         assert relative(logits[row], alone[0, n:]) < 1e-11
@@ -178,8 +185,8 @@ def test_training_forward_gives_every_routed_gate_a_gradient():
     probabilities = [d.probability for d in pruner.decisions]
     gradients = torch.autograd.grad(hidden[:, 17:].pow(2).sum(), probabilities)
     assert len(gradients) == 3
-    # the last block's outputs are read by nobody but the last token: gates have no gradient there, all earlier ones have.
-    # (Under `evict` a token that no later block takes as a key has none either: nobody would have read it.)
+    # the last block's outputs are read by nobody but the last token: gates have no gradient there, all earlier ones
+    # have. (Under `evict` a token that no later block takes as a key has none either: nobody would have read it.)
     for gradient in gradients[:-1]:
         assert (gradient != 0).float().mean() > 0.9
     assert torch.equal(gradients[-1][:, :17], torch.zeros(3, 17))
@@ -213,7 +220,9 @@ def test_generate_equals_stepwise_greedy(kv):
     model = tiny_llama(torch.float32)
     pruner = TokenPruner(StaticRouter(), Schedule([0.3, 0.5, 0.7, 0.4]), kv=kv)
     with torch.no_grad(), pruner(model):
-        text = model.generate(TEXT, attention_mask=torch.ones_like(TEXT), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        text = model.generate(
+            TEXT, attention_mask=torch.ones_like(TEXT), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
         prompt = pruner.trace.prompt
         out = model(TEXT, use_cache=True)
         for t in range(6):
@@ -249,7 +258,11 @@ def test_topk_keeps_exactly_the_scheduled_number(sparsity, tokens, name):
 
 def state_of(model):
     return {
-        name: (sorted(k for k in m.__dict__ if not k.startswith("_parameters")), id(getattr(m, "config", None)), len(m._forward_hooks))
+        name: (
+            sorted(k for k in m.__dict__ if not k.startswith("_parameters")),
+            id(getattr(m, "config", None)),
+            len(m._forward_hooks),
+        )
         for name, m in model.named_modules()
     }
 
@@ -289,7 +302,14 @@ def test_misuse_is_refused_in_words():
         model(TEXT[:, :2], past_key_values=cache)
     with pytest.raises(UserError, match="made for 3 blocks, the model has 4"):
         TokenPruner(StaticRouter(), Schedule.uniform(3, 0.5)).attach(model)
-    for bad in ({"kv": "half"}, {"decode": "sometimes"}, {"skip": "magic"}, {"attention": "all"}, {"choice": "best"}, {"window": 0}):
+    for bad in (
+        {"kv": "half"},
+        {"decode": "sometimes"},
+        {"skip": "magic"},
+        {"attention": "all"},
+        {"choice": "best"},
+        {"window": 0},
+    ):
         with pytest.raises(ValueError):
             TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5), **bad)
 
@@ -315,7 +335,8 @@ def test_save_pretrained_while_attached_stores_the_plain_model(tmp_path):
 
 @pytest.mark.parametrize("kv", ["evict", "keep"])
 def test_routed_chunk_on_a_filled_cache(kv):
-    """`prompt()` routes a second turn: counts and reservation hold within the chunk, and its kept tokens see the cache."""
+    """`prompt()` routes a second turn: counts and reservation hold within the chunk, and its kept tokens see the
+    cache."""
     pruner = TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.5, 0.5]), kv=kv)
     with torch.no_grad(), pruner(MODEL):
         cache = MODEL(TEXT[:, :10], use_cache=True).past_key_values

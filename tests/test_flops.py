@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_engine import BLOCKS, seeded, tiny_llama
+from test_engine import BLOCKS, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
@@ -12,7 +12,8 @@ SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
 
 
 def counted(model, pruner, tokens):
-    """FLOPs of the linear maps of one prefill, as torch counts them; attention is left out (it counts masked pairs too)."""
+    """FLOPs of the linear maps of one prefill, as torch counts them; attention is left out (it counts masked pairs
+    too)."""
     ids = torch.randint(3, 64, (1, tokens))
     with torch.no_grad(), pruner(model), FlopCounterMode(display=False) as counter:
         model(ids, logits_to_keep=1)
@@ -43,4 +44,6 @@ def test_limits_order_and_bytes():
         cache = model(torch.randint(3, 64, (1, 100)), use_cache=True).past_key_values
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 4
     assert held == flops.cached_bytes(model, SCHEDULE, 100, "evict")
-    assert flops.cached_bytes(model, SCHEDULE, 100, "keep") == flops.cached_bytes(model, Schedule.uniform(BLOCKS, 0.0), 100, "evict")
+    assert flops.cached_bytes(model, SCHEDULE, 100, "keep") == flops.cached_bytes(
+        model, Schedule.uniform(BLOCKS, 0.0), 100, "evict"
+    )

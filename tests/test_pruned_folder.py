@@ -12,7 +12,15 @@ from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
 
 
-@pytest.mark.parametrize("router", [StaticRouter(), RandomRouter(4), seeded(DynamicRouter), seeded(lambda: DynamicRouter(8, ("position", "sparsity")))])
+@pytest.mark.parametrize(
+    "router",
+    [
+        StaticRouter(),
+        RandomRouter(4),
+        seeded(DynamicRouter),
+        seeded(lambda: DynamicRouter(8, ("position", "sparsity"))),
+    ],
+)
 def test_saved_and_loaded_prunes_the_same(tmp_path, router):
     pruner = TokenPruner(router, SCHEDULE, kv=["evict", "keep"] * 2, window=9)
     pruner.save(tmp_path / "p", base="embedded")

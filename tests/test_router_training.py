@@ -21,7 +21,9 @@ def trained(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("train"), tiny_llama(torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
-    metrics = fit_router(model, pruner, windows(32), windows(4, 9), TrainingSettings(steps=30, batch_size=4, seed=3), folder)
+    metrics = fit_router(
+        model, pruner, windows(32), windows(4, 9), TrainingSettings(steps=30, batch_size=4, seed=3), folder
+    )
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     return folder, model, pruner, metrics
 
@@ -51,9 +53,13 @@ def test_checkpoints_hold_the_router_alone(trained):
 def test_the_same_seed_gives_the_same_router(trained, tmp_path):
     _, model, pruner, metrics = trained
     again = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
-    repeated = fit_router(model, again, windows(32), windows(4, 9), TrainingSettings(steps=30, batch_size=4, seed=3), tmp_path)
+    repeated = fit_router(
+        model, again, windows(32), windows(4, 9), TrainingSettings(steps=30, batch_size=4, seed=3), tmp_path
+    )
     assert repeated == metrics
-    assert all(torch.equal(a, b) for a, b in zip(pruner.router.state_dict().values(), again.router.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(pruner.router.state_dict().values(), again.router.state_dict().values())
+    )
 
 
 def test_sparsity_loss_raises_the_soft_sparsity(tmp_path):
@@ -88,4 +94,11 @@ def test_nan_loss_is_a_clear_error(tmp_path):
     model = tiny_llama(torch.float32)
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="loss is nan"):
-        fit_router(model, TokenPruner(seeded(DynamicRouter), SCHEDULE), windows(8), windows(2, 9), TrainingSettings(steps=2), tmp_path)
+        fit_router(
+            model,
+            TokenPruner(seeded(DynamicRouter), SCHEDULE),
+            windows(8),
+            windows(2, 9),
+            TrainingSettings(steps=2),
+            tmp_path,
+        )

@@ -79,7 +79,7 @@ def test_topk_counts_and_reserves(lengths, sparsity, left, seed):
     keep = choose_topk(torch.rand(real.shape, generator=torch.Generator().manual_seed(seed)), part, kept)
     assert tuple(keep.sum(1).tolist()) == kept and not (keep & ~real).any()
     assert (keep | ~part.reserved).all()
-    for row, n in enumerate(lengths):
+    for row in range(len(lengths)):
         assert real[row].nonzero()[[0, -1], 0].tolist() == part.reserved[row].nonzero()[[0, -1], 0].tolist()
 
 

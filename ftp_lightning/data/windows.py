@@ -138,11 +138,13 @@ def recall_windows(
     count: int,
     rng: random.Random,
 ) -> Windows:
-    """Rows whose prompt is a passage with 4-6 facts and one question; the continuation answers it and then asks for the other facts.
+    """Rows whose prompt is a passage with 4-6 facts and one question; the continuation answers it and then asks for the
+    other facts.
 
-    So the prompt ends as it does in use, with a question that a router may look at, and the rest of the continuation needs facts that
-    the prompt did not ask for: questions and answers of the other facts in random order, then of all in new orders, cut at C tokens.
-    Filler comes from `documents`, from a random sentence on; the row's document is where it starts. Short prompts take fewer
+    So the prompt ends as it does in use, with a question that a router may look at, and the rest of the continuation
+    needs facts that the prompt did not ask for: questions and answers of the other facts in random order, then of all
+    in new orders, cut at C tokens. Filler comes from `documents`, from a random sentence on; the row's document is
+    where it starts. Short prompts take fewer
     facts: about one per 32 tokens, at least 2. The first n rows are the same for every count >= n.
     """
     filler, rows, starts = Filler(tokenizer, documents), [], []

@@ -1,4 +1,5 @@
-"""Router training: a frozen model, a router of a few hundred parameters, three losses. A thin system; formulas are in `losses`."""
+"""Router training: a frozen model, a router of a few hundred parameters, three losses. A thin system; formulas are in
+`losses`."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ from ftp_lightning.routing import StaticRouter
 class TrainingSettings:
     """How the router is trained; the paper weighs the losses equally and trains at batch 1 on Alpaca.
 
-    [ours] `lambda_d` is 20: our L_d is relative to the dense mean square and about a twentieth of the others when training starts; with 1
-    the router stays what the guide made of it. `guide_share` is the share of the steps over which the guide loss decays to 0 (the paper
-    does not say). Both were chosen on validation text.
+    [ours] `lambda_d` is 20: our L_d is relative to the dense mean square and about a twentieth of the others when
+    training starts; with 1 the router stays what the guide made of it. `guide_share` is the share of the steps over
+    which the guide loss decays to 0 (the paper does not say). Both were chosen on validation text.
     """
 
     steps: int = 200
@@ -50,7 +51,8 @@ class TrainingSettings:
 class RouterTraining(L.LightningModule):
     """Trains `pruner.router` on windows (prompt routed, continuation dense) of a frozen `model`.
 
-    The student pass is the masked executor: the function that inference computes, with straight-through gates. L_d is taken where it
+    The student pass is the masked executor: the function that inference computes, with straight-through gates. L_d is
+    taken where it
     counts: on the hidden states that predict the continuation (positions P-1 ... P+C-1), after the final norm.
 
     Only the router is a submodule, so only the router is in checkpoints; the model is held beside the module tree.
@@ -62,7 +64,9 @@ class RouterTraining(L.LightningModule):
             raise UserError(f"a {type(pruner.router).__name__} has nothing to train; use a DynamicRouter.")
         self.router = pruner.router
         self.settings = settings
-        self.__dict__["model"] = model  # not through nn.Module: the frozen model stays out of checkpoints and of the optimiser
+        self.__dict__["model"] = (
+            model  # not through nn.Module: the frozen model stays out of checkpoints and of the optimiser
+        )
         self.__dict__["decoder"] = find_decoder(model)[0]
         self.pruner = pruner
         self.teacher_router = StaticRouter()
@@ -90,14 +94,22 @@ class RouterTraining(L.LightningModule):
             "sparsity": sparsity_loss([d.context.sparsity for d in decisions], soft),
             "guide": torch.stack([guide_loss(d.probability, s, d.part.real) for d, s in zip(decisions, static)]).mean(),
         }
-        total = self.settings.lambda_d * terms["distillation"] + self.settings.lambda_s * terms["sparsity"] + weight * terms["guide"]
+        total = (
+            self.settings.lambda_d * terms["distillation"]
+            + self.settings.lambda_s * terms["sparsity"]
+            + weight * terms["guide"]
+        )
         if not torch.isfinite(total):
-            raise UserError(f"the loss is {total.item()} at step {self.global_step}: {_readable(terms)}\nLower --learning_rate.")
+            raise UserError(
+                f"the loss is {total.item()} at step {self.global_step}: {_readable(terms)}\nLower --learning_rate."
+            )
         agreement = torch.stack([_agreement(d, s) for d, s in zip(decisions, static)]).mean()
         self._remember(terms, weight, total, agreement, soft, decisions)
         return total
 
-    def _remember(self, terms: dict, weight: float, total: Tensor, agreement: Tensor, soft: list[Tensor], decisions) -> None:
+    def _remember(
+        self, terms: dict, weight: float, total: Tensor, agreement: Tensor, soft: list[Tensor], decisions
+    ) -> None:
         row = {name: value.item() for name, value in terms.items()}
         row |= {"guide_weight": weight, "total": total.item(), "agreement": agreement.item()}
         self.log_dict({f"train/{name}": value for name, value in row.items()}, sync_dist=True, batch_size=1)
@@ -126,11 +138,21 @@ class RouterTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
-def fit_router(model, pruner: TokenPruner, train_windows, validation_windows, settings: TrainingSettings, folder, logger=None, progress=None) -> dict:
+def fit_router(
+    model,
+    pruner: TokenPruner,
+    train_windows,
+    validation_windows,
+    settings: TrainingSettings,
+    folder,
+    logger=None,
+    progress=None,
+) -> dict:
     """Train the pruner's router in place and keep the state that was best on the validation windows.
 
-    Writes `checkpoints/` (router, optimiser, counters; never the model) into `folder`. `progress(step, steps)` is told how far it is.
-    Returns the stage's metrics: the curve of every loss, validation KL, target and soft sparsity per block.
+    Writes `checkpoints/` (router, optimiser, counters; never the model) into `folder`. `progress(step, steps)` is told
+    how far it is. Returns the stage's metrics: the curve of every loss, validation KL, target and soft sparsity per
+    block.
     """
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -138,7 +160,9 @@ def fit_router(model, pruner: TokenPruner, train_windows, validation_windows, se
     system = RouterTraining(model, pruner, settings)
     data = WindowsData(train_windows, validation_windows, batch_size=settings.batch_size, seed=settings.seed)
     every = max(1, settings.steps // settings.validations)
-    best = ModelCheckpoint(Path(folder) / "checkpoints", "best", monitor="validation_kl", save_last=True, enable_version_counter=False)
+    best = ModelCheckpoint(
+        Path(folder) / "checkpoints", "best", monitor="validation_kl", save_last=True, enable_version_counter=False
+    )
     trainer = L.Trainer(
         accelerator="gpu" if next(model.parameters()).is_cuda else "cpu",
         devices=1,

@@ -20,7 +20,8 @@ _CHUNK = 128
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which tokens a tensor of queries or keys holds: slots (B, n) int64, valid (B, n) bool; `all_valid` spares masks."""
+    """Which tokens a tensor of queries or keys holds: slots (B, n) int64, valid (B, n) bool; `all_valid` spares
+    masks."""
 
     slots: Tensor
     valid: Tensor
@@ -32,7 +33,8 @@ class Tokens:
 
 @dataclass
 class Tapped:
-    """What the attention of one block was computed from: query (B, H, Q, D), key (B, G, S, D), after the rotary embedding."""
+    """What the attention of one block was computed from: query (B, H, Q, D), key (B, G, S, D), after the rotary
+    embedding."""
 
     query: Tensor
     key: Tensor
@@ -49,7 +51,8 @@ def received_attention(tapped: Tapped, queries: Tokens, keys: Tokens, last: int 
     with n_i the number of keys visible to query i (uniform attention gives 1 in every mode), and Q the row's last
     `min(last, valid)` valid queries (`window`), or all of them (`last=None`, `exact`, in chunks of 128 queries).
 
-    Returns: scores (B, S) float32, seen (B, S) bool: False where no query of Q sees the key; its score is then meaningless.
+    Returns: scores (B, S) float32, seen (B, S) bool: False where no query of Q sees the key; its score is then
+    meaningless.
     """
     total, count = 0.0, 0
     for index, usable in _query_chunks(queries, last):
@@ -73,7 +76,9 @@ def _query_chunks(queries: Tokens, last: int | None):
     return zip(index.split(_CHUNK, dim=1), usable.split(_CHUNK, dim=1))
 
 
-def _probabilities(tapped: Tapped, queries: Tokens, keys: Tokens, index: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+def _probabilities(
+    tapped: Tapped, queries: Tokens, keys: Tokens, index: Tensor, usable: Tensor
+) -> tuple[Tensor, Tensor]:
     """Head-averaged softmax rows (B, q, S) float32 of the chosen queries, and what each may see (B, q, S) bool."""
     batch, heads, _, size = tapped.query.shape
     groups = tapped.key.shape[1]

@@ -1,4 +1,5 @@
-"""Where the blocks of a model are, and what is inside one. The only file that knows model families, and it goes by structure."""
+"""Where the blocks of a model are, and what is inside one. The only file that knows model families, and it goes by
+structure."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ _CACHE_NAMES = ("past_key_values", "layer_past")
 def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the blocks, and the blocks.
 
-    Looked for: an `nn.ModuleList` of as many modules as the config has hidden layers, whose members take `hidden_states`, a key-value
-    cache, and hold an attention module with a `layer_idx`.
+    Looked for: an `nn.ModuleList` of as many modules as the config has hidden layers, whose members take
+    `hidden_states`, a key-value cache, and hold an attention module with a `layer_idx`.
 
     Raises:
         ValueError: nothing of this kind is in the model.
@@ -25,8 +26,8 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
             if isinstance(child, nn.ModuleList) and len(child) == count and all(map(_is_block, child)):
                 return owner, child
     raise ValueError(
-        f"{type(model).__name__} cannot be pruned: no nn.ModuleList of {count} decoder blocks that take `hidden_states` and a "
-        "key-value cache and hold an attention module with `layer_idx` was found"
+        f"{type(model).__name__} cannot be pruned: no nn.ModuleList of {count} decoder blocks that take "
+        "`hidden_states` and a key-value cache and hold an attention module with `layer_idx` was found"
     )
 
 
@@ -55,7 +56,9 @@ def find_attention(block: nn.Module) -> nn.Module:
 
 
 def _attention_or_none(block: nn.Module) -> nn.Module | None:
-    return next((m for m in block.modules() if m is not block and hasattr(m, "layer_idx") and hasattr(m, "config")), None)
+    return next(
+        (m for m in block.modules() if m is not block and hasattr(m, "layer_idx") and hasattr(m, "config")), None
+    )
 
 
 def query_projection(attention: nn.Module) -> nn.Module | None:

@@ -12,10 +12,11 @@ from ftp_lightning.errors import UserError
 class RoutedLayer(DynamicLayer):
     """Stored entries have a slot (their place among all tokens seen, padding included) and a validity.
 
-    `get_seq_length` and `get_mask_sizes` speak for all tokens *seen*: Hugging Face sizes position ids and the causal mask by them.
-    Under `evict` fewer entries are stored than seen; under `keep` all are, in order (`complete`).
+    `get_seq_length` and `get_mask_sizes` speak for all tokens *seen*: Hugging Face sizes position ids and the causal
+    mask by them. Under `evict` fewer entries are stored than seen; under `keep` all are, in order (`complete`).
 
-    The layer is filled through a `Port` by the engine; `update`, which a model without its pruner would call, is refused.
+    The layer is filled through a `Port` by the engine; `update`, which a model without its pruner would call, is
+    refused.
     """
 
     def __init__(self, complete: bool):
@@ -41,7 +42,10 @@ class RoutedLayer(DynamicLayer):
     def adopt(layer: CacheLayerMixin, complete: bool, real: Tensor | None) -> RoutedLayer:
         """The routed form of a stock layer that is empty or was filled densely; `real` (B, seen) marks padding."""
         if type(layer).__name__.startswith("Static"):
-            raise UserError("token skipping needs a dynamic key-value cache; this one is static.\nLeave `cache_implementation` unset.")
+            raise UserError(
+                "token skipping needs a dynamic key-value cache; this one is static.\n"
+                "Leave `cache_implementation` unset."
+            )
         routed = RoutedLayer(complete)
         if layer.is_initialized and layer.get_seq_length():
             batch, _, seen, _ = layer.keys.shape
@@ -70,7 +74,9 @@ class RoutedLayer(DynamicLayer):
 
     def _map_rows(self, change) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.slots, self.valid = (change(t) for t in (self.keys, self.values, self.slots, self.valid))
+            self.keys, self.values, self.slots, self.valid = (
+                change(t) for t in (self.keys, self.values, self.slots, self.valid)
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -100,7 +106,8 @@ class Deposited(Exception):
 
 
 class Port:
-    """Stands in for the cache during one call of a block: takes the new keys and values, gives all that the queries may see."""
+    """Stands in for the cache during one call of a block: takes the new keys and values, gives all that the queries may
+    see."""
 
     def __init__(self, cache, finish):
         self._cache, self._finish = cache, finish

@@ -20,7 +20,9 @@ class WrappedMethod:
     def __init__(self, module: nn.Module, name: str, run: Callable):
         self.module, self.name, self.run = module, name, run
         self.previous = module.__dict__.get(name)
-        functools.update_wrapper(self, self.inner, updated=())  # not its __dict__: a wrapped wrapper keeps its own state
+        functools.update_wrapper(
+            self, self.inner, updated=()
+        )  # not its __dict__: a wrapped wrapper keeps its own state
         module.__dict__[name] = self
 
     @property
@@ -99,6 +101,7 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 def gather_index(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Kept tokens of each row in ascending order: index (B, width), valid (B, width); the rest is filled with other tokens."""
+    """Kept tokens of each row in ascending order: index (B, width), valid (B, width); the rest is filled with other
+    tokens."""
     index = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     return index, keep.gather(1, index)

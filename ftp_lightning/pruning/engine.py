@@ -112,7 +112,9 @@ class Engine:
         """`generate`, refused where it would route a prompt more than once or in pieces."""
         config = kwargs.get("generation_config") or model.generation_config
         if kwargs.get("use_cache", config.use_cache) is False:
-            raise UserError("generate(use_cache=False) would route the prompt anew for every token.\nLeave use_cache on.")
+            raise UserError(
+                "generate(use_cache=False) would route the prompt anew for every token.\nLeave use_cache on."
+            )
         if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
             raise UserError("prefill_chunk_size splits the prompt, which is routed whole.\nLeave it unset.")
         return inner(*args, **kwargs)
@@ -157,9 +159,14 @@ class Engine:
         batch, new = tokens.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
         if cache is not None and getattr(cache, "is_compileable", False):
-            raise UserError("token skipping needs a dynamic key-value cache; this one is static.\nLeave `cache_implementation` unset.")
+            raise UserError(
+                "token skipping needs a dynamic key-value cache; this one is static.\n"
+                "Leave `cache_implementation` unset."
+            )
         if mask is not None and mask.dim() != 2:
-            raise UserError("a TokenPruner reads padding from a (batch, tokens) attention_mask; masks of other shapes are refused.")
+            raise UserError(
+                "a TokenPruner reads padding from a (batch, tokens) attention_mask; masks of other shapes are refused."
+            )
         real = torch.ones(batch, new, dtype=torch.bool, device=tokens.device)
         past_real, padded = None, False
         if mask is not None:
@@ -181,8 +188,8 @@ class Engine:
         for index, site in enumerate(self.sites):
             if site.window is not None and tokens > site.window:
                 raise UserError(
-                    f"block {index} sees a sliding window of {site.window} tokens and the text has {tokens}: such texts cannot be "
-                    "pruned by this version.\nUse shorter texts, or a model without sliding windows."
+                    f"block {index} sees a sliding window of {site.window} tokens and the text has {tokens}: "
+                    "such texts cannot be pruned by this version.\nUse shorter texts, or a model without sliding windows."
                 )
 
     def _close(self, done: Pass) -> None:
@@ -221,7 +228,11 @@ class Engine:
 
         if layer.complete:  # stored as seen: the model's own mask fits
             return call.run(inner, cache=Port(call.cache, store))
-        keys = Tokens(torch.cat([layer.slots, new.slots], 1), torch.cat([layer.valid, new.valid], 1), layer.all_valid and new.all_valid)
+        keys = Tokens(
+            torch.cat([layer.slots, new.slots], 1),
+            torch.cat([layer.valid, new.valid], 1),
+            layer.all_valid and new.all_valid,
+        )
         mask = self._mask(index, new, keys, call.hidden.dtype)
         return call.run(inner, cache=Port(call.cache, store), attention_mask=mask)
 
@@ -234,7 +245,11 @@ class Engine:
         if self._tapped is not None:
             everyone = state.all_tokens(state.past_real is not None or state.part.padded)
             past = self._past_tokens()
-            keys = everyone if past is None else Tokens(*(torch.cat(p, 1) for p in zip(past, (everyone.slots, everyone.valid))), False)
+            keys = (
+                everyone
+                if past is None
+                else Tokens(*(torch.cat(p, 1) for p in zip(past, (everyone.slots, everyone.valid))), False)
+            )
             self._write_scores(everyone, keys, None)
         return output
 
@@ -251,7 +266,9 @@ class Engine:
         state, device = self.current, hidden.device
         lengths, counts = (torch.tensor(n, device=device)[:, None] for n in (state.part.lengths, kept))
         part = state.part
-        return RoutingContext(index, self.sparsity(index), part.real, part.position, lengths, counts, state.table, hidden)
+        return RoutingContext(
+            index, self.sparsity(index), part.real, part.position, lengths, counts, state.table, hidden
+        )
 
     def _decide(self, index: int, hidden: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """keep (B, T) bool, and how many tokens of each row that is."""
@@ -325,7 +342,8 @@ class Engine:
         state = self.current
         batch, tokens = keep.shape
         layer = self._routed_layer(call.cache, index, complete=True) or RoutedLayer(complete=True)
-        # without raggedness kept and skipped tokens make up the row; else deposit for every token (fillers are overwritten)
+        # without raggedness kept and skipped tokens make up the row; else deposit for every token (fillers are
+        # overwritten)
         rest = gather_index(~keep, tokens - index_BK.shape[1])[0] if even else None
         deposit = self._deposit(index, inner, call, rest)
         padded = state.part.padded
@@ -346,7 +364,8 @@ class Engine:
         return Port(call.cache, store), keys
 
     def _deposit(self, index: int, inner, call: BlockCall, rest: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Keys and values (B, G, R, D) of the tokens `rest` (B, R), or of all tokens: the block is run up to its cache."""
+        """Keys and values (B, G, R, D) of the tokens `rest` (B, R), or of all tokens: the block is run up to its
+        cache."""
         if rest is not None and rest.shape[1] == 0:
             return None, None
         port = DepositPort(call.cache)
@@ -357,7 +376,9 @@ class Engine:
             return port.keys, port.values
         finally:
             self.depositing = False
-        raise UserError(f'block {index} did not hand keys and values to its cache: kv="keep" cannot be used with this model.')
+        raise UserError(
+            f'block {index} did not hand keys and values to its cache: kv="keep" cannot be used with this model.'
+        )
 
     def run_query_projection(self, projection: nn.Module, inner, args: tuple, kwargs: dict) -> Tensor:
         """A deposit wants no queries: zeros that take no memory and no multiplication."""
@@ -371,8 +392,8 @@ class Engine:
     def _masked(self, index: int, inner, call: BlockCall) -> Tensor:
         """All rows run, keys of skipped tokens hidden from all but themselves; forward value = the gathered executor's.
 
-        Output: keep * block(x) + (1 - keep) * skip(x) with a straight-through gate: d/dp = block(x) - skip(x). What a skipped
-        token's row computes is used for that gradient alone. Tokens after the routed part are all computed.
+        Output: keep * block(x) + (1 - keep) * skip(x) with a straight-through gate: d/dp = block(x) - skip(x). What a
+        skipped token's row computes is used for that gradient alone. Tokens after the routed part are all computed.
         """
         state, hidden = self.current, call.hidden
         part_width = state.part.real.shape[1]
@@ -397,7 +418,9 @@ class Engine:
 
     # ---------------------------------------------------------------- masks, scores, cache layers
 
-    def _mask(self, index: int, queries: Tokens, keys: Tokens, dtype: torch.dtype, themselves: bool = False) -> Tensor | None:
+    def _mask(
+        self, index: int, queries: Tokens, keys: Tokens, dtype: torch.dtype, themselves: bool = False
+    ) -> Tensor | None:
         """(B, 1, Q, S) attention mask, or None where the attention function's own causal rule says the same."""
         site = self.sites[index]
         alike, single = keys is queries, queries.slots.shape[1] == 1
@@ -412,7 +435,9 @@ class Engine:
             visible = visible | ~visible.any(-1, keepdim=True)
         visible = visible[:, None]
         if eager:
-            return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+            return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+                ~visible, torch.finfo(dtype).min
+            )
         return visible
 
     def _listen(self, module: nn.Module, tapped: Tapped) -> None:
@@ -421,7 +446,8 @@ class Engine:
 
     @torch.no_grad()
     def _write_scores(self, queries: Tokens, keys: Tokens, index_BK: Tensor | None) -> None:
-        """Write what this block's attention says of its keys into the table; `index_BK` = the tokens the last keys are."""
+        """Write what this block's attention says of its keys into the table; `index_BK` = the tokens the last keys
+        are."""
         state, tapped = self.current, self._tapped
         self._tapped = None
         if state.masked:  # tokens after the routed part have no say in how it is routed
@@ -459,11 +485,14 @@ class Engine:
 def _site(block: nn.Module) -> Site:
     attention = find_attention(block)
     signature = inspect.signature(functools.partial(type(block).forward, block))
-    return Site(signature, cache_name(block), attention, sliding_window(attention), attention.config._attn_implementation)
+    return Site(
+        signature, cache_name(block), attention, sliding_window(attention), attention.config._attn_implementation
+    )
 
 
 def _merge(new: Tensor, deposited: Tensor | None, index_BK: Tensor, rest: Tensor | None, keep: Tensor) -> Tensor:
-    """Keys (or values) of all tokens in order: `new` (B, G, K, D) at index_BK, `deposited` at `rest` (or everywhere)."""
+    """Keys (or values) of all tokens in order: `new` (B, G, K, D) at index_BK, `deposited` at `rest` (or
+    everywhere)."""
     if deposited is None:
         return put_heads(new, index_BK, keep.shape[1])
     if rest is not None:

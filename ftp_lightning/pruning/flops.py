@@ -1,6 +1,7 @@
 """What a prompt costs: floating-point operations and key-value bytes, by schedule, length and kv mode.
 
-A multiply-add counts two. Norms, activations, rotary embedding and the router itself are left out (below 1 % of a block).
+A multiply-add counts two. Norms, activations, rotary embedding and the router itself are left out (below 1 % of a
+block).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ftp_lightning.schedule import Schedule, kept_tokens
 
 @dataclass(frozen=True)
 class BlockCost:
-    """FLOPs of one block: per token in the key and value projections, in all other linear maps, and per visible (query, key)
-    pair; and the bytes of one cached token."""
+    """FLOPs of one block: per token in the key and value projections, in all other linear maps, and per visible (query,
+    key) pair; and the bytes of one cached token."""
 
     keys_values: float
     other: float
@@ -32,7 +33,9 @@ def block_costs(model: nn.Module) -> list[BlockCost]:
 
 def _block_cost(block: nn.Module, model: nn.Module) -> BlockCost:
     attention = find_attention(block)
-    linear = {name: m for name, m in block.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2}
+    linear = {
+        name: m for name, m in block.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2
+    }
     total = 2.0 * sum(m.weight.numel() for m in linear.values())
     config = model.config
     heads = config.num_attention_heads
@@ -44,14 +47,18 @@ def _block_cost(block: nn.Module, model: nn.Module) -> BlockCost:
 
 
 def causal_pairs(queries: int, keys: int) -> float:
-    """Visible pairs of `queries` tokens spread evenly over `keys`: the q-th of them sees about q * keys / queries [ours]."""
+    """Visible pairs of `queries` tokens spread evenly over `keys`: the q-th of them sees about q * keys / queries
+    [ours]."""
     return queries * (keys + keys / max(queries, 1)) / 2.0 if queries else 0.0
 
 
-def prompt_flops(costs: Sequence[BlockCost], schedule: Schedule, tokens: int, kv: str | Sequence[str], head: float = 0.0) -> float:
+def prompt_flops(
+    costs: Sequence[BlockCost], schedule: Schedule, tokens: int, kv: str | Sequence[str], head: float = 0.0
+) -> float:
     """FLOPs to prefill `tokens` tokens, none of them padding.
 
-    evict: K(linear) + pairs(K, K). keep: T(keys, values) + K(other) + pairs(K, T). `head` is added once (last logit only).
+    evict: K(linear) + pairs(K, K). keep: T(keys, values) + K(other) + pairs(K, T). `head` is added once (last logit
+    only).
     """
     modes = (kv,) * len(costs) if isinstance(kv, str) else kv
     total = head
@@ -79,5 +86,7 @@ def cached_bytes(model: nn.Module, schedule: Schedule, tokens: int, kv: str | Se
     """Bytes of keys and values that a routed prompt leaves in the cache, per row."""
     costs = block_costs(model)
     modes = (kv,) * len(costs) if isinstance(kv, str) else kv
-    stored = (tokens if m == "keep" else kept_tokens(tokens, s, 2) for s, m in zip(schedule.sparsity, modes, strict=True))
+    stored = (
+        tokens if m == "keep" else kept_tokens(tokens, s, 2) for s, m in zip(schedule.sparsity, modes, strict=True)
+    )
     return sum(n * cost.cached_bytes for n, cost in zip(stored, costs))

@@ -1,4 +1,5 @@
-"""A pruner on disk: `pruner.json` (schedule, settings, router, base model) and `router.safetensors`. No pickle, no code.
+"""A pruner on disk: `pruner.json` (schedule, settings, router, base model) and `router.safetensors`. No pickle, no
+code.
 
 Written beside the target and swapped in, so that a folder is whole or not there.
 """
@@ -98,7 +99,10 @@ def read_settings(folder) -> dict:
             raise UserError(f"{path} has {path.stat().st_size} bytes; a pruner's settings have at most {_LARGEST}.")
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{folder} is not a pruner: {path.name} cannot be read ({error.strerror}).\nMake one with `ftp-lightning train`.") from None
+        raise UserError(
+            f"{folder} is not a pruner: {path.name} cannot be read ({error.strerror}).\n"
+            "Make one with `ftp-lightning train`."
+        ) from None
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -118,7 +122,9 @@ def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
 
     record = read_settings(folder)
     if not record.get("base"):
-        raise UserError(f"{folder} names no base model.\nLoad one yourself and use TokenPruner.load(folder).attach(model).")
+        raise UserError(
+            f"{folder} names no base model.\nLoad one yourself and use TokenPruner.load(folder).attach(model)."
+        )
     pruner = load_pruner(folder)
     model, tokenizer = load(record["base"], dtype=dtype, device=device)
     check_base(record, model)
@@ -127,7 +133,8 @@ def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
 
 
 def check_base(record: dict, model: nn.Module) -> None:
-    """UserError where `model` is another one than the pruner in `record` was made for; a record without identity passes."""
+    """UserError where `model` is another one than the pruner in `record` was made for; a record without identity
+    passes."""
     stored, found = record.get("base_identity"), _identity(model)
     if not stored:
         return

@@ -36,14 +36,16 @@ class TokenPruner:
         schedule: sparsity per block; may be None with a FixedRouter, which obeys its list alone.
         kv: "evict" (skipped tokens give no key and value in that block; paper) or "keep" (they do; queries, output
             projection and MLP are saved), or a list of them, one per block.
-        choice: "topk" (exactly the scheduled number of tokens [ours]) or "threshold" (where p_compute > `threshold`; paper).
+        choice: "topk" (exactly the scheduled number of tokens [ours]) or "threshold" (where p_compute > `threshold`;
+        paper).
         decode: policy for continuation tokens; "dense" computes all of them.
-        attention: queries that the attention score averages over: the last `window` kept ones, or "exact" = all kept ones.
+        attention: queries that the attention score averages over: the last `window` kept ones, or "exact" = all kept
+        ones.
         skip: what a skipped token gets: "identity" (paper).
 
-    A forward on an empty cache (or none) is a *prompt* and is routed; a forward on a filled cache is a *continuation* and follows
-    `decode`. `with pruner.prompt():` makes a call on a filled cache a routed chunk: ranked within the chunk, its last token
-    reserved, scored against the cache.
+    A forward on an empty cache (or none) is a *prompt* and is routed; a forward on a filled cache is a *continuation*
+    and follows `decode`. `with pruner.prompt():` makes a call on a filled cache a routed chunk: ranked within the
+    chunk, its last token reserved, scored against the cache.
 
     Attributes:
         trace: `Trace` of the last forward.
@@ -92,7 +94,9 @@ class TokenPruner:
 
         decoder, blocks = find_decoder(model)
         if self._engine is not None:
-            raise UserError("this pruner is attached already; detach it first, or make a second one for a second model.")
+            raise UserError(
+                "this pruner is attached already; detach it first, or make a second one for a second model."
+            )
         if isinstance(decoder.__dict__.get("forward"), WrappedMethod):
             raise UserError("another pruner is attached to this model; detach it first.")
         if len(blocks) != len(self.kv):
@@ -126,8 +130,10 @@ class TokenPruner:
 
     @contextmanager
     def masked(self, prompt_tokens: int) -> Iterator[None]:
-        """Inside, a forward is the differentiable one that training needs: the first `prompt_tokens` of each row are routed, the
-        rest is computed as a continuation is, in one pass. Same decisions and same hidden states as prefill + continuation."""
+        """Inside, a forward is the differentiable one that training needs: the first `prompt_tokens` of each row are
+        routed, the rest is computed as a continuation is, in one pass. Same decisions and same hidden states as prefill
+        +
+        continuation."""
         before, self.masked_prompt = self.masked_prompt, int(prompt_tokens)
         try:
             yield
@@ -146,7 +152,8 @@ class TokenPruner:
         return TokenPruner(self.router, schedule, **self.settings())
 
     def save(self, folder, base: str | None = None, model: nn.Module | None = None) -> None:
-        """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all. See `pruned_folder.save_pruner`."""
+        """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all. See
+        `pruned_folder.save_pruner`."""
         from ftp_lightning.pruning.pruned_folder import save_pruner
 
         save_pruner(self, folder, base=base, model=model)

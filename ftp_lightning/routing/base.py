@@ -39,8 +39,8 @@ class RoutingContext:
 class Router(nn.Module):
     """Gives each token of a block a score; high = compute.
 
-    A router says what it needs and scores; how many tokens enter is `routing.choice`'s business. `score` ranks the tokens
-    (choice `topk`), `probability` is p_compute (choice `threshold`, the losses).
+    A router says what it needs and scores; how many tokens enter is `routing.choice`'s business. `score` ranks the
+    tokens (choice `topk`), `probability` is p_compute (choice `threshold`, the losses).
     """
 
     needs_attention = False

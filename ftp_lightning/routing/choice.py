@@ -34,7 +34,11 @@ class RoutedPart:
     def of(real: Tensor, padded: bool, first_chunk: bool = True) -> RoutedPart:
         """`padded=False` promises that `real` is all True and spares the one look at the device."""
         batch, tokens = real.shape
-        position = real.to(torch.int64).cumsum(1) - 1 if padded else torch.arange(tokens, device=real.device).expand(batch, tokens)
+        position = (
+            real.to(torch.int64).cumsum(1) - 1
+            if padded
+            else torch.arange(tokens, device=real.device).expand(batch, tokens)
+        )
         lengths = tuple(real.sum(1).tolist()) if padded else (tokens,) * batch
         last = torch.tensor(lengths, device=real.device)[:, None] - 1
         reserved = real & ((position == last) | (position == 0)) if first_chunk else real & (position == last)
@@ -47,7 +51,8 @@ class RoutedPart:
 
 
 def choose_topk(score: Tensor, part: RoutedPart, kept: tuple[int, ...]) -> Tensor:
-    """Exactly `kept[b]` tokens with the highest score in row b, the reserved ones first [ours]; ties go to the earlier token.
+    """Exactly `kept[b]` tokens with the highest score in row b, the reserved ones first [ours]; ties go to the earlier
+    token.
 
     Args: score (B, T). Returns keep (B, T) bool. Invariant: keep.sum(1) == kept, keep <= real.
     """
@@ -61,5 +66,6 @@ def choose_topk(score: Tensor, part: RoutedPart, kept: tuple[int, ...]) -> Tenso
 
 
 def choose_threshold(probability: Tensor, part: RoutedPart, threshold: float) -> Tensor:
-    """Compute where p_compute > threshold (paper), and the reserved tokens: the realised sparsity floats. (B, T) bool."""
+    """Compute where p_compute > threshold (paper), and the reserved tokens: the realised sparsity floats. (B, T)
+    bool."""
     return ((probability > threshold) & part.real) | part.reserved

@@ -20,7 +20,8 @@ def position_factor(context: RoutingContext) -> Tensor:
 
 
 def attention_factor(context: RoutingContext) -> Tensor:
-    """log1p of the latest attention score; the score is 1 under uniform attention [ours: the paper does not scale]. (B, T)."""
+    """log1p of the latest attention score; the score is 1 under uniform attention [ours: the paper does not scale]. (B,
+    T)."""
     return torch.log1p(context.attention)
 
 

@@ -17,7 +17,8 @@ class FixedRouter(Router):
         keep: one bool tensor (B, T) per block; True = the token enters the block. False on padding.
 
     Raises:
-        ValueError: entries of different shapes, or not two-dimensional. A prompt of another shape is refused when it comes.
+        ValueError: entries of different shapes, or not two-dimensional. A prompt of another shape is refused when it
+        comes.
     """
 
     def __init__(self, keep: Sequence[Tensor]):
@@ -25,7 +26,9 @@ class FixedRouter(Router):
         self.keep = [torch.as_tensor(k).to(torch.bool) for k in keep]
         shapes = {tuple(k.shape) for k in self.keep}
         if not self.keep or len(shapes) != 1 or self.keep[0].dim() != 2:
-            raise ValueError(f"FixedRouter wants one (batch, tokens) mask per block, all alike; got shapes {sorted(shapes)}")
+            raise ValueError(
+                f"FixedRouter wants one (batch, tokens) mask per block, all alike; got shapes {sorted(shapes)}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

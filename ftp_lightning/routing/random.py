@@ -13,8 +13,8 @@ _MASK = (1 << 31) - 1
 class RandomRouter(Router):
     """Score = hash(seed, block, position) in [0, 1) (a baseline of the paper's Table 4).
 
-    [ours] A hash instead of a generator: the decision of a token depends on nothing but seed, block and position, hence it
-    is the same in any batch, on any device, and when a chunk is scored token by token.
+    [ours] A hash instead of a generator: the decision of a token depends on nothing but seed, block and position, hence
+    it is the same in any batch, on any device, and when a chunk is scored token by token.
     """
 
     def __init__(self, seed: int = 0):
@@ -36,7 +36,8 @@ class RandomRouter(Router):
 def uniform_hash(seed: int, block: int, position: Tensor) -> Tensor:
     """Pseudo-random float32 in [0, 1) of (seed, block, position), by three rounds of multiply-xorshift on 31 bits.
 
-    Products of two 31-bit numbers fit int64, so every device computes the same integers. 24 bits are kept: exact in float32.
+    Products of two 31-bit numbers fit int64, so every device computes the same integers. 24 bits are kept: exact in
+    float32.
     """
     x = position.to(torch.int64) + ((seed * 0x27D4EB2F + block * 0x165667B1 + 0x1B873593) & _MASK)
     for multiplier in (0x45D9F3B, 0x119DE1F3, 0x3C6EF372 | 1):
