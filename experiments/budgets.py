@@ -95,13 +95,11 @@ def cell(args, kv, seed, budget):
     }
     SearchStage(**shared, **search, **tuning).execute()
     for number, (name, source) in enumerate(tests_of(args).items()):
-        target = own / f"test-{name}.json"
-        if not target.exists():
+        target, sizes = own / f"test-{name}.json", [args.items, args.windows, args.dtype]
+        if not target.exists() or json.loads(target.read_text())["sizes"] != sizes:
             test = Test(args, seed, source, recall=number == 0)
-            write(
-                target,
-                {method: test.measure(pruner) for method, pruner in methods(own, kv, seed, budget, measured).items()},
-            )
+            pruners = methods(own, kv, seed, budget, measured)
+            write(target, {"sizes": sizes} | {method: test.measure(pruner) for method, pruner in pruners.items()})
             write(own.parent / f"dense-{name}-seed{seed}.json", test.dense)
 
 
@@ -184,20 +182,18 @@ class Test:
 
         from ftp_lightning.evaluation.continuation import evaluate_windows
         from ftp_lightning.evaluation.statistics import kept
-        from ftp_lightning.pruning.flops import flops_reduction
+        from ftp_lightning.pruning.flops import realised_flops_reduction
 
         text = evaluate_windows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
+        found = {"kl": text.kl_mean, "ppl": text.ppl, "kl_rows": text.kl_rows, "realised": text.mean_sparsity}
+        found["flops_cut"] = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv)  # of the last batch
+        if not self.questions:
+            return found
         with pruner(self.model):
             right = self.answers(self.questions)
-        found = {
-            "kl": text.kl_mean,
-            "ppl": text.ppl,
-            "kl_rows": text.kl_rows,
-            "right": right,
-            "realised": text.mean_sparsity,
-        }
-        found["flops_cut"] = flops_reduction(self.model, pruner.schedule, 192, pruner.kv)
-        return found | ({"kept": asdict(kept(self.right, self.without, right))} if right else {})
+        # which questions need the passage: dense answers them right with it, and wrong with the facts deleted
+        need = [a and not b for a, b in zip(self.right, self.without)]
+        return found | {"right": right, "need": need, "kept": asdict(kept(self.right, self.without, right))}
 
 
 def run(args):
@@ -258,12 +254,46 @@ def table(args, kv, budget):
         print(f"| {shown} | {share} | {sum(m['kept']['items'] for m in first)} |{cells} {realised} | {cut} |")
 
 
+PAIRS = (
+    ("static", "random"),
+    ("static", "uniform"),
+    ("static", "block_influence"),
+    ("dynamic (before fine-tuning)", "static"),
+    ("dynamic", "dynamic (before fine-tuning)"),
+    ("dynamic", "static"),
+)
+
+
+def comparisons(args, kv):
+    """Markdown rows: difference of kept answers in points, paired bootstrap over passages, all finished seeds
+    together."""
+    from ftp_lightning.evaluation.statistics import paired_bootstrap
+
+    first, shown = next(iter(tests_of(args))), dict(zip(METHODS, SHOWN))
+    budgets = sorted(map(float, args.budgets.split(",")))
+    print(f"\n### Kept answers compared, `{kv}`: points, [95 % interval]\n")
+    print(f"| A - B |{''.join(f' {b:.0%} |' for b in budgets)}\n|---|{'---|' * len(budgets)}")
+    for a, b in PAIRS:
+        cells = []
+        for budget in budgets:
+            paths = sorted(args.output.glob(f"{kv}-seed*-{budget}/test-{first}.json"))
+            found = [json.loads(path.read_text()) for path in paths]
+            rows = [zip(r[a]["right"], r[b]["right"], r[a]["need"]) for r in found]
+            differences = [100.0 * (x - y) for row in rows for x, y, needed in row if needed]
+            if differences:
+                mean, low, high = paired_bootstrap(differences, range(len(differences)), random.Random(0))
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if differences else "")
+        print(f"| {shown[a]} - {shown[b]} | {' | '.join(cells)} |")
+
+
 def main():
     args = arguments()
     if not args.tables:
         run(args)
     for budget, kv in itertools.product(map(float, args.budgets.split(",")), args.kv.split(",")):
         table(args, kv, budget)
+    for kv in args.kv.split(","):
+        comparisons(args, kv)
 
 
 if __name__ == "__main__":

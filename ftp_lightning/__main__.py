@@ -50,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def hush() -> None:
-    """Silence advertisements of libraries and a deprecation inside one; errors and real warnings still come through."""
-    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_warning)
+    """Silence what libraries say of themselves, of retries that we tell the end of, and of deprecations inside them.
+
+    Errors and warnings that a user can act on still come through.
+    """
+    for name in ("lm_eval", "lm_eval.models.huggingface", "huggingface_hub.utils._http"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_warning)
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_not_about_length)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
@@ -60,6 +66,11 @@ def hush() -> None:
 
 def _is_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
+
+
+def _is_not_about_length(record: logging.LogRecord) -> bool:
+    """Texts are tokenised whole and then cut into windows, so their length is no mistake."""
+    return "Token indices sequence length" not in str(record.msg)
 
 
 def _run(argv: list[str]) -> int:

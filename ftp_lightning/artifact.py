@@ -173,9 +173,15 @@ def read_provenance(folder: Path) -> dict | None:
 
 
 def _difference(former: dict, now: dict) -> str:
+    """What differs, in words; `former` was read from JSON, which knows no tuples."""
+    now = json.loads(json.dumps(now, default=str))
     keys = [key for key in {**former, **now} if former.get(key) != now.get(key)]
-    shown = [f"{key} {former.get(key)} -> {now.get(key)}" for key in keys[:4]]
+    shown = [_change(key, former.get(key), now.get(key)) for key in keys[:4]]
     return ", ".join(shown + ["..."] * (len(keys) > 4))
+
+
+def _change(key: str, former: Any, now: Any) -> str:
+    return "the package's code changed" if key == "code" else f"{key} {former} -> {now}"
 
 
 def _finite(value: Any) -> Any:

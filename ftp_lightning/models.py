@@ -12,7 +12,7 @@ from ftp_lightning.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = Path(__file__).resolve().parent / "assets" / "llama"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -80,6 +80,13 @@ def load_tokenizer(name: str = "embedded", *, revision: str | None = None) -> "P
         _random_config(name.removeprefix("random:"))
         name = "embedded"
     return _pretrained("AutoTokenizer", _checked(name, weights=False), name, revision)
+
+
+def load_config(name: str = "embedded", *, revision: str | None = None) -> "PretrainedConfig":
+    """The configuration of model `name`, whose weights must be there but are not read. UserError as `load_model`."""
+    if name.startswith("random:"):
+        return _random_config(name.removeprefix("random:"))
+    return _pretrained("AutoConfig", _checked(name, weights=True), name, revision)
 
 
 def load(

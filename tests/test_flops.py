@@ -47,3 +47,35 @@ def test_limits_order_and_bytes():
     assert flops.cached_bytes(model, SCHEDULE, 100, "keep") == flops.cached_bytes(
         model, Schedule.uniform(BLOCKS, 0.0), 100, "evict"
     )
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_realised_limit_counts_the_pairs_one_by_one(kv):
+    """Against explicit loops over rows, blocks and tokens, with padding."""
+    model = tiny_llama(torch.float32)
+    real = torch.ones(2, 12, dtype=torch.long)
+    real[1, :5] = 0
+    pruner = TokenPruner(StaticRouter(), SCHEDULE, kv=kv)
+    with torch.no_grad(), pruner(model):
+        model(torch.randint(3, 64, (2, 12)), attention_mask=real, use_cache=False)
+    costs = flops.block_costs(model)
+    dense = pruned = 2 * 2.0 * 32 * 64
+    for row in range(2):
+        n = int(real[row].sum())
+        for cost, keep in zip(costs, pruner.trace.keep):
+            kept = [p for p, k in enumerate(keep[row, real[row].bool()]) if k]
+            seen = [p + 1 if kv == "keep" else i + 1 for i, p in enumerate(kept)]
+            dense += n * (cost.keys_values + cost.other) + n * (n + 1) / 2 * cost.pair
+            pruned += (
+                (n if kv == "keep" else len(kept)) * cost.keys_values + len(kept) * cost.other + sum(seen) * cost.pair
+            )
+    assert flops.realised_speedup_limit(model, pruner.trace, kv) == pytest.approx(dense / pruned, rel=1e-9)
+
+
+def test_realised_and_planned_limits_agree_under_evict():
+    model = tiny_llama(torch.float32)
+    pruner = TokenPruner(StaticRouter(), SCHEDULE, kv="evict")
+    with torch.no_grad(), pruner(model):
+        model(torch.randint(3, 64, (1, 50)), use_cache=False)
+    planned = flops.speedup_limit(model, SCHEDULE, 50, "evict")
+    assert flops.realised_speedup_limit(model, pruner.trace, "evict") == pytest.approx(planned, rel=1e-9)

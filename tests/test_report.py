@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.report import build_report, figures, headline, page, series
+from ftp_lightning.report import build_report, figures, headline, outcome_figures, page, series
 from ftp_lightning.report.figures import running_mean
 from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
-from ftp_lightning.report.tables import method_labels, number, task_rows
+from ftp_lightning.report.tables import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
 from ftp_lightning.report.verdict import cautions, speed_row, verdict
 
 BLOCKS = 12
@@ -238,9 +238,55 @@ def test_a_stage_that_was_not_run_is_left_out_with_a_sentence(absent: str, tmp_p
     assert {f"figure-{name}" for name in PLOTS if absent not in PLOTS[name].needs.values()} <= shown.ids()
 
 
-def test_an_empty_run_is_a_page_that_says_so(tmp_path: Path) -> None:
-    shown = Page(build_report(tmp_path))
-    assert "has not been evaluated yet" in shown.text and not any(tag == "svg" for tag, _ in shown.tags)
+@pytest.mark.usefixtures("sketched")
+def test_a_run_without_evaluation_says_so(tmp_path: Path) -> None:
+    shown = Page(build_report(write_run(tmp_path / "run", ("sensitivity",))))
+    assert "has not been evaluated yet" in shown.text
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    mine = tmp_path / "report" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(UserError, match="holds nothing that a stage of a run has written") as refusal:
+        build_report(tmp_path)
+    assert len(str(refusal.value).splitlines()) <= 3
+    assert sorted(tmp_path.rglob("*")) == [mine.parent, mine]
+
+
+@pytest.mark.usefixtures("sketched")
+def test_files_of_others_in_the_report_folder_stay(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("sensitivity",))
+    mine = {folder / "report" / name for name in ("mine.txt", "kept.txt", "paper/kept.csv")}
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (folder / "report/kept.csv").write_text("of an earlier report")
+    build_report(folder)
+    assert all(path.read_text() == "mine" for path in mine) and not (folder / "report/kept.csv").exists()
+
+
+@pytest.mark.usefixtures("sketched")
+def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("sensitivity",))
+    (folder / "report").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written into") as error:
+        build_report(folder)
+    assert len(str(error.value).splitlines()) <= 3 and (folder / "report").read_text() == "a file"
+    (folder / "report").unlink()
+    (folder / "report.html").mkdir()
+    with pytest.raises(UserError, match="cannot be written into"):
+        build_report(folder)
+    assert not list(folder.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.usefixtures("sketched")
+def test_the_facts_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluate/config.yaml").write_text("model: tiny\ndata: questions.txt\nkv: auto\ndevice: auto\n")
+    (folder / "benchmark/config.yaml").write_text("model: tiny\ndata: other.txt\nkv: auto\n")
+    edit(folder / "evaluate/results.json", lambda found: [m.update(kv="evict") for m in found["methods"]])
+    assert page.context(folder, page.read_run(folder), {})["facts"] == ["model tiny", "data questions.txt", "kv evict"]
 
 
 def test_names_are_shown_not_run(tmp_path: Path) -> None:
@@ -258,7 +304,27 @@ def test_names_are_shown_not_run(tmp_path: Path) -> None:
 def test_the_verdict_states_the_measured_numbers(run: Path) -> None:
     text = Page(run / "report.html").text
     assert "29.9 % of the prompt's token-block computations are skipped; 91.2 % [90.0, 92.4] of the answers" in text
-    assert "prefill of 2,048 tokens is 1.31x faster (limit 1.37x)" in text
+    assert "prefill of 2,048 tokens is faster than dense (1.31x [1.29, 1.34], limit 1.37x)" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        (
+            (0.98, 0.99, 1.02),
+            "No measurable difference in prefill time at 512 tokens (0.99x [0.98, 1.02], limit 1.37x)",
+        ),
+        ((0.90, 0.93, 0.96), "Prefill of 512 tokens is slower than dense (0.93x [0.90, 0.96], limit 1.37x)"),
+        ((1.0, 1.04, 1.06), "No measurable difference in prefill time at 512 tokens (1.04x [1.00, 1.06], limit 1.37x)"),
+    ],
+)
+def test_speed_is_claimed_only_where_its_interval_excludes_1(interval: tuple[float, ...], said: str) -> None:
+    low, speedup, high = interval
+    row = {"length": 512, "batch": 1, "kv": "keep", "budget": 0.3, "flops_limit": 1.372,
+           "speedup": speedup, "low": low, "high": high}  # fmt: skip
+    found = {"evaluate": None, "benchmark": {"rows": [row]}}
+    assert verdict(found) == f"{said}."
+    assert cautions(found) == (["Slower than dense: prefill of 512 tokens."] if high < 1 else [])
 
 
 def test_the_verdict_never_quotes_the_speed_of_another_setting() -> None:
@@ -275,6 +341,59 @@ def test_few_answers_and_idle_pruning_are_said_aloud() -> None:
     found["evaluate"]["methods"][-1]["kept"]["items"] = 1999
     found["evaluate"]["methods"][-1]["realised_sparsity"] = 0.149
     assert [caution.split(":")[0] for caution in cautions(found)] == ["A quick look", "Not exercised"]
+
+
+def test_starting_schedules_are_no_rivals_of_the_search() -> None:
+    metrics = search_metrics(random.Random(0), 0.004)
+    metrics["allocations"] |= {"start": 0.0011, "given": 0.0011}
+    found = page.search_summary(metrics)
+    assert (found["rival"], found["rival_kl"], found["starts"]) == ("sensitivity", 0.0032, {"start": 0.0011})
+    assert found["generations"] == 30  # the first population is generation 0
+    rows = [row for row in series.convergence({"finetune": metrics}, "finetune") if row["forward_tokens"] is None]
+    assert [row["series"] for row in rows] == ["uniform", "ramp", "Block Influence", "sensitivity", "start"]
+    metrics["allocations"]["given"] = 0.0013
+    assert series.starts(metrics) == {"start": 0.0011, "second start": 0.0013}
+
+
+@pytest.mark.parametrize(
+    ("floor", "said", "line"),
+    [
+        (0.0, "KL below what can be resolved", None),
+        (2.3e-5, "KL 2.30e-05", 2.3e-5),
+        (1e-12, "KL 1.00e-12", None),
+    ],
+)
+def test_the_noise_floor_says_what_it_was_measured_against(floor: float, said: str, line: float | None) -> None:
+    found = results(random.Random(0))
+    found["noise_floor"] = {"kl": floor, "top1": 1.0, "against": "batches of 1"}
+    assert noise_floor_text(found) == f"Noise floor (dense against batches of 1): {said}."
+    assert dict(zip(HEADLINE, headline_rows(found)[1]))["KL"] == ("≈ 0" if floor == 0 else number(floor))
+    with house_style():
+        axis = outcome_figures.kl(series.kl({"evaluate": found})).axes[0]
+    dashed = [drawn.get_xdata()[0] for drawn in axis.lines if drawn.get_linestyle() == "--"]
+    low, high = axis.get_xlim()
+    assert axis.get_xscale() == "log" and dashed == ([] if line is None else [line])
+    assert high / low < 1e5 and low < min(m["kl"]["mean"] for m in found["methods"])
+    assert ("noise floor" in axis.get_title("left")) == (line is None)
+
+
+def test_a_kl_of_exactly_zero_is_hollow_at_the_left_edge() -> None:
+    found = results(random.Random(0))
+    found["methods"][0]["kl"].update(mean=0.0, p99=0.0)
+    with house_style():
+        axis = outcome_figures.kl(series.kl({"evaluate": found})).axes[0]
+    dots = [drawn for drawn in axis.lines if drawn.get_marker() == "o"]
+    assert [dot.get_fillstyle() for dot in dots] == ["none"] + ["full"] * 4
+    assert dots[0].get_xdata()[0] < min(dot.get_xdata()[0] for dot in dots[1:]) and axis.texts[0].get_text() == "0"
+
+
+def test_methods_are_named_in_words_and_keep_their_keys_in_the_data() -> None:
+    found = results(random.Random(0))
+    found["methods"][0]["name"] = "block_influence"
+    names = ["Block Influence", "uniform, static", "searched, static", "dynamic (before fine-tuning)", "dynamic"]
+    rows = series.kept({"evaluate": found})
+    assert [row[0] for row in headline_rows(found)[2:]] == [row["label"] for row in rows] == names
+    assert [row["method"] for row in rows] == [m["name"] for m in found["methods"]]
 
 
 def test_the_story_shows_every_token_with_its_decisions(run: Path) -> None:
@@ -319,7 +438,7 @@ def test_the_terminal_table_is_aligned_and_complete() -> None:
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "dense",
         "noise floor",
-        *(m["name"] for m in found["methods"]),
+        *(label for _, label in method_labels(found)),
     ]
     assert "91.2 % [90.0, 92.4]" in lines[-1] and "91.2" not in "".join(lines[:-1])
 
@@ -333,9 +452,9 @@ def test_scores_without_meaning_are_marked() -> None:
 def test_labels_name_what_differs_and_nothing_else() -> None:
     found = results(random.Random(0))
     found["methods"][0]["budget"] = 0.1 + 0.2  # 0.30000000000000004
-    assert [label for _, label in method_labels(found)] == [method["name"] for method in found["methods"]]
+    assert [label for _, label in method_labels(found)][:3] == ["random tokens", "uniform, static", "searched, static"]
     found["methods"][0].update(budget=0.5, kv="evict")
-    assert [label for _, label in method_labels(found)][:2] == ["random 50 % evict", "uniform 30 % keep"]
+    assert [label for _, label in method_labels(found)][:2] == ["random tokens 50 % evict", "uniform, static 30 % keep"]
 
 
 @pytest.mark.usefixtures("sketched")

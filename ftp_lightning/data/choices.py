@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.names import names_of
-from ftp_lightning.data.recall import Fact, Passage, build_passage, distractors, draw_facts
+from ftp_lightning.data.recall import Fact, Passage, build_passage, distractors, draw_facts, fact_count
 from ftp_lightning.data.stories import Story
 from ftp_lightning.data.text import sentences_of
 from ftp_lightning.errors import UserError
@@ -30,19 +30,18 @@ def recall_items(
     rng: random.Random,
     count: int,
     prompt_tokens: int = 192,
-    facts: tuple[int, int] = (4, 6),
 ) -> list[Item]:
-    """`count` questions, each on a passage of its own: `prompt_tokens` tokens (BOS included), `facts` (from, to) facts.
+    """`count` questions, each on a passage of its own: `prompt_tokens` tokens (BOS included), 4-6 facts.
 
     `context` is the passage, a line break and the question; `context_deleted` the same with all facts replaced by
     more filler, so what is answered right there was not recalled. `distance` = tokens from the fact's end to the
-    context's end. A passage whose text does not tokenise back to the very ids (its first word was cut within) is
+    context's end. Short passages take fewer facts, see `recall.fact_count`. A passage whose text does not tokenise back to the very ids (its first word was cut within) is
     drawn again; after 100 tries a UserError.
     """
     filler, items = Filler(tokenizer, documents), []
     for number in range(count):
         for _ in range(_TRIES):
-            item = _recall_item(tokenizer, filler, rng, prompt_tokens, rng.randint(*facts))
+            item = _recall_item(tokenizer, filler, rng, prompt_tokens, fact_count(rng, prompt_tokens))
             if item is not None:
                 break
         else:
@@ -124,9 +123,10 @@ def _cut_story(story: Story) -> tuple[str, str]:
     return " ".join(sentences[:cut]), " " + " ".join(sentences[cut : cut + 2])
 
 
-def name_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
+def name_items(stories: Sequence[Story], rng: random.Random, per_story: int | None = None) -> list[Item]:
     """Who is meant: for every name in a story's last third that stood there before, the text up to it and four names.
 
+    `per_story`: at most so many of a story, drawn at random; all of them by default.
     The wrong names are the story's own first, then other stories'. See `names.names_of` for what counts as a name.
     Raises UserError for fewer than four stories.
     """
@@ -136,7 +136,8 @@ def name_items(stories: Sequence[Story], rng: random.Random) -> list[Item]:
     everyone = sorted(set().union(*names))
     items: list[Item] = []
     for document, (text, own) in enumerate(zip(texts, names, strict=True)):
-        for context, name in _blanks(text, own):
+        blanks = list(_blanks(text, own))
+        for context, name in blanks if per_story is None else rng.sample(blanks, min(per_story, len(blanks))):
             near = [other for other in own if other != name]
             far = [other for other in everyone if other not in own]
             wrong = (rng.sample(near, len(near)) + rng.sample(far, min(3, len(far))))[:3]

@@ -42,6 +42,11 @@ class Passage:
     fact_ends: list[int]
 
 
+def fact_count(rng: random.Random, prompt_tokens: int) -> int:
+    """How many facts a prompt takes: 4 to 6, in short ones about one per 32 tokens, at least 2 [ours]."""
+    return max(2, min(rng.randint(4, 6), prompt_tokens // 32))
+
+
 def draw_facts(rng: random.Random, count: int, kinds: Sequence[str] | None = None) -> list[Fact]:
     """`count` random facts in random order, whose answers can be confused with each other.
 

@@ -18,8 +18,11 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
+LONE_SURROGATE = "holds half a character (a lone surrogate such as \\ud800)"
+
+
 def record_text(record: Any) -> str:
-    """The document of one record; ValueError (one line, no place) where it has no known form.
+    """The document of one record; ValueError (one line, no place) where it has no known form or is no valid text.
 
     * `{"text": T}` -> T;
     * `{"messages": [{"role": R, "content": C}, ...]}` -> `R: C` per message, a blank line between: plain text for any
@@ -29,6 +32,15 @@ def record_text(record: Any) -> str:
       response that appropriately completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`;
       without one the shorter wording of the same.
     """
+    text = _text(record)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the text {LONE_SURROGATE}") from None
+    return text
+
+
+def _text(record: Any) -> str:
     if not isinstance(record, Mapping):
         raise ValueError(f"a record must be an object, not {type(record).__name__}")
     if "text" in record:

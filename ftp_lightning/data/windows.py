@@ -16,7 +16,7 @@ from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from ftp_lightning.data.filler import Filler
-from ftp_lightning.data.recall import Fact, build_passage, draw_facts
+from ftp_lightning.data.recall import Fact, build_passage, draw_facts, fact_count
 from ftp_lightning.errors import UserError
 
 
@@ -144,13 +144,13 @@ def recall_windows(
     So the prompt ends as it does in use, with a question that a router may look at, and the rest of the continuation
     needs facts that the prompt did not ask for: questions and answers of the other facts in random order, then of all
     in new orders, cut at C tokens. Filler comes from `documents`, from a random sentence on; the row's document is
-    where it starts. Short prompts take fewer
-    facts: about one per 32 tokens, at least 2. The first n rows are the same for every count >= n.
+    where it starts. Short prompts take fewer facts, see `recall.fact_count`. The first n rows are the same for every
+    count >= n.
     """
     filler, rows, starts = Filler(tokenizer, documents), [], []
     for _ in range(count):
         prose, document = filler.draw(rng, prompt_tokens)
-        facts = draw_facts(rng, max(2, min(rng.randint(4, 6), prompt_tokens // 32)))
+        facts = draw_facts(rng, fact_count(rng, prompt_tokens))
         rng.shuffle(facts)
         question = tokenizer.encode(f"\n{facts[0].question}", add_special_tokens=False)
         passage = build_passage(rng, tokenizer, prose, facts, prompt_tokens - len(question))

@@ -126,16 +126,28 @@ def evaluate_windows(
 
 
 @torch.no_grad()
-def noise_floor(model, windows, batch_size: int = 8, dtype: torch.dtype | None = None) -> ContinuationScores:
-    """Dense against dense, one window at a time: what rounding alone moves, the floor under every KL [ours].
+def noise_floor(
+    model, windows, batch_size: int = 8, teacher: Tensor | None = None, dtype: torch.dtype | None = None
+) -> ContinuationScores:
+    """Dense against dense computed another way: what rounding alone moves, the floor under every KL [ours].
 
-    `dtype` repeats the run in another precision as well (the model is put back afterwards, its weights unharmed).
+    The other way is another attention kernel (`other_attention`) and one window at a time instead of `batch_size`;
+    `dtype` rounds the weights as well. The model is put back afterwards, its weights unharmed. `teacher` as in
+    `evaluate_windows`. KL is summed in float64 from distributions normalised in it, so that it cannot be negative.
     """
-    teacher = teacher_logprobs(model, windows, batch_size)
-    if dtype is None:
-        return evaluate_windows(model, windows, batch_size=1, teacher=teacher)
-    with _other_precision(model, dtype):
-        return evaluate_windows(model, windows, batch_size=1, teacher=teacher)
+    tally = _Tally()
+    for rows, ids in _batches(windows, batch_size, model.device):
+        dense = _dense_logprobs(model, ids, windows.prompt_tokens) if teacher is None else teacher[rows].to(ids.device)
+        with _attention(model, other_attention(model)), _precision(model, dtype):
+            logits = [continuation_logits(model, row[None], windows.prompt_tokens) for row in ids]
+        for row, alone, again in zip(ids, dense, logits, strict=True):
+            tally.add(alone[None].double().log_softmax(-1), again.double(), row[None, windows.prompt_tokens :])
+    return tally.scores("prompt", windows.prompt_tokens, _continuation_tokens(windows))
+
+
+def other_attention(model) -> str:
+    """The attention kernel that the noise floor is measured with: eager, or sdpa where the model is eager itself."""
+    return "sdpa" if model.config._attn_implementation == "eager" else "eager"
 
 
 class _Tally:
@@ -204,8 +216,22 @@ def _batches(windows, batch_size: int, device) -> Iterator[tuple[slice, Tensor]]
 
 
 @contextlib.contextmanager
-def _other_precision(model, dtype: torch.dtype) -> Iterator[None]:
+def _attention(model, kernel: str) -> Iterator[None]:
+    """Run with another attention kernel."""
+    kept = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(kernel)
+        yield
+    finally:
+        model.set_attn_implementation(kept)
+
+
+@contextlib.contextmanager
+def _precision(model, dtype: torch.dtype | None) -> Iterator[None]:
     """Run with rounded weights, then put the very same tensors back: a cast to and fro would leave them rounded."""
+    if dtype is None:
+        yield
+        return
     kept = {name: p.data for name, p in model.named_parameters()}
     try:
         for p in model.parameters():

@@ -14,7 +14,13 @@ from tqdm import tqdm
 from ftp_lightning import models
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import MODES
-from ftp_lightning.evaluation.scoring import Score, rolling_windows, score_after_prompt, score_in_sequence
+from ftp_lightning.evaluation.scoring import (
+    Score,
+    even_batches,
+    rolling_windows,
+    score_after_prompt,
+    score_in_sequence,
+)
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 
@@ -129,12 +135,12 @@ class FtpLM(HFLM):
         return [self._record(item, *answers[i]) for i, item in enumerate(items)]
 
     def _prompt_batches(self, items: list[_Item], size: int) -> Iterator[dict[int, tuple[Score, float]]]:
-        """Batches of distinct contexts, longest first; answers are (score, realised sparsity) by index of the item."""
+        """Batches of distinct contexts, of one length where possible; (score, realised sparsity) by index of the item."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, item in enumerate(items):
             groups.setdefault(item.context, []).append(i)
         order = sorted(groups, key=lambda context: (-len(context), context))
-        for batch in _chunks(order, size):
+        for batch in even_batches(order, size):
             choices = [[items[i].continuation for i in groups[context]] for context in batch]
             scores = score_after_prompt(self.model, batch, choices, size)
             answers = {}

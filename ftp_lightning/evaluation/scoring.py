@@ -7,7 +7,7 @@ batch, R (context, choice) pairs, L tokens of the longest choice, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,23 @@ def score_in_sequence(model, contexts: Sequence[Tokens], continuations: Sequence
         for row, start, tokens in zip(logits, (len(c) - 1 - first for c in contexts), continuations, strict=True)
     ]
     return _scores(torch.stack(rows), continuations)
+
+
+def even_batches(contexts: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
+    """Contexts in their order, at most `size` in a batch, and where that is half full, of one length only [ours].
+
+    Rows of one length need no padding, and without a mask attention takes its fast causal kernel. Contexts should come
+    sorted by length.
+    """
+    batch: list[Tokens] = []
+    for context in contexts:
+        changes = batch and len(context) != len(batch[-1])
+        if len(batch) == size or (changes and 2 * len(batch) >= size):
+            yield batch
+            batch = []
+        batch.append(context)
+    if batch:
+        yield batch
 
 
 def rolling_windows(

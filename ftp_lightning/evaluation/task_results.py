@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
+ASKED = ("story_recall", "story_recall_deleted")
+"""Tasks whose answer counts as right only where it is what the model would write; elsewhere the likeliest choice."""
 
 
 def summaries(results: Mapping, names: Sequence[str], accounts: Iterable) -> dict[str, dict]:
     """Summary per task that ran and, pooled, per named group; results: what `simple_evaluate` returns."""
     book = {account.request: account for account in accounts}
-    items = {task: [_item(sample, book) for sample in _first_filter(log)] for task, log in results["samples"].items()}
+    items = {
+        task: [_item(task, sample, book) for sample in _first_filter(log)] for task, log in results["samples"].items()
+    }
     summary = {task: summarize(group, results["results"].get(task, {})) for task, group in items.items()}
     for name in names:
         members = _members(name, results.get("group_subtasks", {}))
@@ -36,24 +40,26 @@ def summarize(items: list[dict], metrics: Mapping) -> dict:
         "exact_match": _mean([item["exact_match"] for item in items]),
         "n": len(items),
         "chance": _mean([item["chance"] for item in items]),
-        "exercised": _mean([item["exercised"] for item in items]),
+        **{key: _mean([item[key] for item in items]) for key in ("exercised", "prompt_tokens", "sparsity")},
+        "truncated": sum(bool(item["truncated"]) for item in items),
         "metrics": _plain_metrics(metrics),
         "items": items,
     }
 
 
-def _item(sample: Mapping, book: Mapping) -> dict:
+def _item(task: str, sample: Mapping, book: Mapping) -> dict:
     """One scored document: its values, its labels, and the account of its first request (all share its context)."""
     doc, values = sample["doc"], {metric: sample.get(metric) for metric in METRICS}
     account = book.get(tuple(sample["arguments"][0]))
     choices = len(sample["filtered_resps"])
+    order = ("exact_match", "acc") if task in ASKED else ("acc", "exact_match")
     return {
         "id": doc.get("id", sample["doc_id"]),
-        "right": bool(next((values[m] for m in ("exact_match", "acc") if values[m] is not None), False)),
+        "right": bool(next((values[m] for m in order if values[m] is not None), False)),
         **values,
         "chance": 1 / choices if choices > 1 else None,
         **{key: doc.get(key) for key in PASSED_ON},
-        **{key: getattr(account, key, None) for key in ("prompt_tokens", "sparsity", "exercised")},
+        **{key: getattr(account, key, None) for key in ("prompt_tokens", "sparsity", "exercised", "truncated")},
     }
 
 

@@ -10,7 +10,9 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
+from ftp_lightning.data.records import LONE_SURROGATE
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.task_results import METRICS, summaries
 
@@ -63,7 +65,7 @@ def run_tasks(
     lm,
     tasks: Mapping[str, str | Path | Mapping[str, str | Path] | None],
     limit: int | None = None,
-    num_fewshot: int = 0,
+    num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     progress: bool = False,
 ) -> dict[str, dict]:
@@ -71,9 +73,10 @@ def run_tasks(
 
     Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
     and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
-    (share of the items; None without accounts), metrics (lm-eval's own numbers) and items. An item: id, right
-    (exact_match, else acc), its metrics, distance, kind, document, and of the model's account prompt_tokens, sparsity,
-    exercised. Empty on ranks other than 0. UserError: unknown task, file missing or broken, Hub out of reach.
+    (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
+    metrics (lm-eval's own numbers) and items. An item: id, right (exact_match, else acc), its metrics, distance, kind,
+    document, and of the model's account prompt_tokens, sparsity, exercised. Empty on ranks other than 0. UserError:
+    unknown task, file missing or broken, Hub out of reach.
     """
     import lm_eval
 
@@ -150,6 +153,9 @@ def _check_rows(task: str, path: Path, keys: tuple[str, ...]) -> None:
         try:
             row = json.loads(line)
             missing = [key for key in keys if key not in row.keys()]
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"task {task}: {path}, line {number} {LONE_SURROGATE}") from None
         except (ValueError, AttributeError):
             raise UserError(f"task {task}: {path}, line {number} is not a JSON object") from None
         if missing:
@@ -160,15 +166,24 @@ def _check_rows(task: str, path: Path, keys: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets without progress bars and notes; errors still come as exceptions."""
+    """lm-eval and datasets without progress bars and notes; errors still come as exceptions.
+
+    Nor does lm-eval describe checkout and machine, which nobody reads here: that takes seconds of subprocesses, and
+    outside a checkout git complains on the terminal.
+    """
     import datasets
+    from lm_eval import evaluator
 
     bars, logger = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
     level = logger.level
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars that lm-eval offers no switch for
+        with (
+            contextlib.redirect_stderr(io.StringIO()),  # tqdm bars that lm-eval offers no switch for
+            mock.patch.object(evaluator, "get_git_commit_hash", return_value=None),
+            mock.patch.object(evaluator, "add_env_info"),
+        ):
             yield
     finally:
         logger.setLevel(level)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ftp_lightning.pruning.blocks import sliding_window
+
 TAP = "ftp_lightning_tap"
 _CHUNK = 128
 
@@ -26,6 +28,10 @@ class Tokens:
     slots: Tensor
     valid: Tensor
     all_valid: bool
+
+    def followed_by(self, other: Tokens) -> Tokens:
+        slots, valid = torch.cat([self.slots, other.slots], 1), torch.cat([self.valid, other.valid], 1)
+        return Tokens(slots, valid, self.all_valid and other.all_valid)
 
     def first(self, n: int) -> Tokens:
         return Tokens(self.slots[:, :n], self.valid[:, :n], self.all_valid)
@@ -84,7 +90,8 @@ def _probabilities(
     groups = tapped.key.shape[1]
     q = tapped.query.gather(2, index[:, None, :, None].expand(batch, heads, -1, size))
     q = q.reshape(batch, groups, -1, size)  # the heads of one key head side by side
-    logits = torch.matmul(q, tapped.key.transpose(2, 3)).to(torch.float32) * tapped.scaling
+    # in float32 from the start: the product may not fit float16, and ranks must not depend on the model's dtype
+    logits = torch.matmul(q.float() * tapped.scaling, tapped.key.float().transpose(2, 3))
     if tapped.softcap is not None:
         logits = tapped.softcap * torch.tanh(logits / tapped.softcap)
     logits = logits.view(batch, heads, index.shape[1], -1)
@@ -126,7 +133,7 @@ def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     implementation, listener = module._ftp_tap
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    listener(module, Tapped(query, key, scaling, kwargs.get("softcap"), getattr(module, "sliding_window", None)))
+    listener(module, Tapped(query, key, scaling, kwargs.get("softcap"), sliding_window(module)))
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return attend(module, query, key, value, attention_mask, **kwargs)

@@ -69,4 +69,9 @@ def query_projection(attention: nn.Module) -> nn.Module | None:
 
 def sliding_window(attention: nn.Module) -> int | None:
     """How far back a query of this block sees, in tokens; None = all the way."""
-    return getattr(attention, "sliding_window", None)
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    kinds = getattr(attention.config, "layer_types", None)
+    if kinds and kinds[attention.layer_idx] != "sliding_attention":
+        return None
+    return getattr(attention.config, "sliding_window", None)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.attention import Tokens
 
 
 class RoutedLayer(DynamicLayer):
@@ -27,15 +28,21 @@ class RoutedLayer(DynamicLayer):
         self.valid: Tensor | None = None  # (B, S) bool
         self.all_valid = True
 
-    def append(self, keys: Tensor, values: Tensor, slots: Tensor, valid: Tensor, all_valid: bool, seen: int) -> None:
-        """Add entries. keys, values (B, H, S', D); slots, valid (B, S'); `seen` tokens have been seen for them."""
+    @property
+    def tokens(self) -> Tokens:
+        """Which tokens are stored; only after the first `append`."""
+        return Tokens(self.slots, self.valid, self.all_valid)
+
+    def append(self, keys: Tensor, values: Tensor, tokens: Tokens, seen: int) -> None:
+        """Add the entries keys, values (B, G, S', D) of `tokens` (B, S'); `seen` tokens have been seen for them."""
+        slots, valid = tokens.slots, tokens.valid
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             self.keys, self.values, self.slots, self.valid = keys, values, slots, valid
         else:
             self.keys, self.values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
             self.slots, self.valid = torch.cat([self.slots, slots], dim=1), torch.cat([self.valid, valid], dim=1)
-        self.all_valid &= all_valid
+        self.all_valid &= tokens.all_valid
         self.seen += seen
 
     @staticmethod
@@ -53,7 +60,7 @@ class RoutedLayer(DynamicLayer):
                 raise UserError("this cache has dropped old tokens (sliding window): a chunk cannot be routed into it.")
             slots = torch.arange(seen, device=layer.keys.device).expand(batch, seen)
             valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real
-            routed.append(layer.keys, layer.values, slots, valid, real is None, seen)
+            routed.append(layer.keys, layer.values, Tokens(slots, valid, real is None), seen)
         return routed
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

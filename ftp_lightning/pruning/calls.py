@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ftp_lightning.errors import UserError
+
 
 class WrappedMethod:
     """Stands in `module.__dict__[name]` and calls `run(inner, args, kwargs)`; `undo` leaves no trace.
@@ -71,14 +73,20 @@ class BlockCall:
             (extra if name in extra else named)[name] = value
         if self.extra_name in named or extra:
             named.pop(self.extra_name, None)
-        return inner(**named, **extra)
+        output = inner(**named, **extra)
+        if not isinstance(output, Tensor):
+            raise UserError(f"a block returned {type(output).__name__}, not a tensor: this model cannot be pruned.")
+        return output
 
     def rows(self, index: Tensor) -> dict:
         """The arguments that go by token, for the tokens `index` (B, K) alone."""
         changes = {"hidden_states": take_rows(self.hidden, index)}
         embeddings = self.get("position_embeddings")
         if embeddings is not None:
-            changes["position_embeddings"] = tuple(take_rows(e, index) for e in embeddings)
+            single = isinstance(embeddings, Tensor)
+            changes["position_embeddings"] = (
+                take_rows(embeddings, index) if single else tuple(take_rows(e, index) for e in embeddings)
+            )
         if self.get("position_ids") is not None:
             changes["position_ids"] = take_rows(self.get("position_ids"), index)
         return changes

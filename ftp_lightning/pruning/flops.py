@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ftp_lightning.pruning.blocks import find_attention, find_blocks
+from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.schedule import Schedule, kept_tokens
 
 
@@ -70,16 +72,59 @@ def prompt_flops(
 
 
 def flops_reduction(model: nn.Module, schedule: Schedule, prompt_tokens: int, kv: str | Sequence[str]) -> float:
-    """Share of a prompt's FLOPs that the schedule saves, in [0, 1), output head included."""
+    """Share of a prompt's FLOPs that the schedule saves, in [0, 1), output head included; for planning, see
+    `causal_pairs`."""
     return 1.0 - 1.0 / speedup_limit(model, schedule, prompt_tokens, kv)
 
 
 def speedup_limit(model: nn.Module, schedule: Schedule, length: int, kv: str | Sequence[str]) -> float:
-    """FLOPs limit of the prefill speed-up: dense FLOPs / pruned FLOPs at this length."""
+    """FLOPs limit of the prefill speed-up at this length, for planning: dense FLOPs / pruned FLOPs, kept tokens spread
+    evenly.
+
+    Under `keep` a router that keeps the latest tokens pays for more pairs than that; `realised_speedup_limit` counts
+    them.
+    """
     costs = block_costs(model)
-    head = 2.0 * model.config.hidden_size * model.config.vocab_size
-    dense = prompt_flops(costs, Schedule.uniform(len(costs), 0.0), length, "evict", head)
-    return dense / prompt_flops(costs, schedule, length, kv, head)
+    dense = prompt_flops(costs, Schedule.uniform(len(costs), 0.0), length, "evict", head_flops(model))
+    return dense / prompt_flops(costs, schedule, length, kv, head_flops(model))
+
+
+def realised_speedup_limit(model: nn.Module, trace: Trace, kv: str | Sequence[str]) -> float:
+    """FLOPs limit of the prompt that was routed: dense FLOPs / FLOPs of the tokens that were really computed.
+
+    Pairs are counted one by one: a kept token at position i of its row sees i + 1 keys under `keep`, under `evict` the
+    kept ones up to itself. Rows are added up.
+    """
+    costs = block_costs(model)
+    modes = (kv,) * len(costs) if isinstance(kv, str) else kv
+    lengths = trace.real.sum(1).to(torch.float64)
+    head = head_flops(model) * len(lengths)
+    dense = sum(_flops(cost, lengths, lengths, _triangle(lengths)) for cost in costs) + head
+    position = trace.real.to(torch.float64).cumsum(1)  # from 1: the keys it sees
+    pruned = head
+    for cost, keep, mode in zip(costs, trace.keep, modes, strict=True):
+        kept = keep.sum(1).to(torch.float64)
+        pairs = (position * keep).sum(1) if mode == "keep" else _triangle(kept)
+        pruned += _flops(cost, lengths if mode == "keep" else kept, kept, pairs)
+    return float(dense / pruned)
+
+
+def realised_flops_reduction(model: nn.Module, trace: Trace, kv: str | Sequence[str]) -> float:
+    """Share of the FLOPs that was saved on the prompt that was routed."""
+    return 1.0 - 1.0 / realised_speedup_limit(model, trace, kv)
+
+
+def head_flops(model: nn.Module) -> float:
+    """FLOPs of the output head for one token."""
+    return 2.0 * model.config.hidden_size * model.config.vocab_size
+
+
+def _flops(cost: BlockCost, stored: Tensor, kept: Tensor, pairs: Tensor) -> Tensor:
+    return (stored * cost.keys_values + kept * cost.other + pairs * cost.pair).sum()
+
+
+def _triangle(n: Tensor) -> Tensor:
+    return n * (n + 1) / 2
 
 
 def cached_bytes(model: nn.Module, schedule: Schedule, tokens: int, kv: str | Sequence[str]) -> int:

@@ -3,8 +3,9 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.report.series import Rows
+from ftp_lightning.report.series import OTHER_START, START, Rows
 from ftp_lightning.report.style import BLUE, CYCLE, GREEN, INK, LINES, ORANGE, PALE, PURPLE, canvas, plain_log
+from ftp_lightning.report.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +52,9 @@ def top_legend(axis: Any, columns: int = 4, **options: Any) -> None:
     axis.legend(**place, ncols=columns, handlelength=1.6, columnspacing=1.4, **options)
 
 
+DIAMOND = {"color": INK, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8, "clip_on": False}
+
+
 def schedules(rows: Rows) -> "Figure":
     """Sparsity per block: static search, after fine-tuning, and what the evaluation realised."""
     figure, axis = canvas(11, 3.1)
@@ -63,7 +67,7 @@ def schedules(rows: Rows) -> "Figure":
         axis.bar(places, column(rows, name), width * 0.94, color=colour, label=label)
     if "realised" in rows[0]:
         blocks = [row["block"] + (len(bars) - 1) / 2 * width for row in rows]
-        axis.plot(blocks, column(rows, "realised"), "D", color=INK, markersize=4, label="realised in the evaluation")
+        axis.plot(blocks, column(rows, "realised"), "D", **DIAMOND, label="realised in the evaluation")
     last = column(rows, bars[-1])
     axis.axhline(sum(last) / len(last), color=INK, linestyle="--", linewidth=1, label="budget (mean)")
     axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens skipped)")
@@ -102,16 +106,21 @@ def influence(rows: Rows) -> "Figure":
 
 
 def convergence(rows: Rows) -> "Figure":
-    """Best and mean KL of each generation against tokens spent; the allocations as horizontal marks."""
+    """Best and mean KL of each generation against tokens spent; allocations and starts as horizontal marks.
+
+    An allocation's look follows its place in the list, so it is the same in the search and in the fine-tuning.
+    """
     figure, axis = canvas(5.4, 3.7)
     best, mean = ([row for row in rows if row["series"] == name] for name in ("best", "mean"))
     axis.plot(column(mean, "forward_tokens"), column(mean, "kl"), color=PALE, linewidth=1, label="population mean")
-    label = f"best  {best[-1]['kl']:.2g}" if best else "best"
+    label = f"best  {number(best[-1]['kl'])}" if best else "best"
     axis.step(column(best, "forward_tokens"), column(best, "kl"), where="post", color=BLUE, linewidth=2.4, label=label)
-    marks = sorted((row for row in rows if row["series"] not in ("best", "mean")), key=lambda row: -row["kl"])
+    marks = [row for row in rows if row["series"] not in ("best", "mean")]
     for index, row in enumerate(marks):
         look = {"color": CYCLE[1:][index % 5], "linestyle": LINES[1:][index % 3], "linewidth": 1.3}
-        axis.axhline(row["kl"], **look, label=f"{row['series'].replace('_', ' ')}  {row['kl']:.2g}")
+        if row["series"] in (START, OTHER_START):
+            look = {"color": INK, "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
+        axis.axhline(row["kl"], **look, label=f"{row['series']}  {number(row['kl'])}")
     kl_scale_to_range(axis, column(rows, "kl"))
     axis.set(xlabel="forward tokens spent", ylabel="KL to dense (nats per token)")
     axis.xaxis.set_major_formatter(si_formatter())

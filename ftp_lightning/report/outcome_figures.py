@@ -1,11 +1,12 @@
 """The figures of evaluation and benchmark: rows (see `series`) in, matplotlib Figure out."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.figures import column, top_legend, whiskers
 from ftp_lightning.report.series import Rows
 from ftp_lightning.report.style import CYCLE, INK, canvas, method_colour, plain_log
-from ftp_lightning.report.tables import number, percent
+from ftp_lightning.report.tables import floor_kl_text, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def kept(rows: Rows) -> "Figure":
     """Share of the answers that need the prompt and are still right, with 95 % intervals."""
     figure, axis = method_axis(rows)
     colours = [method_colour(row["method"], index) for index, row in enumerate(rows)]
-    axis.barh(range(len(rows)), column(rows, "share"), 0.66, color=colours)
+    axis.barh(range(len(rows)), column(rows, "share"), 0.66, color=colours, alpha=0.6)
     bars = {"fmt": "none", "ecolor": INK, "elinewidth": 1.4, "capsize": 3}
     axis.errorbar(column(rows, "share"), range(len(rows)), xerr=whiskers(rows), **bars)
     for index, row in enumerate(rows):
@@ -37,29 +38,46 @@ def kept(rows: Rows) -> "Figure":
 def kl(rows: Rows) -> "Figure":
     """Mean KL per continuation token (dot) and its 99th percentile (end of the line) beside the noise floor.
 
-    Dots, not bars: the values span powers of ten, and on a logarithmic axis a bar's length means nothing.
+    Dots, not bars: the values span powers of ten, and on a logarithmic axis a bar's length means nothing. A mean of
+    exactly 0 has no place on it: a hollow dot at the left edge.
     """
     figure, axis = method_axis(rows)
+    values = [value for row in rows for value in (row["mean"], row["p99"]) if value > 0]
+    edge = min(values, default=1.0) / 3
     for index, row in enumerate(rows):
-        colour = method_colour(row["method"], index)
-        axis.plot(
-            [row["mean"], row["p99"]], [index, index], color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt"
-        )
-        axis.plot(row["mean"], index, "o", color=colour, markersize=8)
-        axis.plot(row["p99"], index, "|", color=colour, markersize=10, markeredgewidth=2)
-        axis.annotate(
-            number(row["mean"]), (row["mean"], index), (0, 8), textcoords="offset points", ha="center", fontsize=8
-        )
-    floor = rows[0]["noise_floor"]
-    if floor is not None:
-        axis.axvline(floor, color=INK, linestyle="--", linewidth=1, label="noise floor (dense against dense)")
-        top_legend(axis)
-    if min(column(rows, "mean")) > 0 and (floor is None or floor > 0):
-        axis.set_xscale("log")
-        plain_log(axis.xaxis, decades=9)
-    axis.margins(x=0.12)
+        draw_kl(axis, index, row, edge)
+    axis.set_xscale("log")
+    axis.set_xlim(edge / 1.5, max(values, default=1.0) * 2)
+    draw_floor(axis, rows[0]["noise_floor"], edge)
+    low, high = axis.get_xlim()
+    plain_log(axis.xaxis, decades=math.log10(high / low))
     axis.set_xlabel("KL to dense (nats per token)")
     return figure
+
+
+def draw_kl(axis: Any, index: int, row: dict[str, Any], edge: float) -> None:
+    """One method: dot, line, tick, and the mean as a number."""
+    colour = method_colour(row["method"], index)
+    mean, p99 = max(row["mean"], edge), max(row["p99"], edge)
+    axis.plot([mean, p99], [index, index], color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt")
+    axis.plot(mean, index, "o", color=colour, markersize=8, fillstyle="full" if row["mean"] > 0 else "none")
+    axis.plot(p99, index, "|", color=colour, markersize=10, markeredgewidth=2)
+    look = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+    axis.annotate(number(row["mean"]), (mean, index), (0, 8), **look)
+
+
+def draw_floor(axis: Any, floor: float | None, edge: float) -> None:
+    """The noise floor as a dashed line; in words where it lies more than two powers of ten left of every method."""
+    if floor is None:
+        return
+    if floor < edge / 100:
+        title = f"noise floor: {floor_kl_text(floor)}"
+        axis.set_title(title if floor == 0 else f"{title}, left of this axis", loc="left", fontsize=8.5)
+        return
+    axis.axvline(floor, color=INK, linestyle="--", linewidth=1, label=f"noise floor  {number(floor)}")
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, floor / 1.5), max(high, floor * 2))
+    top_legend(axis)
 
 
 def kept_by_distance(rows: Rows) -> "Figure":
@@ -94,7 +112,7 @@ def speed(rows: Rows) -> "Figure":
         axis.set_title(f"budget {percent(budget, 0)}, kv {kv}", loc="right")
         axis.set_xlabel("prompt length (tokens)")
         length_axis(axis, sorted(set(column(mine, "length"))))
-    axes[0, 0].set_ylabel("prefill speed-up (dense time / pruned time)")
+    axes[0, 0].set_ylabel("prefill speed-up\n(dense time / pruned time)")
     axes[0, 0].legend(loc="best")
     return figure
 

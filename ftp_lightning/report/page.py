@@ -2,9 +2,6 @@
 
 import csv
 import io
-import os
-import shutil
-import tempfile
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
@@ -13,9 +10,10 @@ from typing import Any
 from ftp_lightning.report import tables
 from ftp_lightning.report.reading import Run, read_origins, read_run, read_settings
 from ftp_lightning.report.sections import SECTIONS, Plot, Section
-from ftp_lightning.report.series import Rows
+from ftp_lightning.report.series import Rows, closed_form, starts
 from ftp_lightning.report.style import freeze, house_style, to_png, to_svg
 from ftp_lightning.report.verdict import cards, cautions, verdict
+from ftp_lightning.report.writing import write_report
 
 HERE = Path(__file__).parent
 
@@ -23,18 +21,16 @@ HERE = Path(__file__).parent
 def build_report(run_folder: Path) -> Path:
     """Writes `run_folder/report.html`, and every figure as PNG with its data as CSV in `run_folder/report/`.
 
-    A stage that has not been run is left out with a sentence. The figures come first, the page last; each is replaced
-    whole, so an interrupted call leaves the former page readable.
-    Errors: UserError if the folder is missing or a stage's product is not JSON.
+    A stage that has not been run is left out with a sentence. Only files that a report makes are replaced.
+    Errors: UserError if the folder is missing, holds nothing of a run or cannot be written to, or if a stage's product
+    is not JSON.
     """
     folder = Path(run_folder)
     run = read_run(folder)
     drawn = {plot.name: draw(plot, plot.rows(run)) for section in SECTIONS for plot in section.plots}
     drawn = {name: files for name, files in drawn.items() if files}
-    write_folder(folder / "report", drawn)
-    page = folder / "report.html"
-    write_whole(page, render(context(folder, run, {name: files["svg"] for name, files in drawn.items()})))
-    return page
+    page = render(context(folder, run, {name: files["svg"] for name, files in drawn.items()}))
+    return write_report(folder, page, drawn, [plot.name for section in SECTIONS for plot in section.plots])
 
 
 def draw(plot: Plot, rows: Rows) -> dict[str, Any] | None:
@@ -61,7 +57,7 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
     results = run["evaluate"]
     return {
         "name": folder.resolve().name,
-        "facts": facts(read_settings(folder)),
+        "facts": facts(read_settings(folder), tables.headline_method(results)),
         "verdict": verdict(run),
         "cautions": cautions(run),
         "cards": cards(run),
@@ -69,6 +65,7 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "headline_columns": tables.HEADLINE,
         "headline": tables.headline_rows(results) if results else [],
         "headline_label": headline_label(results),
+        "noise_floor": tables.noise_floor_text(results),
         "method_labels": [label for _, label in tables.method_labels(results)],
         "tasks": tables.task_rows(results) if results else [],
         "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune") if run[stage]},
@@ -93,13 +90,17 @@ def headline_label(results: dict[str, Any] | None) -> str | None:
 
 
 def search_summary(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What a search spent and won: generations, the last counts, best KL, and the best allocation it had to beat."""
-    allocations = metrics.get("allocations") or {}
+    """What a search spent and won: generations (the first population is number 0), the last counts, best KL, the KL
+    it started from, and the best allocation in closed form that it had to beat.
+    """
+    allocations = closed_form(metrics)
     rival = min(allocations, key=allocations.__getitem__, default=None)
+    last = metrics["generations"][-1] if metrics["generations"] else {}
     return {
-        "generations": len(metrics["generations"]),
-        "last": metrics["generations"][-1] if metrics["generations"] else {},
+        "generations": last.get("generation", 0),
+        "last": last,
         "value": metrics["value"],
+        "starts": starts(metrics),
         "rival": rival,
         "rival_kl": allocations.get(rival),
     }
@@ -124,11 +125,11 @@ def split_blank(text: str) -> dict[str, str]:
     return {"blank": text[: len(text) - len(word)], "text": word}
 
 
-def facts(settings: dict[str, Any]) -> list[str]:
-    """The settings that the numbers cannot be read without."""
-    found = [
-        f"{name} {settings[name]}" for name in ("model", "data", "kv", "dtype", "device", "seed") if name in settings
-    ]
+def facts(settings: dict[str, Any], method: dict[str, Any] | None) -> list[str]:
+    """The settings that the numbers cannot be read without; "auto" says nothing, so the measured kv mode is named."""
+    settings = {**settings, "kv": method["kv"]} if method else settings
+    names = [name for name in ("model", "data", "kv", "dtype", "device", "seed") if settings.get(name) is not None]
+    found = [f"{name} {settings[name]}" for name in names if settings[name] != "auto"]
     if "prompt_tokens" in settings:
         found.append(f"windows of {settings['prompt_tokens']} + {settings.get('continuation_tokens')} tokens")
     return found
@@ -148,27 +149,3 @@ def render(values: dict[str, Any]) -> str:
     policy = b64encode(sha256(slider.encode()).digest()).decode()
     style = (HERE / "page.css").read_text(encoding="utf-8")
     return environment.get_template("template.html").render(**values, style=style, slider=slider, slider_hash=policy)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces `path` at once: a reader sees the old file or the new one."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def write_folder(folder: Path, drawn: dict[str, dict[str, Any]]) -> None:
-    """Replaces `folder` by NAME.png and NAME.csv of every figure; figures of an earlier report do not linger."""
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    for name, files in drawn.items():
-        (partial / f"{name}.png").write_bytes(files["png"])
-        (partial / f"{name}.csv").write_bytes(files["csv"])
-    partial.chmod(0o755)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)

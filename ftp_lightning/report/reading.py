@@ -27,35 +27,49 @@ Run = dict[str, Any]
 def read_run(folder: Path) -> Run:
     """Every product of the run, by name.
 
-    Errors: UserError if `folder` is no folder, or a product is not JSON.
+    Errors: UserError if `folder` is no folder or holds no product at all, or a product is not JSON.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.\nGive the output folder of `run`.")
-    return {name: read_json(folder / path) for name, path in PRODUCTS.items()}
+    run = {name: read_json(folder / path) for name, path in PRODUCTS.items()}
+    if all(product is None for product in run.values()):
+        raise UserError(
+            f"{folder} holds nothing that a stage of a run has written.\n"
+            "Give the output folder of `run`: the one with search/, train/, evaluate/ in it."
+        )
+    return run
 
 
 def read_json(path: Path) -> Any:
     """The parsed file, or None if there is none."""
-    if not path.is_file():
-        return None
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return None if text is None else json.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.\nRun its stage again with --overwrite.") from error
 
 
+def read_text(path: Path) -> str | None:
+    """The file's text, or None if there is none."""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.\nRun its stage again with --overwrite.") from error
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the last stage that left a config.yaml; empty where there is none.
+    """The settings of `evaluate`, whose numbers the page quotes first, else of the last stage that left a config.yaml.
 
     Errors: UserError if the file is not YAML.
     """
     import yaml
 
-    for stage in reversed(STAGES):
+    for stage in ("evaluate", *reversed(STAGES)):
         path = folder / stage / "config.yaml"
-        if path.is_file():
+        text = read_text(path)
+        if text is not None:
             try:
-                return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+                return yaml.safe_load(text) or {}
             except yaml.YAMLError as error:
                 raise UserError(f"{path} is not valid YAML.\nRun its stage again with --overwrite.") from error
     return {}
@@ -65,9 +79,8 @@ def read_origins(folder: Path) -> list[dict[str, Any]]:
     """How each stage came about: `{"stage", "provenance", "config"}` of stages that left either, in run order."""
     origins = []
     for stage in STAGES:
-        config = folder / stage / "config.yaml"
+        text = read_text(folder / stage / "config.yaml")
         provenance = read_json(folder / stage / "provenance.json")
-        text = config.read_text(encoding="utf-8") if config.is_file() else None
         if provenance is not None or text is not None:
             origins.append({"stage": stage, "provenance": provenance or {}, "config": text})
     return origins

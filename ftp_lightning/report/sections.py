@@ -40,7 +40,8 @@ OUTCOME = (
     Plot("kept", "Answers kept", "Of the items that dense answers right, and wrong without the passage: the share "
          "still right. Whiskers: 95 % interval.", series.kept, outcome_figures.kept),
     Plot("kl", "Distance from the dense model", "Dot: mean over continuation tokens. Tick at the end of the line: 99th "
-         "percentile. Left of the dashed line no difference can be measured.", series.kl, outcome_figures.kl),
+         "percentile. Left of a dashed line (the noise floor) no difference can be measured.", series.kl,
+         outcome_figures.kl),
     Plot("kept_by_distance", "Answers kept, by distance", "How many tokens lie between the fact and the question. "
          "Whiskers: 95 % interval.", series.kept_by_distance, outcome_figures.kept_by_distance, True),
 )  # fmt: skip
@@ -59,9 +60,11 @@ BLOCKS = (
 
 SEARCH = (
     Plot("search", "Search with the static router", "Every schedule has the same mean. Horizontal lines: allocations "
-         "that need no search.", partial(series.convergence, stage="search"), figures.convergence),
-    Plot("finetune", "Fine-tuning with the trained router", "The same search, from the schedule found, with the router "
-         "that will be deployed.", partial(series.convergence, stage="finetune"), figures.convergence),
+         "that need no search, and what the search was given to start from.",
+         partial(series.convergence, stage="search"), figures.convergence),
+    Plot("finetune", "Fine-tuning with the trained router", "The same search, from the schedule found (start), with "
+         "the router that will be deployed. Other lines: allocations that need no search.",
+         partial(series.convergence, stage="finetune"), figures.convergence),
 )  # fmt: skip
 
 TRAINING = (

@@ -57,7 +57,7 @@ def influence(run: Run) -> Rows:
 
 
 def convergence(run: Run, stage: str) -> Rows:
-    """series, forward_tokens, kl: "best" and "mean" of each generation, then one row per allocation (no tokens)."""
+    """series, forward_tokens, kl: "best" and "mean" of each generation, then allocations and starts (no tokens)."""
     found = run[stage]
     if not found:
         return []
@@ -66,8 +66,30 @@ def convergence(run: Run, stage: str) -> Rows:
         for series in ("best", "mean")
         for generation in found["generations"]
     ]
-    allocations = found.get("allocations", {})
-    return generations + [{"series": name, "forward_tokens": None, "kl": kl} for name, kl in allocations.items()]
+    marks = closed_form(found) | starts(found)
+    return generations + [{"series": name, "forward_tokens": None, "kl": kl} for name, kl in marks.items()]
+
+
+def closed_form(metrics: dict[str, Any]) -> dict[str, float]:
+    """Name -> KL of the allocations that need no search; the schedules a search was given to start from are not."""
+    allocations = metrics.get("allocations") or {}
+    return {allocation_name(name): kl for name, kl in allocations.items() if name not in ("start", "given")}
+
+
+def allocation_name(name: str) -> str:
+    """An allocation's name as it is written on the page."""
+    plain = name.replace("_", " ")
+    return "Block Influence" if plain == "block influence" else plain
+
+
+START, OTHER_START = "start", "second start"
+
+
+def starts(metrics: dict[str, Any]) -> dict[str, float]:
+    """Name -> KL of the schedules the search was given: that of the pruner and that of --schedule, often the same."""
+    allocations = metrics.get("allocations") or {}
+    values = list(dict.fromkeys(allocations[name] for name in ("start", "given") if name in allocations))
+    return dict(zip((START, OTHER_START), values))
 
 
 def losses(run: Run) -> Rows:

@@ -19,6 +19,7 @@ PALE = "#9a9a9a"
 METHOD_COLOURS = {
     "random": PALE,
     "uniform": SKY,
+    "block_influence": GREEN,
     "static": ORANGE,
     "dynamic (before fine-tuning)": PURPLE,
     "dynamic": BLUE,
@@ -88,7 +89,7 @@ def freeze(figure: "Figure") -> None:
 
 def method_colour(name: str, position: int = 0) -> str:
     """The colour of a method, the same in every figure; unknown methods take turns."""
-    return METHOD_COLOURS.get(name, (GREEN, VERMILLION)[position % 2])
+    return METHOD_COLOURS.get(name, (VERMILLION, GREEN)[position % 2])
 
 
 def to_svg(figure: "Figure") -> str:

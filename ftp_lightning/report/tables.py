@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 MISSING = "–"
+UNRESOLVED = "≈ 0"  # a noise floor of exactly 0
 HEADLINE = (
     "method", "skipped", "FLOPs cut", "kept [95 %]", "KL", "KL p99", "top-1", "PPL prompt", "PPL sequence", "retention",
 )  # fmt: skip
@@ -33,6 +34,33 @@ def kept_text(kept: dict[str, Any] | None) -> str:
     return f"{percent(kept['share'])} [{percent(kept['low'], unit='')}, {percent(kept['high'], unit='')}]"
 
 
+NAMES = {
+    "random": "random tokens",
+    "uniform": "uniform, static",
+    "block_influence": "Block Influence",
+    "static": "searched, static",
+}
+
+
+def method_name(name: str) -> str:
+    """A method's name as it is written on the page; files keep the name of results.json."""
+    return NAMES.get(name, name)
+
+
+def noise_floor_text(results: dict[str, Any] | None) -> str | None:
+    """One sentence: what the dense model was compared with to see what cannot be told apart, and the KL found."""
+    floor = (results or {}).get("noise_floor")
+    if not floor:
+        return None
+    what = f"dense against {floor['against']}" if floor.get("against") else "dense against dense"
+    return f"Noise floor ({what}): KL {floor_kl_text(floor['kl'])}."
+
+
+def floor_kl_text(kl: float | None) -> str:
+    """A floor of exactly 0 is not a measurement of 0: the two computations could not be told apart."""
+    return "below what can be resolved" if kl == 0 else number(kl)
+
+
 def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], str]]:
     """(method, label) of every evaluated method; labels name budget and kv mode only where these differ in the run."""
     methods = (results or {}).get("methods") or []
@@ -41,7 +69,7 @@ def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], 
 
     def label(method: dict[str, Any]) -> str:
         budget = f" {percent(method['budget'], 0)}" if len(budgets) > 1 else ""
-        return method["name"] + budget + (f" {method['kv']}" if len(modes) > 1 else "")
+        return method_name(method["name"]) + budget + (f" {method['kv']}" if len(modes) > 1 else "")
 
     return [(method, label(method)) for method in methods]
 
@@ -62,7 +90,8 @@ def headline_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     floor = results.get("noise_floor")
     if floor:
         agreement = percent(floor.get("top1"), 2)
-        rows.append(("noise floor", *[MISSING] * 3, number(floor["kl"]), MISSING, agreement, *[MISSING] * 3))
+        kl = number(floor["kl"]) if floor["kl"] else UNRESOLVED
+        rows.append(("noise floor", *[MISSING] * 3, kl, MISSING, agreement, *[MISSING] * 3))
     return rows + [(label, *method_cells(method)) for method, label in method_labels(results)]
 
 

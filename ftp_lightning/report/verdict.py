@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.tables import headline_method, kept_text, number, percent
+from ftp_lightning.report.tables import floor_kl_text, headline_method, kept_text, number, percent
 
 ENOUGH_ITEMS = 2000  # [ours] fewer answers than this are a quick look (method, section 8)
 
@@ -26,9 +26,12 @@ def verdict(run: Run) -> str:
 
 
 def speed_clause(row: dict[str, Any]) -> str:
-    """Measured time beside what the FLOPs allow, at the length it was measured."""
-    pace = f"{row['speedup']:.2f}x faster" if row["speedup"] >= 1 else f"slower ({row['speedup']:.2f}x the dense speed)"
-    return f"prefill of {row['length']:,} tokens is {pace} (limit {row['flops_limit']:.2f}x)"
+    """Measured time with its interval, beside what the FLOPs allow, at the length it was measured."""
+    pace = f"{row['speedup']:.2f}x [{row['low']:.2f}, {row['high']:.2f}], limit {row['flops_limit']:.2f}x"
+    if row["low"] <= 1 <= row["high"]:
+        return f"no measurable difference in prefill time at {row['length']:,} tokens ({pace})"
+    direction = "faster" if row["speedup"] > 1 else "slower"
+    return f"prefill of {row['length']:,} tokens is {direction} than dense ({pace})"
 
 
 def speed_row(run: Run) -> dict[str, Any] | None:
@@ -36,12 +39,17 @@ def speed_row(run: Run) -> dict[str, Any] | None:
 
     The rule is fixed beforehand, so the row cannot be picked by its result; other settings are never quoted.
     """
+    return min(speed_rows(run), key=lambda row: (row["batch"], -row["length"]), default=None)
+
+
+def speed_rows(run: Run) -> list[dict[str, Any]]:
+    """The benchmark rows of the headline method's budget and kv mode."""
     rows = (run["benchmark"] or {}).get("rows") or []
     method = headline_method(run["evaluate"])
     if method:
         budget, kv = method["budget"], method["kv"]
         rows = [row for row in rows if math.isclose(row["budget"], budget, abs_tol=1e-6) and row["kv"] == kv]
-    return min(rows, key=lambda row: (row["batch"], -row["length"]), default=None)
+    return rows
 
 
 def cautions(run: Run) -> list[str]:
@@ -54,6 +62,9 @@ def cautions(run: Run) -> list[str]:
     realised, budget = method.get("realised_sparsity"), method.get("budget")
     if budget and realised is not None and realised < budget / 2:
         found.append(f"Not exercised: only {percent(realised)} was skipped where {percent(budget, 0)} was asked for.")
+    slow = sorted({row["length"] for row in speed_rows(run) if row["high"] < 1})
+    if slow:
+        found.append(f"Slower than dense: prefill of {', '.join(f'{length:,}' for length in slow)} tokens.")
     return found
 
 
@@ -73,10 +84,11 @@ def cards(run: Run) -> list[dict[str, str]]:
             ),
             card(percent(method.get("flops_reduction")), "fewer FLOPs", "over the prompt"),
             card(percent(kept.get("share")), "answers kept", limits),
-            card(number(kl.get("mean")), "KL to dense", f"nats per token; noise floor {number(floor)}"),
+            card(number(kl.get("mean")), "KL to dense", f"nats per token; noise floor {floor_kl_text(floor)}"),
         ]
     if row:
-        note = f"at {row['length']:,} tokens; limit {row['flops_limit']:.2f}x"
+        interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
+        note = f"{interval} at {row['length']:,} tokens; limit {row['flops_limit']:.2f}x"
         found.append(card(f"{row['speedup']:.2f}x", "prefill speed", note))
     return found
 

@@ -79,25 +79,29 @@ def from_importance(importance: Sequence[float], budget: float, ceiling: float =
 
 
 def knapsack(
-    costs: Sequence[Sequence[float]], levels: Sequence[float], budget: float, resolution: float = 0.05
+    costs: Sequence[Sequence[float]],
+    levels: Sequence[float],
+    budget: float,
+    resolution: float = 0.05,
+    ceiling: float = 1.0,
 ) -> Schedule:
     """The schedule of least summed single-block cost, exactly, on a grid of sparsities [ours].
 
     costs: (N, L), the KL when block n alone is pruned at sparsity `levels[l]` (ascending, > 0); dense costs 0,
-    between measured levels it is linear, beyond the last nothing is known and nothing is pruned. The grid's step
-    divides N * B (`level_step`), so that min sum_n cost_n(g_n) over integers g with sum g = N B / step is a dynamic
-    programme over blocks and partial sums.
+    between measured levels it is linear, beyond the last nothing is known and nothing is pruned, nor beyond `ceiling`.
+    The grid's step divides N * B (`level_step`), so that min sum_n cost_n(g_n) over integers g with sum g = N B / step
+    is a dynamic programme over blocks and partial sums.
     """
     costs = _finite("costs", costs)
     if costs.ndim != 2 or costs.shape[1] != len(levels):
         raise ValueError(f"costs must be (blocks, {len(levels)}), got {costs.shape}")
     if list(levels) != sorted({*levels}) or levels[0] <= 0:
         raise ValueError(f"levels must rise and be > 0, got {list(levels)}")
-    ceiling = levels[-1]
-    if budget > ceiling:
+    if budget > levels[-1]:
         raise UserError(
-            f"a budget of {budget} is beyond the highest measured sparsity {ceiling}\nMeasure a higher level."
+            f"a budget of {budget} is beyond the highest measured sparsity {levels[-1]}\nMeasure a higher level."
         )
+    ceiling = min(levels[-1], ceiling)
     size = level_step(len(costs), budget, resolution)
     total = round(len(costs) * budget / size)
     grid = np.minimum(np.arange(min(top_level(size, ceiling), total) + 1) * size, ceiling)

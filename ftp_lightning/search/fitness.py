@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.data.windows import Windows
+from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
@@ -39,7 +40,7 @@ class MemoFitness:
         raise NotImplementedError(f"{type(self).__name__} does not say how it measures a schedule")
 
     def __call__(self, schedule: Schedule, indices: Sequence[int] | None = None) -> float:
-        """The loss on the windows `indices` (default: all). ValueError where it is not finite: it has no rank."""
+        """The loss on the windows `indices` (default: all). UserError where it is not finite: it has no rank."""
         rows = tuple(range(len(self.kinds))) if indices is None else tuple(indices)
         key = f"{schedule.key()}:{','.join(map(str, rows))}"
         if key in self._memo:
@@ -47,7 +48,7 @@ class MemoFitness:
             return self._memo[key]
         value = self.measure(schedule, rows)
         if not math.isfinite(value):
-            raise ValueError(f"the loss of {schedule} is {value}; check the model in this dtype")
+            raise UserError(f"the loss of {schedule} is {value}\nGive another --dtype, or check the model.")
         self.evaluations += 1
         self._memo[key] = value
         return value

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder
+from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.stages.option import check_bounds, check_reachable, option
@@ -86,7 +86,7 @@ class StageSettings(ModelSettings):
     """A stage that fills a folder of its own."""
 
     repeats: ClassVar[bool] = False
-    """Whether a finished folder is simply written anew, as if by --overwrite."""
+    """Whether a finished folder of this very stage is simply written anew, as if by --overwrite."""
 
     @abstractmethod
     def work(self, folder: StageFolder, progress: Progress) -> None:
@@ -94,7 +94,8 @@ class StageSettings(ModelSettings):
 
     def execute(self, progress: Progress | None = None) -> Path:
         """Fill the folder, unless it holds the same stage, finished. UserError where it holds another one."""
-        progress, again = progress or Progress(self.stage), self.overwrite or self.repeats
+        progress = progress or Progress(self.stage)
+        again = self.overwrite or (self.repeats and (read_provenance(self.folder) or {}).get("stage") == self.stage)
         with StageFolder(self.folder, self.stage, self.config(), self.identity(), self.command(), again) as folder:
             if folder.finished:
                 progress.say(f"{self.folder} is done already; --overwrite runs it again")

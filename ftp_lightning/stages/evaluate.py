@@ -34,7 +34,7 @@ class EvaluateStage(PrunedSettings):
     mode: Literal["prompt", "sequence"] = option("prompt", "tasks: the context alone is routed, or the whole text")
     items: int = option(300, "questions with facts to recall", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
-    num_fewshot: int = option(0, "examples before each item, for tasks of lm-eval", least=0)
+    num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else the task's own", least=0)
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
     windows: int | None = option(None, "windows of text at most; all of them by default", least=1)
     batch_size: int = option(8, "windows or contexts per forward", least=1)
@@ -50,11 +50,13 @@ class EvaluateStage(PrunedSettings):
             raise UserError("the baseline static needs the schedule searched with it\nGive --static_schedule FILE.")
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
-        from ftp_lightning.stages.inputs import load_model
-        from ftp_lightning.stages.measuring import Bench
+        from ftp_lightning.stages.inputs import check_chat_template, load_model
+        from ftp_lightning.stages.measuring import Bench, with_retention
         from ftp_lightning.stages.methods import choose_methods
 
         model, tokenizer = load_model(self)
+        if self.apply_chat_template:
+            check_chat_template(self.model, tokenizer)
         methods = choose_methods(self, model)
         steps = 2 * len(methods) + 2
         told = iter(range(steps))
@@ -64,7 +66,7 @@ class EvaluateStage(PrunedSettings):
 
         bench = Bench(self, model, tokenizer, tell)
         results = bench.dense_results()
-        results["methods"] = [bench.measure(name, pruner) for name, pruner in methods]
+        results["methods"] = with_retention([bench.measure(*method) for method in methods], self.tasks, bench.dense)
         self.write(folder, results, bench, methods)
         last = results["methods"][-1]
         skipped = f"{last['realised_sparsity']:.1%} skipped"

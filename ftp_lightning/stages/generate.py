@@ -23,7 +23,7 @@ class GenerateStage(PrunedSettings):
     stage: ClassVar[str] = "generate"
     repeats: ClassVar[bool] = True
 
-    prompt: str | None = option(None, "text to continue; by default a story with facts set into it and a question")
+    prompt: str | None = option(None, "text to continue; by default a story with facts and a question", raw=True)
     max_new_tokens: int = option(24, "tokens to generate", least=1)
     pairs: int = option(5, "timings of the first token, dense and pruned in turn", least=1)
     apply_chat_template: bool = option(False, "put the prompt into the model's chat template")
@@ -47,18 +47,21 @@ class GenerateStage(PrunedSettings):
     def _question(self, tokenizer: Any) -> str:
         from ftp_lightning.data.choices import recall_items
         from ftp_lightning.data.sources import load_documents
+        from ftp_lightning.stages.inputs import text_named
 
-        documents = load_documents(self.data, self.chosen_split)
         rng = random.Random(f"{self.seed}/generate")
-        return recall_items(tokenizer, documents, rng, 1, self.prompt_tokens)[0]["context"]
+        with text_named(self.data, self.chosen_split):
+            documents = load_documents(self.data, self.chosen_split)
+            return recall_items(tokenizer, documents, rng, 1, self.prompt_tokens)[0]["context"]
 
     def _encode(self, prompt: str, model: Any, tokenizer: Any) -> Any:
         """(1, T) token ids; UserError where there is nothing, or no room to go on."""
         import torch
 
+        from ftp_lightning.stages.inputs import check_chat_template
+
         if self.apply_chat_template:
-            if not tokenizer.chat_template:
-                raise UserError(f"the tokenizer of {self.model} has no chat template\nLeave --apply_chat_template out.")
+            check_chat_template(self.model, tokenizer)
             turns = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         bos = [] if tokenizer.bos_token_id is None or self.apply_chat_template else [tokenizer.bos_token_id]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +29,42 @@ def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedToke
     """The stage's model and tokenizer; UserError also where a window does not fit the model."""
     place = {"dtype": settings.dtype, "device": settings.device, "revision": settings.revision}
     model, tokenizer = models.load(settings.model, **place, seed=settings.seed)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    wanted = settings.prompt_tokens + settings.continuation_tokens
-    if limit is not None and wanted > limit:
-        remedy = "Give fewer --prompt_tokens or --continuation_tokens."
-        raise UserError(f"windows of {wanted} tokens do not fit the model's {limit}\n{remedy}")
+    check_positions(model.config, settings.prompt_tokens + settings.continuation_tokens)
     return model, tokenizer
+
+
+def check_positions(
+    config: Any, wanted: int, what: str = "windows", remedy: str = "Give fewer --prompt_tokens or --continuation_tokens."
+) -> None:
+    """UserError where `wanted` tokens are more than the model of this configuration has positions for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and wanted > limit:
+        raise UserError(f"{what} of {wanted} tokens do not fit the model's {limit}\n{remedy}")
+
+
+def check_questions(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> None:
+    """UserError where a passage with its question and an answer is longer than the model's positions."""
+    bos = int(tokenizer.bos_token_id is not None)
+    texts = [row["context"] + row["choices"][row["answer"]] for row in rows]
+    longest = max(len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts)
+    check_positions(config, bos + longest, "passages with their question", "Give fewer --prompt_tokens.")
+
+
+def check_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where the tokenizer of model `name` has no chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name} has no chat template\nLeave --apply_chat_template out.")
+
+
+@contextmanager
+def text_named(data: str, split: str) -> Iterator[None]:
+    """UserErrors about a text, with its source and split where they do not say them."""
+    try:
+        yield
+    except UserError as error:
+        first, *rest = str(error).splitlines()
+        known = data in first and repr(split) in first
+        raise UserError("\n".join([first if known else f"{data}, split {split!r}: {first}", *rest])) from None
 
 
 def mixed_windows(
@@ -43,9 +75,10 @@ def mixed_windows(
     split: str | None = None,
 ) -> Windows:
     """`count` windows of the stage's text, `recall_share` of them with facts to recall."""
-    documents = load_documents(settings.data, split or settings.chosen_split)
-    shape = settings.prompt_tokens, settings.continuation_tokens
-    return calibration_windows(tokenizer, documents, *shape, count, settings.seed, recall_share)
+    split, shape = split or settings.chosen_split, (settings.prompt_tokens, settings.continuation_tokens)
+    with text_named(settings.data, split):
+        documents = load_documents(settings.data, split)
+        return calibration_windows(tokenizer, documents, *shape, count, settings.seed, recall_share)
 
 
 def num_blocks(model: PreTrainedModel) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from ftp_lightning.data.choices import distance_bucket
 from ftp_lightning.evaluation import continuation, statistics
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.flops import flops_reduction
+from ftp_lightning.stages.inputs import check_questions
 from ftp_lightning.stages.task_files import DELETED, RECALL, TaskFiles, test_windows
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Bench:
         self.settings, self.model, self.tokenizer, self.tell = settings, model, tokenizer, tell
         self.windows = test_windows(settings, tokenizer)
         self.files = TaskFiles(settings, tokenizer)
+        if RECALL in self.files.rows:
+            check_questions(model.config, tokenizer, self.files.rows[RECALL])
         self.results: dict[str, Results] = {}
         size = 4 * len(self.windows) * self.windows.continuation_tokens * model.config.vocab_size
         self.teacher = None
@@ -39,24 +42,24 @@ class Bench:
             self.teacher = continuation.teacher_logprobs(model, self.windows, settings.batch_size)
 
     def dense_results(self) -> dict[str, Any]:
-        """{"dense": {"ppl", "tasks"}, "noise_floor": {"kl", "top1"}}."""
+        """{"dense": {"ppl", "tasks"}, "noise_floor": {"kl", "top1", "against"}}."""
         self.tell("noise floor")
-        floor = continuation.noise_floor(self.model, self.windows, self.settings.batch_size)
+        floor = continuation.noise_floor(self.model, self.windows, self.settings.batch_size, self.teacher)
+        against = f"{continuation.other_attention(self.model)} attention, one window at a time"
         self.tell("dense, tasks")
         self.dense = self.results["dense"] = self._run_tasks(None)
         tasks = {name: self._dense_cell(summary) for name, summary in self.dense.items() if name != DELETED}
         return {
             "dense": {"ppl": floor.dense_ppl, "tasks": tasks},
-            "noise_floor": {"kl": floor.kl_mean, "top1": floor.top1_agreement},
+            "noise_floor": {"kl": floor.kl_mean, "top1": floor.top1_agreement, "against": against},
         }
 
     def measure(self, name: str, pruner: TokenPruner) -> dict[str, Any]:
-        """The record of one method; see `results.json`."""
+        """The record of one method, see `results.json`; `with_retention` adds what needs all methods."""
         self.tell(f"{name}, text")
         prompt, sequence = (self._score(pruner, mode) for mode in continuation.MODES)
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner)
-        tasks = {task: self._cell(task, summary) for task, summary in found.items()}
         return {
             "name": name,
             "budget": pruner.schedule.budget,
@@ -68,8 +71,7 @@ class Bench:
             "kl_sequence": sequence.kl_mean,
             "ppl": {"prompt": prompt.ppl, "sequence": sequence.ppl},
             "kept": self._kept(found),
-            "retention": self._retention(tasks),
-            "tasks": tasks,
+            "tasks": {task: self._cell(task, summary) for task, summary in found.items()},
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -126,7 +128,8 @@ class Bench:
         return {"acc": _accuracy(summary)} | {name: summary[key] for name, key in names.items()}
 
     def _cell(self, task: str, summary: dict) -> dict[str, Any]:
-        """Accuracy, its standard error, skill, and whether it measures anything (method.md, section 8)."""
+        """Accuracy, its standard error, skill, and whether it measures anything: `measures` where dense is not
+        `near_chance` and the prompts were long enough to be pruned, `exercised` (method.md, section 8)."""
         dense, acc = self.dense[task], _accuracy(summary)
         known = None not in (acc, dense["acc_stderr"], dense["chance"])
         skill = statistics.skill(acc, _accuracy(dense), dense["chance"], dense["acc_stderr"]) if known else None
@@ -136,14 +139,25 @@ class Bench:
             "stderr": summary["acc_stderr"],
             "skill": skill,
             "measures": skill is not None and exercised,
+            "near_chance": known and skill is None,
+            "exercised": exercised,
+            "truncated": summary["truncated"],
+            "prompt_tokens": summary["prompt_tokens"],
+            "sparsity": summary["sparsity"],
         }
 
-    def _retention(self, cells: dict[str, dict]) -> float | None:
-        """The paper's retention over the tasks that measure something."""
-        counted = [task for task, cell in cells.items() if cell["measures"]]
-        if not counted:
-            return None
-        return statistics.retention([cells[t]["acc"] for t in counted], [_accuracy(self.dense[t]) for t in counted])
+
+def with_retention(records: list[dict[str, Any]], tasks: Sequence[str], dense: Results) -> list[dict[str, Any]]:
+    """The records with the paper's retention, over one and the same tasks for all methods; None where there are none.
+
+    They are those asked for by name (a group counts once, not its members again) that measure something in every
+    method.
+    """
+    counted = [task for task in tasks if all(record["tasks"].get(task, {}).get("measures") for record in records)]
+    for record in records:
+        accuracies = [record["tasks"][task]["acc"] for task in counted], [_accuracy(dense[task]) for task in counted]
+        record["retention"] = statistics.retention(*accuracies) if counted else None
+    return records
 
 
 def _accuracy(summary: dict) -> float | None:

@@ -21,14 +21,16 @@ def option(
     above: float | None = None,
     is_file: bool = False,
     passive: bool = False,
+    raw: bool = False,
 ) -> Any:
     """A field that is a flag: `default`, `help`, and what it may be.
 
     least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose
-    *content* is an input. `passive`: has no influence on what the stage finds.
+    *content* is an input. `passive`: has no influence on what the stage finds. `raw`: the words as they are, never read as YAML.
     """
     bounds = {"least": least, "most": most, "below": below, "above": above}
-    return field(default=default, metadata={"help": help, "bounds": bounds, "is_file": is_file, "passive": passive})
+    said = {"help": help, "bounds": bounds, "is_file": is_file, "passive": passive, "raw": raw}
+    return field(default=default, metadata=said)
 
 
 def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:

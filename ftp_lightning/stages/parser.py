@@ -38,6 +38,11 @@ class Listed:
     __name__ = property(__repr__)  # argparse says "invalid NAME value"
 
 
+def words(given: Any) -> str | None:
+    """Text as it is given: a comment, a number or `null` on the command line is text too."""
+    return None if given is None else str(given)
+
+
 def parser_of(settings_class: type) -> Parser:
     """One flag per field, with its type, default and help; `--config` may be given several times, later ones win."""
     parser = Parser(
@@ -49,7 +54,8 @@ def parser_of(settings_class: type) -> Parser:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML of settings; may be repeated, later ones win")
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
-        _add(parser, field.name, hints[field.name], field.default, field.metadata["help"])
+        kind = words if field.metadata["raw"] else hints[field.name]
+        _add(parser, field.name, kind, field.default, field.metadata["help"])
     return parser
 
 

@@ -23,6 +23,7 @@ class PrefetchStage(Settings):
     model: str | None = option(None, "Hub name of a model")
     revision: str | None = option(None, "its revision: branch, tag or commit")
     data: tuple[str, ...] = option((), "Hub data sets, NAME or NAME:CONFIG")
+    overwrite: bool = option(False, "download again what is there already", passive=True)
     tasks: tuple[str, ...] = option((), "tasks of lm-eval, whose data sets are fetched")
 
     def check(self) -> None:
@@ -34,9 +35,9 @@ class PrefetchStage(Settings):
 
         progress = progress or Progress(self.stage)
         if self.model:
-            progress.say(f"model {self.model} is at {_attempt(self.model, lambda: _model(self.model, self.revision))}")
+            progress.say(f"model {self.model} is at {_attempt(self.model, lambda: _model(self.model, self.revision, self.overwrite))}")
         for name in self.data:
-            _attempt(name, lambda name=name: _dataset(name))
+            _attempt(name, lambda name=name: _dataset(name, self.overwrite))
             progress.say(f"data set {name} is there")
         if self.tasks:
             _attempt(", ".join(self.tasks), lambda: _tasks(list(self.tasks)))
@@ -44,18 +45,18 @@ class PrefetchStage(Settings):
         return Path(HF_HUB_CACHE)
 
 
-def _model(name: str, revision: str | None) -> str:
+def _model(name: str, revision: str | None, again: bool) -> str:
     """Weights as safetensors, configuration and tokenizer; pickles are not fetched."""
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name, revision=revision, allow_patterns=NEEDED)
+    return snapshot_download(name, revision=revision, allow_patterns=NEEDED, force_download=again)
 
 
-def _dataset(name: str) -> None:
+def _dataset(name: str, again: bool) -> None:
     from datasets import load_dataset
 
     path, _, config = name.partition(":")
-    load_dataset(path, config or None)
+    load_dataset(path, config or None, download_mode="force_redownload" if again else None)
 
 
 def _tasks(names: list[str]) -> None:

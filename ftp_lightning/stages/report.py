@@ -20,6 +20,7 @@ class ReportStage(Settings):
 
     run: str | None = option(None, "folder that `run` has written", passive=True)
     output: str | None = option(None, "the same, under the name that every stage knows", passive=True)
+    overwrite: bool = option(False, "as for every stage; the page is written anew in any case", passive=True)
 
     def check(self) -> None:
         if (self.run is None) == (self.output is None):

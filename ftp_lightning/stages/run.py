@@ -45,6 +45,9 @@ class RunStage(ModelSettings):
     tasks: tuple[str, ...] = option(OUR_TASKS, "tasks to evaluate")
     items: int = option(300, "questions with facts to recall", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
+    task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema, for lm-eval's tasks")
+    num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else the task's own", least=0)
+    apply_chat_template: bool = option(False, "put the items into the model's chat template")
     test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
     lengths: tuple[int, ...] = option((256, 512), "prompt lengths of the benchmark")
     pairs: int = option(15, "pairs of prefills per length", least=2)
@@ -55,6 +58,7 @@ class RunStage(ModelSettings):
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_report, headline
+        from ftp_lightning.stages.checks import check_inputs
 
         started, before, stages = time.monotonic(), 0.0, self.stages()
         check_inputs(stages)
@@ -97,16 +101,6 @@ class RunStage(ModelSettings):
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:
-        names = ("tasks", "items", "limit")
+        names = ("tasks", "items", "limit", "task_data", "num_fewshot", "apply_chat_template")
         text = {"data": self.test_data or self.data, "split": self.test_split, "windows": self.test_windows}
         return {name: getattr(self, name) for name in names} | text
-
-
-def check_inputs(stages: dict[str, StageSettings]) -> None:
-    """UserError at once for texts and tasks that only a late stage would ask for."""
-    from ftp_lightning.data.sources import load_documents
-    from ftp_lightning.stages.task_files import check_tasks
-
-    for settings in stages.values():
-        load_documents(settings.data, settings.chosen_split)
-    check_tasks(stages["evaluate"].tasks)

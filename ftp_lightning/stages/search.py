@@ -87,13 +87,14 @@ class SearchStage(StageSettings):
     def start(self, model: Any) -> TokenPruner:
         """The pruner whose schedule is searched."""
         from ftp_lightning.pruning import TokenPruner
-        from ftp_lightning.routing import ROUTERS
+        from ftp_lightning.routing import RandomRouter, StaticRouter
         from ftp_lightning.schedule import Schedule
         from ftp_lightning.stages.inputs import load_pruner, num_blocks
 
         if not self.pruned:
             even = Schedule.uniform(num_blocks(model), self.budget)
-            return TokenPruner(ROUTERS[self.router](), even, kv="keep" if self.kv == "auto" else self.kv)
+            router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
+            return TokenPruner(router, even, kv="keep" if self.kv == "auto" else self.kv)
         trained = load_pruner(self.pruned, model)
         changes = {} if self.kv == "auto" else {"kv": self.kv}
         return TokenPruner(trained.router, trained.schedule, **trained.settings() | changes)

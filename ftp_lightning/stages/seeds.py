@@ -36,5 +36,5 @@ def allocations(num_blocks: int, budget: float, ceiling: float, measured: dict |
     if measured:
         found["block influence"] = spread.from_importance(measured["block_influence"], budget, ceiling)
     if measured and budget <= measured["levels"][-1]:
-        found["sensitivity"] = spread.knapsack(measured["kl"], measured["levels"], budget)
+        found["sensitivity"] = spread.knapsack(measured["kl"], measured["levels"], budget, ceiling=ceiling)
     return found

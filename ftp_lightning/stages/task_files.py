@@ -16,18 +16,20 @@ from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.windows import Windows, plain_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.evaluate import OUR_TASKS, EvaluateStage
+from ftp_lightning.stages.inputs import text_named
 
 RECALL, ENDING, _ = OUR_TASKS
 DELETED = "story_recall_deleted"
+NAMES_PER_STORY = 2
+"""Contexts of whole stories are dear, and names of one story say much the same."""
 
 
 def test_windows(settings: EvaluateStage, tokenizer: Any) -> Windows:
     """Consecutive windows of the test text, all of them or random ones."""
-    documents = load_documents(settings.data, settings.chosen_split)
-    rng = random.Random(f"{settings.seed}/windows")
-    return plain_windows(
-        tokenizer, documents, settings.prompt_tokens, settings.continuation_tokens, settings.windows, rng
-    )
+    shape, rng = (settings.prompt_tokens, settings.continuation_tokens), random.Random(f"{settings.seed}/windows")
+    with text_named(settings.data, settings.chosen_split):
+        documents = load_documents(settings.data, settings.chosen_split)
+        return plain_windows(tokenizer, documents, *shape, settings.windows, rng)
 
 
 class TaskFiles:
@@ -35,7 +37,7 @@ class TaskFiles:
 
     def __init__(self, settings: EvaluateStage, tokenizer: Any):
         self.rows = {task: _rows(task, settings, tokenizer) for task in settings.tasks if task in OUR_TASKS}
-        self.others = {task: _local_file(task, settings.task_data) for task in settings.tasks if task not in self.rows}
+        self.others = local_files(settings)
 
     @contextmanager
     def named(self, with_deleted: bool) -> Iterator[dict[str, Path | None]]:
@@ -49,12 +51,24 @@ class TaskFiles:
 
 def _rows(task: str, settings: EvaluateStage, tokenizer: Any) -> list[choices.Item]:
     """Recall items are set into the stage's own text; endings and names come from the embedded stories."""
-    rng = random.Random(f"{settings.seed}/{task}")
     if task == RECALL:
-        documents = load_documents(settings.data, settings.chosen_split)
-        return choices.recall_items(tokenizer, documents, rng, settings.items, settings.prompt_tokens)
+        return recall_rows(settings, tokenizer, settings.items)
+    rng = random.Random(f"{settings.seed}/{task}")
     stories = load_stories(settings.chosen_split if settings.chosen_split in SPLITS else "test")
-    return choices.ending_items(stories, rng) if task == ENDING else choices.name_items(stories, rng)
+    return choices.ending_items(stories, rng) if task == ENDING else choices.name_items(stories, rng, NAMES_PER_STORY)
+
+
+def recall_rows(settings: EvaluateStage, tokenizer: Any, count: int) -> list[choices.Item]:
+    """The first `count` recall items of the stage, set into its own text."""
+    rng = random.Random(f"{settings.seed}/{RECALL}")
+    with text_named(settings.data, settings.chosen_split):
+        documents = load_documents(settings.data, settings.chosen_split)
+        return choices.recall_items(tokenizer, documents, rng, count, settings.prompt_tokens)
+
+
+def local_files(settings: EvaluateStage) -> dict[str, Path | None]:
+    """Task -> its file in --task_data, or None, for the tasks that are not ours. UserError where one is not there."""
+    return {task: _local_file(task, settings.task_data) for task in settings.tasks if task not in OUR_TASKS}
 
 
 def check_tasks(names: Sequence[str]) -> None:
