@@ -106,4 +106,6 @@ def level_step(num_blocks: int, budget: float, step: float = 0.05) -> float:
     if total == 0.0:
         return step
     fewest = max(1, math.floor(total / step))
-    return min((total / k for k in (fewest, fewest + 1)), key=lambda candidate: abs(candidate - step))
+    return min(
+        (total / k for k in (fewest, fewest + 1) if total / k <= 1.0), key=lambda candidate: abs(candidate - step)
+    )

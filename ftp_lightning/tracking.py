@@ -38,7 +38,8 @@ def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, 
     if kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
-        shutil.rmtree(folder / "logs", ignore_errors=True)  # of an interrupted run; one that is resumed logs only what follows
+        # Of an interrupted run; one that is resumed logs only what follows.
+        shutil.rmtree(folder / "logs", ignore_errors=True)
         return CSVLogger(save_dir=folder, name="", version="logs")
     if kind == "wandb":
         return _wandb(folder, config, job_type, group)

@@ -46,7 +46,7 @@ def test_the_fingerprint_knows_the_code(tmp_path, monkeypatch):
     with folder(tmp_path) as stage:
         stage.write_text("product", "1")
     monkeypatch.setattr("ftp_lightning.artifact.code_version", lambda: "another")
-    with pytest.raises(UserError, match="code .* -> another"), folder(tmp_path):
+    with pytest.raises(UserError, match="the package's code changed\n"), folder(tmp_path):
         pass
 
 
@@ -119,3 +119,11 @@ def test_hashes_see_content_and_names_but_not_the_place(tmp_path):
     before = hash_path(tmp_path / "a" / "y")
     (tmp_path / "a" / "y").write_text("3")
     assert hash_path(tmp_path / "a" / "y") != before
+
+
+def test_a_list_read_back_is_no_difference_to_a_tuple(tmp_path):
+    with folder(tmp_path, levels=(0.3, 0.6)) as stage:
+        stage.write_text("product", "1")
+    changed = folder(tmp_path, levels=(0.3, 0.6), kv="evict")
+    with pytest.raises(UserError, match="other settings: kv None -> evict\n"), changed:
+        pass

@@ -72,6 +72,14 @@ def test_no_stage_and_an_unknown_one_are_told(command):
         (["search", *TINY, "--device", "tpu"], ["tpu"]),
         (["run", *TINY, "--test_data", "missing.txt"], ["missing.txt"]),
         (["run", *TINY, "--tasks", "story_recal"], ["story_recal"]),
+        (["run", *TINY, "--lengths", "64,5000"], ["benchmark", "5000", "4096", "--lengths"]),
+        (["run", *TINY, "--prompt_tokens", "4090"], ["4154", "4096"]),
+        (["run", *TINY, "--continuation_tokens", "1", "--prompt_tokens", "4095"], ["question", "4096"]),
+        (["run", *TINY, "--tasks", "arc_easy", "--task_data", "missing"], ["arc_easy.jsonl", "--task_data"]),
+        (["run", *TINY, "--apply_chat_template"], ["chat template", "random:tiny"]),
+        (["evaluate", *TINY, "--apply_chat_template"], ["chat template", "random:tiny"]),
+        (["run", "--model", "random:huge"], ["huge"]),
+        (["run", *TINY, "--device", "tpu"], ["tpu"]),
         (["generate", *TINY, "--prompt", " "], ["prompt"]),
         (["report", "--run", "missing"], ["missing"]),
         (["search", "--model", "random:huge"], ["huge", "random:tiny"]),
@@ -114,6 +122,30 @@ def test_a_text_shorter_than_a_window_is_told(command, tmp_path):
     (tmp_path / "text.txt").write_text("A hundred words make no window of many tokens. " * 12)
     refused(command("search", *TINY, "--data", "text.txt", "--split", "all", "--prompt_tokens", 512, *OUT), "tokens")
     assert files(tmp_path) == ["text.txt"]
+
+
+def test_run_tries_every_split_before_it_writes(command, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join("The old man walked to the river and looked." for _ in range(90)))
+    refused(command("run", *TINY, "--data", "text.txt", *OUT), "text.txt", "'validation'", "tokens")
+    refused(command("run", *TINY, "--test_data", "text.txt", "--prompt_tokens", 400, *OUT), "text.txt", "'test'", "tokens")
+    assert files(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("prompt", ["# Once", "null", "12", "a: b", "[x"])
+def test_a_prompt_is_text_whatever_yaml_makes_of_it(prompt):
+    assert parse("generate", ["--prompt", prompt]).prompt == prompt
+
+
+def test_libraries_are_hushed_but_for_warnings():
+    import logging
+
+    assert main(["--version"]) == 0
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("lm_eval.evaluator").isEnabledFor(logging.WARNING)
+    tokenizers = logging.getLogger("transformers.tokenization_utils_base")
+    for text, shown in (("Token indices sequence length is longer than", False), ("another warning", True)):
+        record = tokenizers.makeRecord(tokenizers.name, logging.WARNING, "", 0, text, (), None)
+        assert bool(tokenizers.filter(record)) is shown
 
 
 def test_a_broken_line_of_jsonl_is_named(command, tmp_path):

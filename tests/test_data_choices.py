@@ -59,6 +59,13 @@ def test_recall_items_are_plain_deterministic_and_shuffled():
     }  # fmt: skip
 
 
+def test_short_passages_take_fewer_facts():
+    for item in recall(10, prompt_tokens=64):
+        facts = item["context"].rsplit("\n", 1)[0]
+        assert len(TOKENIZER.encode(facts)) == 64
+    assert recall(10, prompt_tokens=64) == recall(10, prompt_tokens=64)
+
+
 def test_recall_needs_a_faithful_tokenizer():
     class Forgetful:
         bos_token_id = None

@@ -134,6 +134,14 @@ def test_bad_files_are_user_errors(tmp_path):
             load_documents(str(tmp_path / name), "all")
 
 
+@pytest.mark.parametrize(("name", "place"), [("d.jsonl", "line 2"), ("d.json", "record 2")])
+def test_half_a_character_is_named_with_its_place(tmp_path, name, place):
+    rows = [json.dumps({"text": WORDS}), '{"text": "half \\ud800 a character"}']
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{', '.join(rows)}]")
+    with pytest.raises(UserError, match=f"{name}, {place}: the text holds half a character"):
+        load_documents(str(tmp_path / name), "all")
+
+
 def test_hub_data_set_offline(monkeypatch):
     import datasets
 

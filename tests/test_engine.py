@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import run_row
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
 from ftp_lightning.errors import UserError
@@ -54,9 +54,11 @@ def relative(a, b):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("kv", ["evict", "keep", ("evict", "keep", "keep", "evict")])
-@pytest.mark.parametrize("choice", ["topk", "threshold"])
-def test_gathered_equals_oracle(router, kv, choice):
-    pruner = TokenPruner(ROUTERS[router](), Schedule([0.0, 0.3, 0.6, 0.4]), kv=kv, choice=choice, window=5)
+@pytest.mark.parametrize(("choice", "attention"), [("topk", "window"), ("threshold", "window"), ("topk", "exact")])
+def test_gathered_equals_oracle(router, kv, choice, attention):
+    pruner = TokenPruner(
+        ROUTERS[router](), Schedule([0.0, 0.3, 0.6, 0.4]), kv=kv, choice=choice, attention=attention, window=5
+    )
     logits, trace = prefill_and_continue(MODEL, pruner, TEXT, 18)
     for row in range(len(TEXT)):
         expected, keep = run_row(MODEL, pruner, TEXT[row], 18)
@@ -295,6 +297,10 @@ def test_misuse_is_refused_in_words():
         TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5)).attach(model)
     with pytest.raises(UserError, match="use_cache=False"):
         model.generate(TEXT, attention_mask=torch.ones_like(TEXT), use_cache=False, max_new_tokens=2)
+    with pytest.raises(UserError, match="use_cache=False"):
+        model.generate(TEXT, GenerationConfig(use_cache=False, max_new_tokens=2))
+    with pytest.raises(UserError, match="assisted"):
+        model.generate(TEXT, attention_mask=torch.ones_like(TEXT), prompt_lookup_num_tokens=2, max_new_tokens=2)
     with torch.no_grad():
         cache = model(TEXT, use_cache=True).past_key_values
     pruner.detach()
@@ -333,11 +339,11 @@ def test_save_pretrained_while_attached_stores_the_plain_model(tmp_path):
     assert torch.equal(again(TEXT).logits, model(TEXT).logits)
 
 
+@pytest.mark.parametrize("router", ["static", "dynamic"])
 @pytest.mark.parametrize("kv", ["evict", "keep"])
-def test_routed_chunk_on_a_filled_cache(kv):
-    """`prompt()` routes a second turn: counts and reservation hold within the chunk, and its kept tokens see the
-    cache."""
-    pruner = TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.5, 0.5]), kv=kv)
+def test_routed_chunk_on_a_filled_cache(kv, router):
+    """`prompt()` routes a second turn: counts and reservation hold within the chunk; its kept tokens see the cache."""
+    pruner = TokenPruner(ROUTERS[router](), Schedule([0.0, 0.5, 1.0, 0.5]), kv=kv)
     with torch.no_grad(), pruner(MODEL):
         cache = MODEL(TEXT[:, :10], use_cache=True).past_key_values
         first = pruner.trace.keep
@@ -345,8 +351,53 @@ def test_routed_chunk_on_a_filled_cache(kv):
             logits = MODEL(TEXT[:, 10:20], past_key_values=cache).logits
         second = pruner.trace.keep
         after = MODEL(TEXT[:, 20:], past_key_values=cache).logits
-    assert [k.sum(1).tolist()[0] for k in second] == [10, 5, 5, 5] and all(k[:, -1].all() for k in second)
+    assert [k.sum(1).tolist()[0] for k in second] == [10, 5, 1, 5] and all(k[:, -1].all() for k in second)
     keep = [torch.cat([a, b], 1) for a, b in zip(first, second)]
     for row in range(3):
         expected, _ = run_row(MODEL, pruner, TEXT[row], 20, keep=[k[row] for k in keep])
         assert relative(logits[row, -1], expected[19]) < 1e-11 and relative(after[row], expected[20:]) < 1e-11
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+@pytest.mark.parametrize("kept", [[3], [], [0, 9]])
+def test_odd_decisions_equal_the_oracle(kv, kept):
+    """A block that keeps one early token, none, or two: nothing later leaks in, and the cache goes on from there."""
+    keep = [torch.ones(1, 10, dtype=torch.bool) for _ in range(BLOCKS)]
+    keep[1] = torch.zeros(1, 10, dtype=torch.bool)
+    keep[1][0, kept] = True
+    pruner = TokenPruner(FixedRouter(keep), None, kv=kv)
+    logits, _ = prefill_and_continue(MODEL, pruner, TEXT[:1, :14], 10)
+    expected, _ = run_row(MODEL, pruner, TEXT[0, :14], 10, keep=[k[0] for k in keep])
+    assert relative(logits[0], expected) < 1e-11
+
+
+def test_models_whose_attention_is_not_understood_are_refused():
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    mistral = MistralForCausalLM(config).eval()
+    pruner = TokenPruner(StaticRouter(), Schedule.uniform(2, 0.5))
+    with torch.no_grad(), pruner(mistral):
+        mistral(TEXT[:, :8])
+        with pytest.raises(UserError, match="sliding window of 8"):
+            mistral(TEXT[:, :9])
+    flex = tiny_llama(torch.float32, "flex_attention")
+    with pytest.raises(UserError, match="'flex_attention' cannot be pruned"):
+        TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5)).attach(flex)
+    model = tiny_llama(torch.float32)
+    with torch.no_grad(), TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5))(model):
+        model.set_attn_implementation("eager")
+        with pytest.raises(UserError, match="was changed"):
+            model(TEXT)
+
+
+def test_scores_survive_float16():
+    """Queries and keys whose product does not fit float16 still rank tokens."""
+    model = tiny_llama(torch.float16)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 60
+        layer.self_attn.k_proj.weight *= 60
+    pruner = TokenPruner(seeded(DynamicRouter), Schedule([0.0, 0.5, 0.5, 0.5]))
+    with torch.no_grad(), pruner(model):
+        assert torch.isfinite(model(TEXT).logits).all()

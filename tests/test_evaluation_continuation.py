@@ -137,9 +137,28 @@ def test_noise_floor_is_tiny_and_leaves_the_weights_alone(model, windows):
     before = {name: p.clone() for name, p in model.named_parameters()}
     floor = noise_floor(model, windows, batch_size=4)
     rough = noise_floor(model, windows, batch_size=4, dtype=torch.bfloat16)
-    assert abs(floor.kl_mean) < 1e-6 and floor.top1_agreement == 1.0 and floor.sparsity == []
-    assert rough.kl_mean > 100 * abs(floor.kl_mean)
+    assert 0.0 < floor.kl_mean < 1e-6 and floor.top1_agreement == 1.0 and floor.sparsity == []
+    assert rough.kl_mean > 100 * floor.kl_mean
+    assert model.config._attn_implementation == "sdpa"
     assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in model.named_parameters())
+
+
+def test_noise_floor_takes_a_shared_teacher_and_half_precision(model, windows):
+    shared = noise_floor(model, windows, batch_size=4, teacher=teacher_logprobs(model, windows, batch_size=4))
+    assert shared.kl_mean == pytest.approx(noise_floor(model, windows, batch_size=4).kl_mean, rel=1e-6)
+    small = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    assert noise_floor(small, windows, batch_size=4).kl_mean > 0.0
+
+
+def test_a_noise_floor_that_fails_puts_the_attention_back(model, windows, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    teacher = teacher_logprobs(model, windows)
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        noise_floor(model, windows, teacher=teacher)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_wrong_requests_are_refused(model, windows):

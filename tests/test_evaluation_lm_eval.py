@@ -228,8 +228,32 @@ def test_exact_match_is_the_greedy_gold(ftp, recall, model, tokenizer):
     recall.write_text(json.dumps(row) + "\n" + json.dumps(row | {"answer": 0}) + "\n")
     if tokenizer(STORY + best)["input_ids"][: len(tokenizer(STORY)["input_ids"])] != tokenizer(STORY)["input_ids"]:
         pytest.skip("the greedy token merges with the context")
-    items = tasks.run_tasks(ftp(), {"story_ending": recall})["story_ending"]["items"]
-    assert [item["right"] for item in items] == [True, False]
+    results = tasks.run_tasks(ftp(), {"story_recall": recall, "story_ending": recall})
+    right = {task: [item["right"] for item in summary["items"]] for task, summary in results.items()}
+    likeliest = [bool(item["acc"]) for item in results["story_ending"]["items"]]
+    assert right == {"story_recall": [True, False], "story_ending": likeliest}
+
+
+def test_right_is_the_likeliest_choice_except_where_a_fact_is_asked_for():
+    sample = {
+        "doc_id": 0, "doc": {}, "arguments": [("c", " a")], "filtered_resps": [0] * 4, "filter": "none",
+        "acc": 1.0, "exact_match": 0.0,
+    }  # fmt: skip
+    log = {task: [sample] for task in ("story_recall", "story_recall_deleted", "story_ending", "arc_easy")}
+    summary = task_results.summaries({"results": {}, "samples": log}, list(log), accounts=[])
+    assert [summary[task]["items"][0]["right"] for task in log] == [False, False, True, True]
+
+
+def test_lm_eval_describes_neither_checkout_nor_machine(ftp, recall, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # outside a checkout git complains
+    tasks.run_tasks(ftp(), {"story_recall": recall}, limit=1)
+    assert "fatal" not in capfd.readouterr().err
+
+
+def test_half_a_character_is_named_with_its_line(recall):
+    recall.write_text(recall.read_text() + '{"context": "\\ud800", "choices": [], "answer": 0}\n')
+    with pytest.raises(UserError, match="line 6 holds half a character"):
+        tasks.embedded_task("story_recall", recall)
 
 
 def test_limit(ftp, recall):

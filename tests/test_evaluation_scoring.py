@@ -9,11 +9,26 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_token
-from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
+from ftp_lightning.evaluation.scoring import even_batches, rolling_windows, score_after_prompt, score_in_sequence
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.static import StaticRouter
 from ftp_lightning.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "batches"),
+    [
+        ([9] * 8 + [8] * 4, 8, [[9] * 8, [8] * 4]),
+        ([9] * 4 + [8] * 8, 8, [[9] * 4, [8] * 8]),  # half full: no padding
+        ([9] * 3 + [8] * 8, 8, [[9] * 3 + [8] * 5, [8] * 3]),  # less: padded
+        ([5, 4, 3, 2], 2, [[5], [4], [3], [2]]),
+        ([], 4, []),
+    ],
+)
+def test_batches_have_one_length_where_they_are_half_full(lengths, size, batches):
+    contexts = [(0,) * length for length in lengths]
+    assert [[len(context) for context in batch] for batch in even_batches(contexts, size)] == batches
 
 
 @pytest.fixture(scope="module")

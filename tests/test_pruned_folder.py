@@ -45,7 +45,7 @@ def test_saving_twice_replaces_whole(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds no pruner"):
+    with pytest.raises(UserError, match="something else"):
         TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -92,10 +92,31 @@ def test_truncated_weights_are_refused(tmp_path):
         TokenPruner.load(tmp_path / "p")
 
 
+def test_foreign_files_are_never_replaced(tmp_path):
+    TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p")
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for target in ("p", "file"):
+        with pytest.raises(UserError, match="something else"):
+            TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / target)
+    assert (tmp_path / "p" / "notes.txt").read_text() == "mine" == (tmp_path / "file").read_text()
+    with pytest.raises(UserError, match="more than"):
+        TokenPruner(DynamicRouter(5000), SCHEDULE).save(tmp_path / "big")
+    assert not (tmp_path / "big").exists()
+
+
 def test_another_base_model_is_refused(tmp_path):
+    """The identity is that of the model the pruner was attached to; loading, saving again and attaching carry it on."""
     model, other = tiny_llama(torch.float32), tiny_llama(torch.float32, seed=1)
-    TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p", base="mine", model=model)
-    record = read_settings(tmp_path / "p")
-    check_base(record, model)
+    pruner = TokenPruner(StaticRouter(), SCHEDULE)
+    with pruner(model):
+        pruner.save(tmp_path / "p", base="mine")
+    loaded = TokenPruner.load(tmp_path / "p").with_schedule(Schedule.uniform(BLOCKS, 0.5))
+    loaded.save(tmp_path / "q", base="mine")
+    again = TokenPruner.load(tmp_path / "q")
+    with again(model):
+        pass
     with pytest.raises(UserError, match="another base"):
-        check_base(record, other)
+        again.attach(other)
+    with pytest.raises(UserError, match="another base"):
+        check_base(read_settings(tmp_path / "q"), other)

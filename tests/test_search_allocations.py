@@ -96,6 +96,12 @@ def test_the_knapsack_is_exact(num_blocks, top, seed):
     assert tuple(cheapest_levels(costs, total)) == best[1]
 
 
+def test_the_knapsack_stays_below_the_ceiling():
+    schedule = knapsack([[10.0, 30.0], [0.1, 0.2], [9.0, 20.0]], (0.5, 0.9), 0.3, ceiling=0.4)
+    assert schedule.sparsity[1] == 0.4 == max(schedule.sparsity)
+    assert schedule.budget == pytest.approx(0.3, abs=1e-9)
+
+
 def test_the_knapsack_prunes_where_it_is_cheap():
     schedule = knapsack([[10.0, 30.0], [1.0, 1.5], [9.0, 20.0]], (0.5, 0.9), 0.3)
     assert schedule.sparsity == pytest.approx((0, 0.9, 0), abs=1e-9)

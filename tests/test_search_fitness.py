@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.routing.static import StaticRouter
@@ -114,5 +115,5 @@ def test_a_loss_without_rank_is_refused():
         def measure(self, schedule, indices):
             return float("nan")
 
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(UserError, match="nan"):
         Broken(["plain"])(HALF)

@@ -10,6 +10,8 @@ from ftp_lightning import Schedule, TokenPruner, load_pruned
 from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
+from ftp_lightning.models import load_model
+from ftp_lightning.stages.measuring import with_retention
 from ftp_lightning.stages.run import SHARES
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
@@ -74,6 +76,8 @@ def test_results_have_the_shape_that_the_report_reads(chain):
     results = read(chain / "evaluate" / "results.json")
     assert set(results) == {"dense", "noise_floor", "methods"}
     assert [method["name"] for method in results["methods"]] == METHODS
+    assert results["noise_floor"]["against"] == "eager attention, one window at a time"
+    assert results["noise_floor"]["kl"] > 0.0
     assert set(results["dense"]["tasks"]) == {"story_recall", "story_ending", "story_name"}
     for method in results["methods"]:
         assert (method["kv"], len(method["realised_per_block"])) == ("keep", 12)
@@ -85,7 +89,10 @@ def test_results_have_the_shape_that_the_report_reads(chain):
         kept = method["kept"]
         assert kept["low"] <= kept["share"] <= kept["high"] and kept["items"] > 0
         assert sum(bucket["items"] for bucket in kept["by_distance"].values()) == kept["items"]
-        assert all(set(cell) == {"acc", "stderr", "skill", "measures"} for cell in method["tasks"].values())
+        for cell in method["tasks"].values():
+            assert cell["measures"] is (cell["exercised"] and not cell["near_chance"] and cell["acc"] is not None)
+            assert cell["truncated"] == 0 and cell["prompt_tokens"] > 100
+            assert cell["sparsity"] == pytest.approx(0.3, abs=0.02)
 
 
 def test_samples_tell_every_item_and_method(chain):
@@ -139,6 +146,14 @@ def test_generate_shows_both_texts(chain, tmp_path, capsys):
     assert "time to first token" in shown and found["dense"] in shown and found["pruned"] in shown
 
 
+def test_generate_leaves_the_folder_of_another_stage_alone(tmp_path, capsys):
+    assert main(f"search --model random:tiny --windows 1 --offspring 1 --generations 0 --output {tmp_path}".split()) == 0
+    before = hash_path(tmp_path)
+    assert main(["generate", "--model", "random:tiny", "--prompt", "Once", "--output", str(tmp_path)]) == 2
+    assert "stage search -> generate" in capsys.readouterr().err
+    assert hash_path(tmp_path) == before and (tmp_path / "schedule.json").is_file()
+
+
 def test_an_interrupted_search_goes_on_to_the_result_it_would_have_had(tmp_path, monkeypatch):
     sizes = "--model random:tiny --windows 2 --offspring 2 --generations 3 --kv evict --prompt_tokens 48".split()
     assert main(["search", *sizes, "--output", str(tmp_path / "whole")]) == 0
@@ -164,8 +179,27 @@ def test_a_search_at_another_budget_starts_from_the_projected_schedule(chain, tm
     assert "given" in read(tmp_path / "metrics.json")["allocations"]
 
 
+def test_retention_counts_a_group_once_and_the_same_tasks_for_all_methods():
+    def record(**accuracies):
+        return {"tasks": {task: {"acc": acc, "measures": acc is not None} for task, acc in accuracies.items()}}
+
+    dense = {task: {"acc": 0.8} for task in ("group", "member", "arc", "short")}
+    records = [record(group=0.4, member=0.8, arc=0.6, short=0.8), record(group=0.8, member=0.0, arc=0.8, short=None)]
+    found = with_retention(records, ("group", "arc", "short"), dense)
+    assert [method["retention"] for method in found] == pytest.approx([100 * (0.5 + 0.75) / 2, 100])
+    assert with_retention([record(short=None)], ("short",), dense)[0]["retention"] is None
+
+
+def test_a_random_search_draws_from_its_seed():
+    settings = parse("search", ["--model", "random:tiny", "--router", "random", "--seed", "5"])
+    assert settings.start(load_model(settings.model)).router.seed == 5
+
+
 def test_settings_of_the_chain_pass_on_what_they_share():
-    run = parse("run", "--model random:tiny --seed 4 --kv evict --budget 0.5 --test_data x --train_data y".split())
+    words = "--model random:tiny --seed 4 --kv evict --budget 0.5 --test_data x --train_data y"
+    run = parse("run", f"{words} --num_fewshot 3 --task_data z --apply_chat_template".split())
+    evaluate = run.stages()["evaluate"]
+    assert (evaluate.num_fewshot, evaluate.task_data, evaluate.apply_chat_template) == (3, "z", True)
     stages = run.stages()
     assert {stage.model for stage in stages.values()} == {"random:tiny"}
     assert {stage.seed for stage in stages.values()} == {4}

@@ -35,8 +35,8 @@ def recall_items(
 
     `context` is the passage, a line break and the question; `context_deleted` the same with all facts replaced by
     more filler, so what is answered right there was not recalled. `distance` = tokens from the fact's end to the
-    context's end. Short passages take fewer facts, see `recall.fact_count`. A passage whose text does not tokenise back to the very ids (its first word was cut within) is
-    drawn again; after 100 tries a UserError.
+    context's end. Short passages take fewer facts, see `recall.fact_count`. A passage whose text does not tokenise
+    back to the very ids (its first word was cut within) is drawn again; after 100 tries a UserError.
     """
     filler, items = Filler(tokenizer, documents), []
     for number in range(count):

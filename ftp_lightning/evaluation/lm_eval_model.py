@@ -135,7 +135,7 @@ class FtpLM(HFLM):
         return [self._record(item, *answers[i]) for i, item in enumerate(items)]
 
     def _prompt_batches(self, items: list[_Item], size: int) -> Iterator[dict[int, tuple[Score, float]]]:
-        """Batches of distinct contexts, of one length where possible; (score, realised sparsity) by index of the item."""
+        """Batches of distinct contexts, of one length where possible; (score, realised sparsity) by item."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, item in enumerate(items):
             groups.setdefault(item.context, []).append(i)

@@ -53,7 +53,7 @@ class RouterTraining(L.LightningModule):
 
     The student pass is the masked executor: the function that inference computes, with straight-through gates. L_d is
     taken where it
-    counts: on the hidden states that predict the continuation (positions P-1 ... P+C-1), after the final norm.
+    counts: on the hidden states that predict the continuation (positions P-1 ... P+C-2), after the final norm.
 
     Only the router is a submodule, so only the router is in checkpoints; the model is held beside the module tree.
     """
@@ -62,6 +62,10 @@ class RouterTraining(L.LightningModule):
         super().__init__()
         if not pruner.router.parameter_count:
             raise UserError(f"a {type(pruner.router).__name__} has nothing to train; use a DynamicRouter.")
+        if pruner.schedule is None or not pruner.schedule.budget:
+            raise UserError(
+                "no block is routed under this schedule: there is nothing to train.\nGive a budget above 0."
+            )
         self.router = pruner.router
         self.settings = settings
         self.__dict__["model"] = (
@@ -73,14 +77,15 @@ class RouterTraining(L.LightningModule):
         self.history: list[dict] = []
         self.validations: list[dict] = []
         self.last_soft: list[float] = []
+        self.last_realised: list[float] = []
 
     def hidden_states(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """(student, teacher), each (B, C+1, D): last hidden states that predict the continuation."""
+        """(student, teacher), each (B, C, D): last hidden states that predict the continuation."""
         ids, prompt = batch["input_ids"], batch["prompt_tokens"]
         with torch.no_grad():
-            teacher = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 :]
+            teacher = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
         with self.pruner(self.model), self.pruner.masked(prompt):
-            student = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 :]
+            student = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
         return student, teacher
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -115,7 +120,10 @@ class RouterTraining(L.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in row.items()}, sync_dist=True, batch_size=1)
         self.history.append({"step": self.global_step + 1, **row})
         by_block = {d.context.block: s.item() for d, s in zip(decisions, soft)}
-        self.last_soft = [by_block.get(block, 0.0) for block in range(self.pruner.schedule.num_blocks)]
+        hard = {d.context.block: _realised(d).item() for d in decisions}
+        blocks = range(self.pruner.schedule.num_blocks)
+        self.last_soft = [by_block.get(block, 0.0) for block in blocks]
+        self.last_realised = [hard.get(block, 0.0) for block in blocks]
 
     def on_validation_epoch_start(self) -> None:
         self._kl: list[Tensor] = []
@@ -148,7 +156,8 @@ def fit_router(
     logger=None,
     progress=None,
 ) -> dict:
-    """Train the pruner's router in place and keep the state that was best on the validation windows.
+    """Train the pruner's router in place and keep the state that was best on the validation windows (`threshold`: the
+    last).
 
     Writes `checkpoints/` (router, optimiser, counters; never the model) into `folder`. `progress(step, steps)` is told
     how far it is. Returns the stage's metrics: the curve of every loss, validation KL, target and soft sparsity per
@@ -179,7 +188,7 @@ def fit_router(
     )
     trainer.validate(system, datamodule=data, verbose=False)
     trainer.fit(system, datamodule=data)
-    if best.best_model_path:
+    if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
         state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
         system.load_state_dict(state)
     pruner.router.eval()
@@ -190,6 +199,7 @@ def fit_router(
         "best_validation_kl": best.best_model_score.item() if best.best_model_score is not None else None,
         "target_sparsity": list(pruner.schedule.sparsity),
         "soft_sparsity": system.last_soft,
+        "realised_sparsity": system.last_realised,
     }
 
 
@@ -202,6 +212,11 @@ class _Progress(L.Callback):
     def on_train_batch_end(self, trainer, *args) -> None:
         if self.tell is not None:
             self.tell(trainer.global_step, self.steps)
+
+
+def _realised(decision) -> Tensor:
+    """Share of real tokens that skipped the block, by the hard decision."""
+    return 1.0 - decision.keep.sum() / decision.part.real.sum().clamp(min=1)
 
 
 def _agreement(decision, static: Tensor) -> Tensor:

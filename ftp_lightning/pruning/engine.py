@@ -44,6 +44,7 @@ class Engine:
             raise
 
     def _install(self, model: nn.Module, decoder: nn.Module, blocks: nn.ModuleList) -> None:
+        self._config = decoder.config
         self._decoder_signature = inspect.signature(type(decoder).forward)
         self._wrap(decoder, "forward", self.run_decoder, decoder)
         for index, (block, site) in enumerate(zip(blocks, self.sites)):
@@ -147,6 +148,8 @@ class Engine:
             )
         if self.pruner.masked_prompt is not None and cache is not None and cache.get_seq_length():
             raise UserError("the training forward takes the whole text in one pass, without a filled cache.")
+        if self._config._attn_implementation != self.sites[0].implementation:
+            raise UserError("the attention implementation was changed while a pruner is attached.\nDetach it first.")
         for index, site in enumerate(self.sites):
             if site.window is not None and tokens > site.window:
                 raise UserError(

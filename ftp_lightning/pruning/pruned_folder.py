@@ -43,10 +43,9 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         "sparsity": list(pruner.schedule.sparsity),
         "settings": pruner.settings(),
         "base": base,
-        "base_identity": _identity(model),
+        "base_identity": _identity(model) or (pruner._base or {}).get("base_identity"),
     }
-    if folder.exists() and not (folder / SETTINGS).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and holds no pruner; it is left as it is.\nGive another folder.")
+    _check_target(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -58,19 +57,36 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_target(folder: Path) -> None:
+    """UserError unless `folder` is new, empty, or a pruner and nothing else: it will be replaced whole."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if names - {SETTINGS, WEIGHTS}:
+        raise UserError(
+            f"{folder} exists and holds something else than a pruner; it is left as it is.\nGive another folder."
+        )
+
+
 def _write(folder: Path, record: dict, router: Router) -> None:
     from safetensors.torch import save_file
 
     (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
     save_file(state, folder / WEIGHTS)
+    if (size := (folder / WEIGHTS).stat().st_size) > _LARGEST:
+        raise UserError(f"this router takes {size} bytes, more than the {_LARGEST} that a stored router may have.")
 
 
 def _swap(new: Path, target: Path) -> None:
     if target.exists():
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         os.replace(target, old)
-        os.replace(new, target)
+        try:
+            os.replace(new, target)
+        except OSError:
+            os.replace(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(new, target)
@@ -88,6 +104,7 @@ def load_pruner(folder):
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{Path(folder) / SETTINGS} does not describe a pruner: {error}") from None
     _load_weights(router, Path(folder) / WEIGHTS)
+    pruner._base = {name: record.get(name) for name in ("base", "base_identity")}
     return pruner
 
 
@@ -120,14 +137,13 @@ def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
     """
     from ftp_lightning.models import load
 
-    record = read_settings(folder)
-    if not record.get("base"):
+    base = read_settings(folder).get("base")
+    if not base:
         raise UserError(
             f"{folder} names no base model.\nLoad one yourself and use TokenPruner.load(folder).attach(model)."
         )
     pruner = load_pruner(folder)
-    model, tokenizer = load(record["base"], dtype=dtype, device=device)
-    check_base(record, model)
+    model, tokenizer = load(base, dtype=dtype, device=device)
     pruner.attach(model)
     return model, tokenizer
 

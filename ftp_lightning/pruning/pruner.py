@@ -66,6 +66,8 @@ class TokenPruner:
     ):
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
+        if schedule is not None and isinstance(router, FixedRouter) and len(router.keep) != schedule.num_blocks:
+            raise ValueError(f"FixedRouter decides {len(router.keep)} blocks, the schedule has {schedule.num_blocks}")
         self.router, self.schedule = router, schedule
         blocks = len(router.keep) if schedule is None else schedule.num_blocks
         self.kv = _per_block(kv, blocks)
@@ -84,13 +86,20 @@ class TokenPruner:
         self.routing_chunk = False
         self.masked_prompt: int | None = None
         self._engine: Engine | None = None
+        self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
+        self._model: nn.Module | None = None
 
     # ---------------------------------------------------------------- in force
 
     def attach(self, model: nn.Module) -> TokenPruner:
-        """Put the pruner in force on `model`; ValueError where one is in force already or the block counts differ."""
+        """Put the pruner in force on `model`.
+
+        UserError where one is in force already, the block counts differ, or a loaded pruner was made for another base
+        model.
+        """
         from ftp_lightning.pruning.blocks import find_decoder
         from ftp_lightning.pruning.calls import WrappedMethod
+        from ftp_lightning.pruning.pruned_folder import check_base
 
         decoder, blocks = find_decoder(model)
         if self._engine is not None:
@@ -101,7 +110,11 @@ class TokenPruner:
             raise UserError("another pruner is attached to this model; detach it first.")
         if len(blocks) != len(self.kv):
             raise UserError(f"the pruner was made for {len(self.kv)} blocks, the model has {len(blocks)}.")
+        if self._base is not None:
+            check_base(self._base, model)
+        self.router.to(next(model.parameters()).device)
         self._engine = Engine(self, model)
+        self._model = model
         return self
 
     def detach(self) -> None:
@@ -149,14 +162,19 @@ class TokenPruner:
 
     def with_schedule(self, schedule: Schedule) -> TokenPruner:
         """The same router and settings under another schedule (the router is shared, not copied)."""
-        return TokenPruner(self.router, schedule, **self.settings())
+        pruner = TokenPruner(self.router, schedule, **self.settings())
+        pruner._base, pruner._model = self._base, self._model
+        return pruner
 
     def save(self, folder, base: str | None = None, model: nn.Module | None = None) -> None:
-        """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all. See
-        `pruned_folder.save_pruner`."""
+        """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all; see `pruned_folder`.
+
+        `base` names the base model for `load_pruned`; its identity is taken from `model`, else from the model it is or
+        was attached to, else (a loaded pruner) carried over.
+        """
         from ftp_lightning.pruning.pruned_folder import save_pruner
 
-        save_pruner(self, folder, base=base, model=model)
+        save_pruner(self, folder, base=base, model=model or self._model)
 
     @staticmethod
     def load(folder) -> TokenPruner:

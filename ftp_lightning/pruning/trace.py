@@ -24,7 +24,10 @@ class Trace:
 
     @property
     def sparsity(self) -> list[float]:
-        """Realised token sparsity of each block: the share of real tokens that skipped it."""
+        """Realised token sparsity of each block: the share of real tokens that skipped it.
+
+        After a training forward it is that of the whole text, its dense rest included.
+        """
         if not self.keep:
             return []
         total = self.real.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ftp_lightning.routing.base import Router, RoutingContext
@@ -32,11 +33,9 @@ class DynamicRouter(Router):
         return "attention" in self.names or "rank" in self.names
 
     def score(self, context: RoutingContext) -> Tensor:
-        """(B, T) p_compute."""
-        device = context.real.device
-        if self.mlp[0].weight.device != device:
-            self.mlp.to(device)
-        return self.mlp(factors(context, self.names)).softmax(dim=-1)[..., 1]
+        """(B, T) p_compute, in float32 also under autocast: bfloat16 has too few values to rank tokens by."""
+        with torch.autocast(context.real.device.type, enabled=False):
+            return self.mlp(factors(context, self.names)).softmax(dim=-1)[..., 1]
 
     def config(self) -> dict:
         return {"width": self.width, "names": list(self.names)}

@@ -34,7 +34,10 @@ def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def check_positions(
-    config: Any, wanted: int, what: str = "windows", remedy: str = "Give fewer --prompt_tokens or --continuation_tokens."
+    config: Any,
+    wanted: int,
+    what: str = "windows",
+    remedy: str = "Give fewer --prompt_tokens or --continuation_tokens.",
 ) -> None:
     """UserError where `wanted` tokens are more than the model of this configuration has positions for."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)

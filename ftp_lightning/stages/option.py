@@ -26,7 +26,8 @@ def option(
     """A field that is a flag: `default`, `help`, and what it may be.
 
     least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose
-    *content* is an input. `passive`: has no influence on what the stage finds. `raw`: the words as they are, never read as YAML.
+    *content* is an input. `passive`: has no influence on what the stage finds. `raw`: the words as they are, never read
+    as YAML.
     """
     bounds = {"least": least, "most": most, "below": below, "above": above}
     said = {"help": help, "bounds": bounds, "is_file": is_file, "passive": passive, "raw": raw}

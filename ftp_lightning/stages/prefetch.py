@@ -35,7 +35,8 @@ class PrefetchStage(Settings):
 
         progress = progress or Progress(self.stage)
         if self.model:
-            progress.say(f"model {self.model} is at {_attempt(self.model, lambda: _model(self.model, self.revision, self.overwrite))}")
+            place = _attempt(self.model, lambda: _model(self.model, self.revision, self.overwrite))
+            progress.say(f"model {self.model} is at {place}")
         for name in self.data:
             _attempt(name, lambda name=name: _dataset(name, self.overwrite))
             progress.say(f"data set {name} is there")
