@@ -127,7 +127,8 @@ def test_a_text_shorter_than_a_window_is_told(command, tmp_path):
 def test_run_tries_every_split_before_it_writes(command, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join("The old man walked to the river and looked." for _ in range(90)))
     refused(command("run", *TINY, "--data", "text.txt", *OUT), "text.txt", "'validation'", "tokens")
-    refused(command("run", *TINY, "--test_data", "text.txt", "--prompt_tokens", 400, *OUT), "text.txt", "'test'", "tokens")
+    text = ["--test_data", "text.txt", "--prompt_tokens", 400]
+    refused(command("run", *TINY, *text, *OUT), "text.txt", "'test'", "tokens")
     assert files(tmp_path) == ["text.txt"]
 
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import speed
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import speedup_limit
+from ftp_lightning.pruning.flops import realised_speedup_limit
 from ftp_lightning.routing.static import StaticRouter
 from ftp_lightning.schedule import Schedule
 
@@ -54,7 +54,7 @@ def test_pairs_are_measured_in_turn_and_warm_up_is_left_out(model, pruner, monke
     assert (result.dense_ms, result.pruned_ms) == (30.0, 20.0)
     assert result.ratio == result.ratio_low == result.ratio_high == pytest.approx(1.5)
     assert result.sparsity == pytest.approx((0 + 20 + 30) / 120)
-    assert result.flops_limit == speedup_limit(model, pruner.schedule, 40, pruner.kv)
+    assert result.flops_limit == realised_speedup_limit(model, pruner.trace.prompt, pruner.kv)
 
 
 def test_real_times_are_positive_and_the_interval_holds_the_median(model, pruner):

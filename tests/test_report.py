@@ -310,12 +310,9 @@ def test_the_verdict_states_the_measured_numbers(run: Path) -> None:
 @pytest.mark.parametrize(
     ("interval", "said"),
     [
-        (
-            (0.98, 0.99, 1.02),
-            "No measurable difference in prefill time at 512 tokens (0.99x [0.98, 1.02], limit 1.37x)",
-        ),
-        ((0.90, 0.93, 0.96), "Prefill of 512 tokens is slower than dense (0.93x [0.90, 0.96], limit 1.37x)"),
-        ((1.0, 1.04, 1.06), "No measurable difference in prefill time at 512 tokens (1.04x [1.00, 1.06], limit 1.37x)"),
+        ((0.98, 0.99, 1.02), "No measurable difference in prefill time at 512 tokens (0.99x [0.98, 1.02]"),
+        ((0.90, 0.93, 0.96), "Prefill of 512 tokens is slower than dense (0.93x [0.90, 0.96]"),
+        ((1.0, 1.04, 1.06), "No measurable difference in prefill time at 512 tokens (1.04x [1.00, 1.06]"),
     ],
 )
 def test_speed_is_claimed_only_where_its_interval_excludes_1(interval: tuple[float, ...], said: str) -> None:
@@ -323,7 +320,7 @@ def test_speed_is_claimed_only_where_its_interval_excludes_1(interval: tuple[flo
     row = {"length": 512, "batch": 1, "kv": "keep", "budget": 0.3, "flops_limit": 1.372,
            "speedup": speedup, "low": low, "high": high}  # fmt: skip
     found = {"evaluate": None, "benchmark": {"rows": [row]}}
-    assert verdict(found) == f"{said}."
+    assert verdict(found) == f"{said}, limit 1.37x)."
     assert cautions(found) == (["Slower than dense: prefill of 512 tokens."] if high < 1 else [])
 
 

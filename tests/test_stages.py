@@ -147,7 +147,8 @@ def test_generate_shows_both_texts(chain, tmp_path, capsys):
 
 
 def test_generate_leaves_the_folder_of_another_stage_alone(tmp_path, capsys):
-    assert main(f"search --model random:tiny --windows 1 --offspring 1 --generations 0 --output {tmp_path}".split()) == 0
+    sizes = "--model random:tiny --windows 1 --offspring 1 --generations 0".split()
+    assert main(["search", *sizes, "--output", str(tmp_path)]) == 0
     before = hash_path(tmp_path)
     assert main(["generate", "--model", "random:tiny", "--prompt", "Once", "--output", str(tmp_path)]) == 2
     assert "stage search -> generate" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.flops import realised_speedup_limit
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def prefill_speed(
         ratio_low=low,
         ratio_high=high,
         sparsity=pruner.trace.prompt.row_sparsity.mean().item(),
-        flops_limit=_flops_limit(model, pruner, length),
+        flops_limit=realised_speedup_limit(model, pruner.trace.prompt, pruner.kv),
     )
 
 
@@ -91,9 +92,3 @@ def _median_interval(values: Tensor, generator: torch.Generator, samples: int = 
     drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
     low, high = values[drawn].median(dim=1).values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
-
-
-def _flops_limit(model, pruner, length: int) -> float:
-    from ftp_lightning.pruning.flops import speedup_limit
-
-    return speedup_limit(model, pruner.schedule, length, pruner.kv)

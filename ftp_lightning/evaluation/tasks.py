@@ -74,9 +74,9 @@ def run_tasks(
     Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
     and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
     (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
-    metrics (lm-eval's own numbers) and items. An item: id, right (exact_match, else acc), its metrics, distance, kind,
-    document, and of the model's account prompt_tokens, sparsity, exercised. Empty on ranks other than 0. UserError:
-    unknown task, file missing or broken, Hub out of reach.
+    metrics (lm-eval's own numbers) and items. An item: id, right (see `task_results.ASKED`), its metrics, distance,
+    kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
+    0. UserError: unknown task, file missing or broken, Hub out of reach.
     """
     import lm_eval
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftp_lightning.data.choices import distance_bucket
 from ftp_lightning.evaluation import continuation, statistics
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import flops_reduction
+from ftp_lightning.pruning.flops import realised_flops_reduction
 from ftp_lightning.stages.inputs import check_questions
 from ftp_lightning.stages.task_files import DELETED, RECALL, TaskFiles, test_windows
 
@@ -57,7 +57,9 @@ class Bench:
     def measure(self, name: str, pruner: TokenPruner) -> dict[str, Any]:
         """The record of one method, see `results.json`; `with_retention` adds what needs all methods."""
         self.tell(f"{name}, text")
-        prompt, sequence = (self._score(pruner, mode) for mode in continuation.MODES)
+        prompt = self._score(pruner, "prompt")
+        cut = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv)  # of the last batch of prompts
+        sequence = self._score(pruner, "sequence")
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner)
         return {
@@ -66,7 +68,7 @@ class Bench:
             "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
             "realised_sparsity": prompt.mean_sparsity,
             "realised_per_block": prompt.sparsity,
-            "flops_reduction": flops_reduction(self.model, pruner.schedule, self.windows.prompt_tokens, pruner.kv),
+            "flops_reduction": cut,
             "kl": {"mean": prompt.kl_mean, "p99": prompt.kl_p99, "top1": prompt.top1_agreement},
             "kl_sequence": sequence.kl_mean,
             "ppl": {"prompt": prompt.ppl, "sequence": sequence.ppl},
