@@ -11,6 +11,10 @@ from ftp_lightning.stages.base import PrunedSettings
 from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
+LENGTHS = (512, 1024, 2048)
+"""Prompt lengths by default, of these the ones that the model takes: at a few hundred tokens a small model's time is
+mostly overhead."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkStage(PrunedSettings):
@@ -18,17 +22,17 @@ class BenchmarkStage(PrunedSettings):
 
     stage: ClassVar[str] = "benchmark"
 
-    lengths: tuple[int, ...] = option((256, 512), "prompt lengths in tokens")
+    lengths: tuple[int, ...] = option((), "prompt lengths; by default 512, 1024, 2048 as far as the model goes")
     batches: tuple[int, ...] = option((1,), "prompts per forward")
     pairs: int = option(15, "pairs of a dense and a pruned prefill", least=2)
 
     def check(self) -> None:
         super().check()
-        if not self.lengths or not self.batches or min(self.lengths) < 4 or min(self.batches) < 1:
+        if min(self.lengths or LENGTHS) < 4 or not self.batches or min(self.batches) < 1:
             raise UserError(
                 f"lengths {self.lengths} must be >= 4, batches {self.batches} >= 1\nChange --lengths or --batches."
             )
-        check_reachable(self.budget or 0.0, min(self.lengths))
+        check_reachable(self.budget or 0.0, min(self.lengths or LENGTHS))
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         import torch
@@ -39,7 +43,7 @@ class BenchmarkStage(PrunedSettings):
         model, _ = load_model(self)
         pruner = chosen_pruner(self, model)
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = [(length, batch) for batch in self.batches for length in self.lengths]
+        sizes = [(length, batch) for batch in self.batches for length in self.lengths or _usual(model)]
         rows = []
         for done, (length, batch) in enumerate(sizes):
             progress.step(done, len(sizes), f"{batch} x {length} tokens")
@@ -51,6 +55,12 @@ class BenchmarkStage(PrunedSettings):
         progress.done(
             f"{last['speedup']:.2f}x as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f}x)"
         )
+
+
+def _usual(model: Any) -> tuple[int, ...]:
+    """The default lengths that fit the model's positions; where none does, all of its positions."""
+    limit = getattr(model.config, "max_position_embeddings", None) or LENGTHS[-1]
+    return tuple(length for length in LENGTHS if length <= limit) or (limit,)
 
 
 def _row(speed: Any, pruner: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
     tokenizer = models.load_tokenizer(first.model, revision=first.revision)
     inputs.check_positions(config, first.prompt_tokens + first.continuation_tokens)
     lengths = stages["benchmark"].lengths
-    inputs.check_positions(config, max(lengths), "prompts of the benchmark", "Give shorter --lengths.")
+    inputs.check_positions(config, max(lengths or [1]), "prompts of the benchmark", "Give shorter --lengths.")
     check_tasks(evaluate.tasks)
     local_files(evaluate)
     if evaluate.apply_chat_template:

@@ -49,7 +49,7 @@ class RunStage(ModelSettings):
     num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else the task's own", least=0)
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
     test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
-    lengths: tuple[int, ...] = option((256, 512), "prompt lengths of the benchmark")
+    lengths: tuple[int, ...] = option((), "prompt lengths of the benchmark; by default 512, 1024, 2048")
     pairs: int = option(15, "pairs of prefills per length", least=2)
 
     def check(self) -> None:
