@@ -242,7 +242,7 @@ def table(args, kv, budget):
     ppl = "".join(
         f" {mean_std([d['noise'] for d in dense[n]], 5)} | {mean_std([d['ppl'] for d in dense[n]], 1)} |" for n in tests
     )
-    print(f"| dense (KL: another batch size) | 100 | |{ppl} 0 | 0 |")
+    print(f"| dense (KL: noise floor) | 100 | |{ppl} 0 | 0 |")
     for method, shown in zip(METHODS, SHOWN):
         rows = {n: [r[method] for r in found[n]] for n in tests}
         first = rows[tests[0]]
