@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import random_llama
+from transformers import LlamaForCausalLM
 
 from ftp_lightning.evaluation.continuation import (
     continuation_logits,
@@ -25,18 +26,7 @@ PROMPT, CONTINUATION = 12, 5
 
 @pytest.fixture(scope="module")
 def model():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(48, num_key_value_heads=2, initializer_range=0.2)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import random_llama
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import task_results, tasks
@@ -31,19 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(len(tokenizer), num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=512)
 
 
 @pytest.fixture

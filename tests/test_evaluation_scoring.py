@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import random_llama
 
 from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_token
 from ftp_lightning.evaluation.scoring import even_batches, rolling_windows, score_after_prompt, score_in_sequence
@@ -33,18 +33,7 @@ def test_batches_have_one_length_where_they_are_half_full(lengths, size, batches
 
 @pytest.fixture(scope="module")
 def model():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,  # far from uniform, so that a wrong position or mask shows
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(48, num_key_value_heads=2, initializer_range=0.3)  # far from uniform: a wrong mask shows
 
 
 def tokens(rng, length):
