@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from ftp_lightning.errors import UserError
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.pruned_folder import load_pruned
-    from ftp_lightning.routing import DynamicRouter, FixedRouter, RandomRouter, StaticRouter
+    from ftp_lightning.routing import (
+        DynamicRouter,
+        FixedRouter,
+        HiddenFactorsRouter,
+        HiddenRouter,
+        LocalRouter,
+        OnePassRouter,
+        RandomRouter,
+        RecurrentRouter,
+        StaticRouter,
+        make_router,
+    )
     from ftp_lightning.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -24,6 +35,12 @@ _HOMES = {
     "StaticRouter": "ftp_lightning.routing",
     "RandomRouter": "ftp_lightning.routing",
     "DynamicRouter": "ftp_lightning.routing",
+    "LocalRouter": "ftp_lightning.routing",
+    "RecurrentRouter": "ftp_lightning.routing",
+    "HiddenRouter": "ftp_lightning.routing",
+    "HiddenFactorsRouter": "ftp_lightning.routing",
+    "OnePassRouter": "ftp_lightning.routing",
+    "make_router": "ftp_lightning.routing",
     "load_pruned": "ftp_lightning.pruning.pruned_folder",
     "UserError": "ftp_lightning.errors",
 }
@@ -31,12 +48,18 @@ _HOMES = {
 __all__ = [
     "DynamicRouter",
     "FixedRouter",
+    "HiddenFactorsRouter",
+    "HiddenRouter",
+    "LocalRouter",
+    "OnePassRouter",
     "RandomRouter",
+    "RecurrentRouter",
     "Schedule",
     "StaticRouter",
     "TokenPruner",
     "UserError",
     "load_pruned",
+    "make_router",
 ]
 
 

@@ -1,12 +1,64 @@
 """Which tokens enter a block: one router = one class = one file."""
 
+import inspect
+
+from ftp_lightning.errors import UserError
 from ftp_lightning.routing.base import Router, RoutingContext
 from ftp_lightning.routing.dynamic import DynamicRouter
 from ftp_lightning.routing.fixed import FixedRouter
+from ftp_lightning.routing.hidden import HiddenRouter
+from ftp_lightning.routing.hidden_factors import HiddenFactorsRouter
+from ftp_lightning.routing.local import LocalRouter
+from ftp_lightning.routing.one_pass import OnePassRouter
 from ftp_lightning.routing.random import RandomRouter
+from ftp_lightning.routing.recurrent import RecurrentRouter
 from ftp_lightning.routing.static import StaticRouter
 
-ROUTERS: dict[str, type[Router]] = {"static": StaticRouter, "random": RandomRouter, "dynamic": DynamicRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "static": StaticRouter,
+    "random": RandomRouter,
+    "dynamic": DynamicRouter,
+    "local": LocalRouter,
+    "recurrent": RecurrentRouter,
+    "hidden": HiddenRouter,
+    "hidden+factors": HiddenFactorsRouter,
+    "one_pass": OnePassRouter,
+}
 """Routers that a pruned folder may name; the keys are what its JSON and the command line say."""
 
-__all__ = ["ROUTERS", "DynamicRouter", "FixedRouter", "RandomRouter", "Router", "RoutingContext", "StaticRouter"]
+
+def make_router(name: str, num_blocks: int, hidden_size: int, **options) -> Router:
+    """The router called `name`, given those of the arguments that it takes.
+
+    Args:
+        num_blocks, hidden_size: of the model.
+        options: `width`, `names`, `seed`; None leaves the router's own default.
+
+    Raises:
+        UserError: an unknown name. TypeError: an option that no router takes.
+    """
+    if name not in ROUTERS:
+        raise UserError(f"router {name!r} is unknown; choose one of {', '.join(ROUTERS)}.")
+    taken = {router: set(inspect.signature(router).parameters) for router in ROUTERS.values()}
+    if unknown := set(options) - set().union(*taken.values()):
+        raise TypeError(f"no router takes {', '.join(sorted(unknown))}")
+    given = {"num_blocks": num_blocks, "hidden_size": hidden_size, **options}
+    router = ROUTERS[name]
+    return router(**{key: value for key, value in given.items() if key in taken[router] and value is not None})
+
+
+__all__ = [
+    "ROUTERS",
+    "DynamicRouter",
+    "FixedRouter",
+    "HiddenFactorsRouter",
+    "HiddenRouter",
+    "LocalRouter",
+    "OnePassRouter",
+    "RandomRouter",
+    "RecurrentRouter",
+    "Router",
+    "RoutingContext",
+    "StaticRouter",
+    "make_router",
+]

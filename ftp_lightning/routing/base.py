@@ -5,25 +5,41 @@ Shapes, here and everywhere: B rows of a batch, T tokens of the routed part, pad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.schedule import Schedule
+
+PARTS = ("block", "attention", "mlp")
+"""What one decision addresses: a whole block, or one of its two halves."""
 
 
 @dataclass(frozen=True)
 class RoutingContext:
     """All that is known when the tokens of one block are routed.
 
+    A prompt is ranked as a whole: `lengths` and `kept` are (B, 1). Continuation tokens are decided each as the last of
+    its own text, token i with T_i = i + 1: `lengths` and `kept` are (B, T), `position` is `lengths` - 1, `rank` is
+    given.
+
     Attributes:
         block: index of the block, from 0.
         sparsity: the schedule's requirement s_l for this block.
         real: (B, T) bool, False for padding.
         position: (B, T) int64, index of the token among the row's real tokens (arbitrary on padding).
-        lengths: (B, 1) int64, real tokens of each row.
-        kept: (B, 1) int64, tokens of each row that the schedule lets in (`schedule.kept_tokens`).
+        lengths: (B, 1) int64, real tokens of each row; (B, T) in a continuation.
+        kept: like `lengths`, tokens that the schedule lets in (`schedule.kept_tokens`).
         attention: (B, T) float32, the table of latest attention scores; None unless the router `needs_attention`.
         hidden: (B, T, D), the block's input.
+        rank: (B, T) float32 in [0, 1], ascending rank of the attention score over n-1; None: it is computed from
+            `attention`.
+        schedule: the sparsity of all blocks.
+        part: one of PARTS.
+        memo: scratch of one forward, shared by the contexts of all its blocks; a router keeps what it carries from
+            block to block under itself (`memo[self]`), so that two routers may look at one forward.
     """
 
     block: int
@@ -34,16 +50,28 @@ class RoutingContext:
     kept: Tensor
     attention: Tensor | None = None
     hidden: Tensor | None = None
+    rank: Tensor | None = None
+    schedule: tuple[float, ...] = ()
+    part: str = "block"
+    memo: dict = field(default_factory=dict)
 
 
 class Router(nn.Module):
     """Gives each token of a block a score; high = compute.
 
     A router says what it needs and scores; how many tokens enter is `routing.choice`'s business. `score` ranks the
-    tokens (choice `topk`), `probability` is p_compute (choice `threshold`, the losses).
+    tokens (choice `topk`), `probability` is p_compute (choice `threshold`, the losses). In one forward both may be
+    called for a block, in any order, with and without gradient, and again: the answer is the same each time.
+
+    Attributes:
+        needs_attention: it reads `context.attention`.
+        needs_hidden: it reads `context.hidden`.
+        one_pass: it decides all blocks from what the first one wrote into the attention table.
     """
 
     needs_attention = False
+    needs_hidden = False
+    one_pass = False
 
     def score(self, context: RoutingContext) -> Tensor:
         """(B, T) float32, the higher the sooner computed. Values on padding are ignored."""
@@ -52,6 +80,12 @@ class Router(nn.Module):
     def probability(self, context: RoutingContext) -> Tensor:
         """(B, T) float32 p_compute in [0, 1]."""
         return self.score(context)
+
+    def check_model(self, num_blocks: int, hidden_size: int) -> None:
+        """UserError where the router was made for another number of blocks or another hidden size."""
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """UserError where the router cannot decide under `schedule`."""
 
     def config(self) -> dict:
         """JSON-able arguments that rebuild the router (its weights are stored apart)."""
@@ -68,3 +102,12 @@ class Router(nn.Module):
 def as_float(x: Tensor) -> Tensor:
     """Scores are float32 whatever the model's dtype: ranks must not depend on it."""
     return x.to(torch.float32)
+
+
+def check_made_for(what: str, own: int, found: int) -> None:
+    """UserError unless the router's `own` number of `what` ("blocks", "hidden units") is the model's."""
+    if own != found:
+        raise UserError(
+            f"the router was made for a model with {own} {what}, this one has {found}.\n"
+            "Use the model it was made for, or train a router for this one."
+        )

@@ -13,7 +13,8 @@ TIE = 1e-6
 
 
 def position_factor(context: RoutingContext) -> Tensor:
-    """i / (T-1) with T the row's real length; a single token has position 1. (B, T)."""
+    """i / (T-1) with T the row's real length; a single token has position 1, as has every continuation token. (B,
+    T)."""
     last = (context.lengths - 1).to(torch.float32)
     fraction = context.position.to(torch.float32) / last.clamp(min=1)
     return torch.where(last > 0, fraction, torch.ones_like(fraction))
@@ -26,7 +27,12 @@ def attention_factor(context: RoutingContext) -> Tensor:
 
 
 def rank_factor(context: RoutingContext) -> Tensor:
-    """Ascending rank of the attention score among the row's real tokens, over n-1: in [0, 1], ties averaged. (B, T)."""
+    """Ascending rank of the attention score among the row's real tokens, over n-1: in [0, 1], ties averaged. (B, T).
+
+    At decode it comes with the context: each token ranks among those up to itself.
+    """
+    if context.rank is not None:
+        return context.rank
     rank = average_rank(context.attention, context.real)
     return rank / (context.lengths - 1).clamp(min=1).to(torch.float32)
 
