@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ftp_lightning.errors import UserError
@@ -21,8 +22,14 @@ from ftp_lightning.schedule import Schedule
 FORMAT = "ftp-lightning/pruner"
 VERSION = 1
 SETTINGS, WEIGHTS = "pruner.json", "router.safetensors"
-_LARGEST = 100_000
-"""Bytes a router or its settings may have [ours]: a router is a few kB, anything bigger is not one."""
+_LARGEST_SETTINGS = 100_000
+"""Bytes the settings may have [ours]: they are a few kB, anything bigger is something else."""
+_LARGEST_ROUTER = 64_000_000
+"""Bytes of weights a stored router may have [ours]: those that read hidden states are the largest."""
+_HEADER, _HEADER_PER_TENSOR = 4096, 256
+"""Bytes that a file of weights may have beside them: names, shapes, offsets [ours]."""
+_MOST = {"width": 4096, "num_blocks": 1000, "hidden_size": 65536}
+"""What the sizes in a router's settings may be, from 1 [ours]: checked before anything is allocated for them."""
 
 
 def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None = None) -> None:
@@ -36,10 +43,12 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         UserError: a router that cannot be stored, a target that is something else than a pruner, an unwritable place.
     """
     folder = Path(folder)
+    router = {"name": _router_name(pruner.router), **pruner.router.config()}
+    _check_size(router)
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "router": {"name": _router_name(pruner.router), **pruner.router.config()},
+        "router": router,
         "sparsity": list(pruner.schedule.sparsity),
         "settings": pruner.settings(),
         "base": base,
@@ -74,8 +83,6 @@ def _write(folder: Path, record: dict, router: Router) -> None:
     (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    if (size := (folder / WEIGHTS).stat().st_size) > _LARGEST:
-        raise UserError(f"this router takes {size} bytes, more than the {_LARGEST} that a stored router may have.")
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -112,8 +119,10 @@ def read_settings(folder) -> dict:
     """The JSON of a pruner folder, checked for format and size."""
     path = Path(folder) / SETTINGS
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UserError(f"{path} has {path.stat().st_size} bytes; a pruner's settings have at most {_LARGEST}.")
+        if path.stat().st_size > _LARGEST_SETTINGS:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes; a pruner's settings have at most {_LARGEST_SETTINGS}."
+            )
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
@@ -176,6 +185,25 @@ def _router_name(router: Router) -> str:
 
 
 def _build_router(config: dict) -> Router:
+    _check_size(config)
+    return _router(config)
+
+
+def _check_size(config: dict) -> None:
+    """UserError where a router of these settings is larger than a stored one may be; allocates nothing."""
+    for name in _MOST.keys() & config.keys():
+        value = config[name]
+        if type(value) is not int or value < 1:
+            raise UserError(f"a router's {name} must be a whole number from 1 to {_MOST[name]}, got {value!r}.")
+        if value > _MOST[name]:
+            raise UserError(f"a router's {name} of {value} is more than the {_MOST[name]} that a stored one may have.")
+    with torch.device("meta"):
+        size = 4 * _router(dict(config)).parameter_count
+    if size > _LARGEST_ROUTER:
+        raise UserError(f"this router takes {size} bytes, more than the {_LARGEST_ROUTER} that a stored one may have.")
+
+
+def _router(config: dict) -> Router:
     name = config.pop("name")
     if name not in ROUTERS:
         raise UserError(f"router {name!r} is unknown; this version knows {', '.join(ROUTERS)}.")
@@ -188,9 +216,10 @@ def _load_weights(router: Router, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    most = 4 * router.parameter_count + _HEADER + _HEADER_PER_TENSOR * len(router.state_dict())
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UserError(f"{path} has {path.stat().st_size} bytes; a router has at most {_LARGEST}.")
+        if path.stat().st_size > most:
+            raise UserError(f"{path} has {path.stat().st_size} bytes; the router it should hold has at most {most}.")
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the router's weights {path} cannot be read: {error}") from None
