@@ -6,8 +6,11 @@ rounding is not ours), and routers and the rounding rule with the package.
 Padding is cut off before a row is computed, so nothing here knows of padding.
 """
 
+import inspect
+
 import torch
 
+from ftp_lightning.pruning.blocks import find_attention, find_blocks, find_mlp, sliding_window
 from ftp_lightning.routing import RoutingContext
 from ftp_lightning.schedule import kept_tokens
 
@@ -110,3 +113,58 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
         table = torch.where(is_key & ~new.isnan(), new.float(), table[0])[None]
         x = torch.where(computed[:, None], out, x)
     return model.model.norm(x) @ model.lm_head.weight.T, decided
+
+
+@torch.no_grad()
+def masked_dense(model, keep_attention, keep_mlp, kv, ids):
+    """Logits (T, V) of one text, every family: all tokens run through every block under a T x T mask, and what a token
+    skipped is thrown away afterwards. No cache, no padding, no gathering, nothing of the engine.
+
+    keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Keys of tokens that skip an attention are hidden under `evict`.
+    """
+    blocks = find_blocks(model)
+    tokens, undo = len(ids), []
+    for block, attends, computes, mode in zip(blocks, keep_attention, keep_mlp, kv):
+        window = sliding_window(find_attention(block))
+        visible = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            for j in range(i + 1):
+                near = window is None or i - j < window
+                visible[i, j] = near and (mode == "keep" or bool(attends[j]) or i == j)
+        undo.append(_mask_block(block, visible, attends, computes))
+    try:
+        return model(input_ids=ids[None], use_cache=False).logits[0]
+    finally:
+        for put_back in undo:
+            put_back()
+
+
+def _mask_block(block, visible, attends, computes):
+    """Wrap a block so that it sees this mask and drops what was skipped; returns what undoes it."""
+    attention = find_attention(block)
+    leave = find_mlp(block)[1]
+    handles = [
+        block.register_forward_pre_hook(lambda m, a, k: _with_mask(m, a, k, visible), with_kwargs=True),
+        attention.register_forward_hook(lambda m, a, out: (torch.where(attends[None, :, None], out[0], 0.0), out[1])),
+        leave.register_forward_hook(
+            lambda m, a, out: torch.where(computes.view(*out.shape[:-1], 1), out, 0.0)  # (T, D) or (1, T, D)
+        ),
+        block.register_forward_hook(
+            lambda m, a, k, out: torch.where(
+                (attends | computes)[None, :, None], out, a[0] if a else k["hidden_states"]
+            ),
+            with_kwargs=True,
+        ),
+    ]
+    return lambda: [handle.remove() for handle in handles]
+
+
+def _with_mask(block, args, kwargs, visible):
+    names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
+    given = dict(zip(names, args)) | kwargs
+    mask = visible[None, None]
+    if find_attention(block).config._attn_implementation == "eager":
+        dtype = given["hidden_states"].dtype
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    given["attention_mask"] = mask
+    return (), given

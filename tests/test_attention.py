@@ -2,7 +2,8 @@
 
 import torch
 
-from ftp_lightning.pruning.attention import Tapped, Tokens, received_attention
+from ftp_lightning.pruning.scores import Tapped, received_attention
+from ftp_lightning.pruning.tokens import Tokens
 
 
 def everyone(tokens, batch=1):

@@ -1,6 +1,9 @@
-"""The attention every token receives, without ever making a T x T matrix.
+"""Attention of gathered queries over the keys they may see, beside every backend; never a T x T mask in one piece.
 
 Shapes: B rows, H query heads, G = key heads, Q queries, S keys, D head size.
+
+A block's attention module gets a copy of its config that names our attention function (`tap_attention`). That function
+hands queries and keys to the engine; the model's own config, and hence its own masks, stay as they are.
 """
 
 from __future__ import annotations
@@ -11,107 +14,169 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ftp_lightning.pruning.blocks import sliding_window
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.tokens import Tokens, visible_keys
 
 TAP = "ftp_lightning_tap"
-_CHUNK = 128
+QUERY_CHUNK = 256
+"""Queries whose mask is made at once [ours]: B x 256 x S booleans at a time, and keys beyond the chunk are left out."""
+_MASK_KINDS = {sdpa_mask: "bool", eager_mask: "additive", flash_attention_mask: "none", flex_attention_mask: "none"}
+_UNDERSTOOD = {
+    "dropout", "scaling", "is_causal", "sliding_window", "softcap", "position_ids", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict", "output_router_logits", "logits_to_keep",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Which tokens a tensor of queries or keys holds: slots (B, n) int64, valid (B, n) bool; `all_valid` spares
-    masks."""
+class Backend:
+    """How a model attends: the name of its implementation, and which masks that takes.
 
-    slots: Tensor
-    valid: Tensor
-    all_valid: bool
-
-    def followed_by(self, other: Tokens) -> Tokens:
-        slots, valid = torch.cat([self.slots, other.slots], 1), torch.cat([self.valid, other.valid], 1)
-        return Tokens(slots, valid, self.all_valid and other.all_valid)
-
-    def first(self, n: int) -> Tokens:
-        return Tokens(self.slots[:, :n], self.valid[:, :n], self.all_valid)
-
-
-@dataclass
-class Tapped:
-    """What the attention of one block was computed from: query (B, H, Q, D), key (B, G, S, D), after the rotary
-    embedding."""
-
-    query: Tensor
-    key: Tensor
-    scaling: float
-    softcap: float | None
-    window: int | None
-
-
-def received_attention(tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None) -> tuple[Tensor, Tensor]:
-    """Attention score of every key [ours, method.md section 4]:
-
-        a_j = mean over heads and over those queries i in Q that may see j, of n_i * P_ij
-
-    with n_i the number of keys visible to query i (uniform attention gives 1 in every mode), and Q the row's last
-    `min(last, valid)` valid queries (`window`), or all of them (`last=None`, `exact`, in chunks of 128 queries).
-
-    Returns: scores (B, S) float32, seen (B, S) bool: False where no query of Q sees the key; its score is then
-    meaningless.
+    mask: "bool" (SDPA and what is registered like it), "additive" (eager), or "none" (FlashAttention, flex attention):
+    it takes no mask of the kind gathered tokens need, so that where one is needed SDPA attends instead (eager, where
+    logits are soft-capped).
     """
-    total, count = 0.0, 0
-    for index, usable in _query_chunks(queries, last):
-        probability, visible = _probabilities(tapped, queries, keys, index, usable)
-        weight = visible.sum(-1, keepdim=True).to(torch.float32) * usable[..., None]
-        total = total + (probability * weight).sum(1)
-        count = count + (visible & usable[..., None]).sum(1)
-    return total / count.clamp(min=1), count > 0
+
+    name: str
+    mask: str
+
+    @staticmethod
+    def of(attention: nn.Module) -> Backend:
+        """UserError where the attention implementation's masks are not known."""
+        name = attention.config._attn_implementation
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(name) if name in ALL_MASK_ATTENTION_FUNCTIONS else None
+        if make not in _MASK_KINDS or name.startswith("paged"):
+            raise UserError(
+                f"attention implementation {name!r} cannot be pruned: the masks it takes are not known.\n"
+                "Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+            )
+        return Backend(name, _MASK_KINDS[make])
 
 
-def _query_chunks(queries: Tokens, last: int | None):
-    """(index (B, q) into the queries, usable (B, q) bool) for chunks of the queries that count."""
-    batch, n = queries.slots.shape
-    wanted = n if last is None else min(last, n)
-    if queries.all_valid:
-        index = torch.arange(n - wanted, n, device=queries.slots.device).expand(batch, wanted)
-    else:
-        rank = torch.where(queries.valid, queries.slots, -1)
-        index = rank.topk(wanted, dim=1).indices.sort(dim=1).values
-    usable = queries.valid.gather(1, index)
-    return zip(index.split(_CHUNK, dim=1), usable.split(_CHUNK, dim=1))
+@dataclass(frozen=True)
+class Sight:
+    """Which keys the queries of the attention about to run may see: those of earlier slots within `window`.
+
+    `new` is the number of keys that this forward brings; `causal`: queries are the keys, in order; `everything`: there
+    is one query and it sees all keys. Both spare the mask, and hold only where all tokens are valid and within the
+    window. `themselves`: every query sees its own key (queries and keys are the same slots), valid or not. `complete`:
+    keys are all slots up to the last one, in order.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    window: int | None = None
+    new: int = 0
+    causal: bool = False
+    everything: bool = False
+    themselves: bool = False
+    complete: bool = False
+
+    def mask(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        """(B, 1, q, s) bool for queries start:stop and keys low:high."""
+        slots = self.queries.slots[:, start:stop]
+        keys = Tokens(self.keys.slots[:, low:high], self.keys.valid[:, low:high], self.keys.all_valid)
+        visible = visible_keys(slots, keys, self.window)
+        if self.themselves:
+            visible = visible | (slots[:, :, None] == keys.slots[:, None, :])
+        elif not (self.keys.all_valid and self.queries.all_valid):  # a filler must see something; its output is dropped
+            visible = visible | ~visible.any(-1, keepdim=True)
+        return visible[:, None]
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Keys outside [low, high) are hidden from queries start:stop; known on the host, for all devices.
+
+        The k-th query from the end has k later ones above it, so its slot is at most `span - k`: it sees none of the
+        last k keys. On a CPU the slots themselves are at hand.
+        """
+        queries, keys = self.queries.slots.shape[1], self.keys.slots.shape[1]
+        low, high = 0, min(keys, keys - queries + stop)
+        if self.complete and self.queries.slots.device.type == "cpu" and not torch.compiler.is_compiling():
+            offset = int(self.keys.slots[0, 0])
+            high = min(high, int(self.queries.slots[:, stop - 1].max()) + 1 - offset)
+        if self.window is not None and self.keys.all_valid and self.queries.all_valid:
+            low = max(0, keys - self.new + start - self.window + 1)
+        return low, max(high, low + 1)
 
 
-def _probabilities(
-    tapped: Tapped, queries: Tokens, keys: Tokens, index: Tensor, usable: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Head-averaged softmax rows (B, q, S) float32 of the chosen queries, and what each may see (B, q, S) bool."""
-    batch, heads, _, size = tapped.query.shape
-    groups = tapped.key.shape[1]
-    q = tapped.query.gather(2, index[:, None, :, None].expand(batch, heads, -1, size))
-    q = q.reshape(batch, groups, -1, size)  # the heads of one key head side by side
-    # in float32 from the start: the product may not fit float16, and ranks must not depend on the model's dtype
-    logits = torch.matmul(q.float() * tapped.scaling, tapped.key.float().transpose(2, 3))
-    if tapped.softcap is not None:
-        logits = tapped.softcap * torch.tanh(logits / tapped.softcap)
-    logits = logits.view(batch, heads, index.shape[1], -1)
-    visible = visible_keys(queries.slots.gather(1, index), keys, tapped.window) & usable[..., None]
-    probability = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1)
-    return torch.where(visible, probability, 0.0), visible
+def attend(
+    backend: Backend, sight: Sight, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of queries (B, H, Q, D) over keys and values (B, G, S, D), as the model's backend computes it.
+
+    Returns (B, Q, H, D) and the weights (B, H, Q, S) where the backend gives them (eager).
+    """
+    _check_arguments(module, kwargs)
+    maskless = sight.everything or (sight.causal and backend.mask != "additive")
+    if maskless and (backend.name != "flex_attention"):
+        return interface(backend.name, module)(module, query, key, value, None, **kwargs)
+    softcapped = kwargs.get("softcap") is not None
+    if backend.mask == "additive" or (backend.mask == "none" and softcapped):
+        mask = sight.mask(0, query.shape[2], 0, key.shape[2])
+        return interface("eager", module)(module, query, key, value, _additive(mask, query.dtype), **kwargs)
+    if backend.mask == "bool" and backend.name != "sdpa":  # someone's own function: one mask, as it expects
+        mask = sight.mask(0, query.shape[2], 0, key.shape[2])
+        return interface(backend.name, module)(module, query, key, value, mask, **kwargs)
+    return _chunked_sdpa(sight, query, key, value, kwargs.get("scaling"), kwargs.get("dropout", 0.0)), None
 
 
-def visible_keys(query_slots: Tensor, keys: Tokens, window: int | None) -> Tensor:
-    """(B, Q, S) bool: key j is no later than query i, valid, and within the block's sliding window."""
-    distance = query_slots[:, :, None] - keys.slots[:, None, :]
-    visible = (distance >= 0) & keys.valid[:, None, :]
-    return visible if window is None else visible & (distance < window)
+def _chunked_sdpa(sight: Sight, query: Tensor, key: Tensor, value: Tensor, scale, dropout: float) -> Tensor:
+    """SDPA chunk by chunk, each over the keys it can see; (B, Q, H, D)."""
+    heads, groups = query.shape[1], key.shape[1]
+    if heads != groups and key.device.type != "cpu":  # masked GQA falls back to the slow kernel elsewhere
+        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+    parts = []
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, query.shape[2])
+        low, high = sight.key_range(start, stop)
+        part = F.scaled_dot_product_attention(
+            query[:, :, start:stop],
+            key[:, :, low:high],
+            value[:, :, low:high],
+            attn_mask=sight.mask(start, stop, low, high),
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=heads != key.shape[1],
+        )
+        parts.append(part.transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def tap_attention(attention: nn.Module, listener: Callable[[nn.Module, Tapped], None]) -> Callable[[], None]:
-    """Let `listener` see queries and keys of this module's attention, which is computed by the very function as before.
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
 
-    The module gets a copy of its config that names our attention function; the model's own config, and hence its masks,
-    stay as they are. Returns the function that undoes it.
+
+def _check_arguments(module: nn.Module, kwargs: dict) -> None:
+    """UserError for an argument that changes attention in a way gathered tokens do not know."""
+    strange = [name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD]
+    if strange:
+        raise UserError(
+            f"{type(module).__name__} attends with {', '.join(strange)}, which is not understood: this model cannot be "
+            "pruned."
+        )
+
+
+def interface(name: str, module: nn.Module) -> Callable:
+    """The attention function of this name; eager is the one that stands beside the module's class."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def tap_attention(attention: nn.Module, run: Callable) -> Callable[[], None]:
+    """Let `run(module, query, key, value, mask, kwargs)` attend in place of the module's attention function.
+
+    Returns the function that undoes it.
     """
     if TAP not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(TAP, _tapped_attention)
@@ -119,7 +184,7 @@ def tap_attention(attention: nn.Module, listener: Callable[[nn.Module, Tapped], 
     tapped = copy.copy(original)
     tapped._attn_implementation_internal = TAP
     attention.config = tapped
-    attention._ftp_tap = (original._attn_implementation, listener)
+    attention._ftp_tap = run
 
     def undo() -> None:
         attention.config = original
@@ -129,11 +194,4 @@ def tap_attention(attention: nn.Module, listener: Callable[[nn.Module, Tapped], 
 
 
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    """Report to the module's listener, then attend as the model's own implementation does."""
-    implementation, listener = module._ftp_tap
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    listener(module, Tapped(query, key, scaling, kwargs.get("softcap"), sliding_window(module)))
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    return module._ftp_tap(module, query, key, value, attention_mask, kwargs)

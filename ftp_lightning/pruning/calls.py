@@ -1,4 +1,4 @@
-"""Small tools of the engine: wrapping a `forward` on the instance, changing a block's arguments, moving rows."""
+"""Small tools of the engine: wrapping a method on the instance, and changing the arguments of a call."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import inspect
 import types
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.tokens import take_rows
 
 
 class WrappedMethod:
@@ -22,9 +22,8 @@ class WrappedMethod:
     def __init__(self, module: nn.Module, name: str, run: Callable):
         self.module, self.name, self.run = module, name, run
         self.previous = module.__dict__.get(name)
-        functools.update_wrapper(
-            self, self.inner, updated=()
-        )  # not its __dict__: a wrapped wrapper keeps its own state
+        # not its __dict__: a wrapped wrapper keeps its own state
+        functools.update_wrapper(self, self.inner, updated=())
         module.__dict__[name] = self
 
     @property
@@ -41,20 +40,26 @@ class WrappedMethod:
             self.module.__dict__[self.name] = self.previous
 
 
-class BlockCall:
-    """The arguments of one call of a block, by name, whichever way they came."""
+class Signature:
+    """How a block or an attention takes its arguments."""
 
-    def __init__(self, signature: inspect.Signature, cache_name: str, args: tuple, kwargs: dict):
-        self.bound = signature.bind(*args, **kwargs)
-        self.extra_name = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    def __init__(self, module: nn.Module, cache_name: str):
+        self.bind = inspect.signature(functools.partial(type(module).forward, module)).bind
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.extra_name = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
         self.cache_name = cache_name
 
-    @property
-    def _extra(self) -> dict:
-        return self.bound.arguments.get(self.extra_name, {})
+
+class Call:
+    """The arguments of one call of a block or an attention, by name, whichever way they came."""
+
+    def __init__(self, signature: Signature, args: tuple, kwargs: dict):
+        self.signature = signature
+        self.named = dict(signature.bind(*args, **kwargs).arguments)
+        self.extra = self.named.pop(signature.extra_name, {})
 
     def get(self, name: str):
-        return self.bound.arguments.get(name, self._extra.get(name))
+        return self.named.get(name, self.extra.get(name))
 
     @property
     def hidden(self) -> Tensor:
@@ -62,54 +67,35 @@ class BlockCall:
 
     @property
     def cache(self):
-        return self.get(self.cache_name)
+        return self.get(self.signature.cache_name)
 
-    def run(self, inner: Callable, **changes) -> Tensor:
+    def run(self, inner: Callable, **changes):
         """Call `inner` with some arguments changed; `cache` stands for whatever the block calls its cache."""
         if "cache" in changes:
-            changes[self.cache_name] = changes.pop("cache")
-        named, extra = dict(self.bound.arguments), dict(self._extra)
+            changes[self.signature.cache_name] = changes.pop("cache")
+        named, extra = dict(self.named), dict(self.extra)
         for name, value in changes.items():
             (extra if name in extra else named)[name] = value
-        if self.extra_name in named or extra:
-            named.pop(self.extra_name, None)
-        output = inner(**named, **extra)
-        if not isinstance(output, Tensor):
-            raise UserError(f"a block returned {type(output).__name__}, not a tensor: this model cannot be pruned.")
-        return output
+        return inner(**named, **extra)
 
     def rows(self, index: Tensor) -> dict:
         """The arguments that go by token, for the tokens `index` (B, K) alone."""
         changes = {"hidden_states": take_rows(self.hidden, index)}
         embeddings = self.get("position_embeddings")
-        if embeddings is not None:
-            single = isinstance(embeddings, Tensor)
-            changes["position_embeddings"] = (
-                take_rows(embeddings, index) if single else tuple(take_rows(e, index) for e in embeddings)
-            )
-        if self.get("position_ids") is not None:
-            changes["position_ids"] = take_rows(self.get("position_ids"), index)
+        if isinstance(embeddings, Tensor):
+            changes["position_embeddings"] = take_rows(embeddings, index)
+        elif embeddings is not None:
+            changes["position_embeddings"] = tuple(take_rows(e, index) for e in embeddings)
+        positions = self.get("position_ids")
+        if positions is not None:
+            if positions.dim() != 2:
+                raise UserError("position_ids of shape (batch, tokens) are understood; this model has others.")
+            changes["position_ids"] = take_rows(positions, index)
         return changes
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B or 1, T, ...) at the tokens index (B, K) -> (B, K, ...)."""
-    if index.shape[0] == 1:
-        return x.index_select(1, index[0])
-    tail = x.shape[2:]
-    expanded = index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail)
-    return x.expand(index.shape[0], *x.shape[1:]).gather(1, expanded)
-
-
-def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """A copy of x (B, T, D) with the rows index (B, K) replaced."""
-    if index.shape[0] == 1:
-        return x.index_copy(1, index[0], rows)
-    return x.scatter(1, index[..., None].expand_as(rows), rows)
-
-
-def gather_index(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Kept tokens of each row in ascending order: index (B, width), valid (B, width); the rest is filled with other
-    tokens."""
-    index = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-    return index, keep.gather(1, index)
+def tensor_of(output) -> Tensor:
+    """A block's output; UserError where it is none that is understood."""
+    if not isinstance(output, Tensor):
+        raise UserError(f"a block returned {type(output).__name__}, not a tensor: this model cannot be pruned.")
+    return output

@@ -7,41 +7,66 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.attention import Tapped, Tokens, received_attention, tap_attention
-from ftp_lightning.pruning.blocks import find_decoder, query_projection
+from ftp_lightning.pruning.attention import Sight, attend, interface, tap_attention
+from ftp_lightning.pruning.blocks import find_decoder
 from ftp_lightning.pruning.cache import RoutedLayer
-from ftp_lightning.pruning.calls import BlockCall, WrappedMethod
-from ftp_lightning.pruning.gathered import run_continuation, run_gathered
+from ftp_lightning.pruning.calls import Call, WrappedMethod
+from ftp_lightning.pruning.deciding import choose
+from ftp_lightning.pruning.dense import run_dense
+from ftp_lightning.pruning.gathered import run_gathered
+from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
 from ftp_lightning.pruning.masked import run_masked
+from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
+from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
 from ftp_lightning.pruning.state import Decision, Pass, Site
+from ftp_lightning.pruning.table import ContinuationTable, PromptTable, remember_prompt
+from ftp_lightning.pruning.tokens import Rows, Tokens
 from ftp_lightning.pruning.trace import Trace
-from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.choice import RoutedPart, choose_threshold, choose_topk
+from ftp_lightning.routing.choice import RoutedPart
 from ftp_lightning.routing.fixed import FixedRouter
+
+__all__ = ["Decision", "Engine"]
 
 
 class Engine:
-    """Made by `attach`, gone after `undo`."""
+    """Made by `attach`, gone after `undo`.
+
+    Attributes:
+        current: the forward that is running; None between forwards.
+        sight: what the attention about to run may see; None = the stock attention with the stock mask.
+        part_plan: which rows enter attention and MLP of the block that is running, where these are decided apart.
+    """
 
     def __init__(self, pruner, model: nn.Module):
         self.pruner = pruner
         decoder, blocks = find_decoder(model)
         self.sites = [Site.of(block) for block in blocks]
         self.current: Pass | None = None
+        self.generation: Generation | None = None
+        self.sight: Sight | None = None
+        self.part_plan: PartPlan | None = None
         self.depositing = False
-        self._tapped: Tapped | None = None
+        self.tapped: Tapped | None = None
         self._undo: list = []
+        self._check_parts()
         try:
             self._install(model, decoder, blocks)
         except BaseException:
             self.undo()
             raise
+
+    def _check_parts(self) -> None:
+        for index, site in enumerate(self.sites):
+            if site.mlp is None and self.decides_parts:
+                raise UserError(
+                    f"block {index} has no feed-forward part that is understood (one module with its matrices, or two "
+                    "linear maps): decisions can only address whole blocks of this model.\nUse parts='block'."
+                )
 
     def _install(self, model: nn.Module, decoder: nn.Module, blocks: nn.ModuleList) -> None:
         self._config = decoder.config
@@ -49,11 +74,15 @@ class Engine:
         self._wrap(decoder, "forward", self.run_decoder, decoder)
         for index, (block, site) in enumerate(zip(blocks, self.sites)):
             self._wrap(block, "forward", self.run_block, index)
-            projection = query_projection(site.attention)
-            if projection is not None:
-                self._wrap(projection, "forward", self.run_query_projection, projection)
-            if self.pruner.router.needs_attention and self.scores_matter(index):
-                self._undo.append(tap_attention(site.attention, self._listen))
+            if site.query is not None:
+                self._wrap(site.query, "forward", self.run_query_projection, site.query)
+            if self.decides_parts:
+                entry, leave = site.mlp
+                self._wrap(site.attention, "forward", run_attention_part, self, index)
+                self._wrap(entry, "forward", run_mlp_entry, self, index)
+                if leave is not entry:
+                    self._wrap(leave, "forward", run_mlp_exit, self, index)
+            self._undo.append(tap_attention(site.attention, functools.partial(self.attend, index)))
         if hasattr(model, "generate"):
             self._wrap(model, "generate", self.run_generate, model)
 
@@ -64,99 +93,124 @@ class Engine:
         while self._undo:
             self._undo.pop()()
 
-    def run_generate(self, model: nn.Module, inner, args: tuple, kwargs: dict):
-        """`generate`, refused where it would route a prompt more than once, in pieces, or with guessed tokens behind
-        it."""
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
-
-        def asked(name: str):
-            return kwargs.get(name, getattr(config, name, None))
-
-        if asked("use_cache") is False:
-            raise UserError(
-                "generate(use_cache=False) would route the prompt anew for every token.\nLeave use_cache on."
-            )
-        if asked("prefill_chunk_size"):
-            raise UserError("prefill_chunk_size splits the prompt, which is routed whole.\nLeave it unset.")
-        if asked("assistant_model") is not None or asked("prompt_lookup_num_tokens"):
-            raise UserError(
-                "assisted decoding would route its guesses with the prompt.\nGenerate without an assistant."
-            )
-        return inner(*args, **kwargs)
-
     # ---------------------------------------------------------------- the schedule, seen from a block
+
+    @property
+    def decides_parts(self) -> bool:
+        router = self.pruner.router
+        return router.by_parts if isinstance(router, FixedRouter) else self.pruner.parts != "block"
 
     def sparsity(self, index: int) -> float:
         return self.pruner.schedule.sparsity[index]
 
     def is_routed(self, index: int) -> bool:
         router = self.pruner.router
-        return not router.keep[index].all() if isinstance(router, FixedRouter) else self.sparsity(index) > 0.0
+        return not router.is_all_kept(index) if isinstance(router, FixedRouter) else self.sparsity(index) > 0.0
+
+    @functools.cached_property
+    def routes_anything(self) -> bool:
+        return any(self.is_routed(index) for index in range(len(self.sites)))
 
     def scores_matter(self, index: int) -> bool:
         """Whether a later router reads what this block writes: not if a block in between writes every token anew."""
+        if not self.pruner.router.needs_attention or (self.pruner.router.one_pass and index):
+            return False
         for later in range(index + 1, len(self.sites)):
             if self.is_routed(later):
                 return True
-            if self.sites[later].window is None:
+            if self.sites[later].window is None and not self.pruner.router.one_pass:
                 return False
         return False
 
     # ---------------------------------------------------------------- the model's forward
 
+    def run_generate(self, model: nn.Module, inner, args: tuple, kwargs: dict):
+        """`generate`, refused where it would route a prompt more than once."""
+        before = self.generation
+        self.generation = Generation.of(model, args, kwargs, self.pruner.routing_chunk)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self.generation = before
+
     def run_decoder(self, decoder: nn.Module, inner, args: tuple, kwargs: dict):
         arguments = self._decoder_signature.bind(decoder, *args, **kwargs).arguments
-        arguments |= arguments.get("kwargs", {})
-        self.current = self._open(
-            *(arguments.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values"))
-        )
+        arguments.pop("self", None)
+        arguments |= arguments.pop("kwargs", {})
+        cache, tokens = arguments.get("past_key_values"), arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        past = cache.get_seq_length() if cache is not None else 0
+        if self.generation is not None and self.generation.guesses_in(past, tokens.shape[1]):
+            prompt, guesses = split_arguments(arguments, self.generation.prompt_end - past, past)
+            return join_outputs(self._run_once(inner, prompt, past), self.run_decoder(decoder, inner, (), guesses))
+        return self._run_once(inner, arguments, past)
+
+    def _run_once(self, inner, arguments: dict, past: int):
+        self.current = self._open(arguments, past)
         try:
-            output = inner(*args, **kwargs)
+            output = inner(**arguments)
             self._close(self.current)
             return output
         finally:
-            self.current, self._tapped = None, None
+            self.current, self.sight, self.part_plan, self.tapped = None, None, None, None
 
-    def _open(self, ids: Tensor | None, embeddings: Tensor | None, mask: Tensor | None, cache) -> Pass:
+    def _open(self, arguments: dict, past: int) -> Pass:
         """Which phase this forward is, and which of its tokens are real."""
-        tokens = embeddings if ids is None else ids
+        pruner = self.pruner
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
+        mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
         (batch, new), device = tokens.shape[:2], tokens.device
-        past = cache.get_seq_length() if cache is not None else 0
-        self._refuse(cache, mask, past + new)
+        self._refuse(cache, mask, arguments.get("position_ids"), past)
         real, past_real, padded = torch.ones(batch, new, dtype=torch.bool, device=device), None, False
         if mask is not None:
             whole = mask[:, -(past + new) :].to(torch.bool)
             padded = not bool(whole.all())
             real, past_real = whole[:, -new:], whole[:, :-new] if padded else None
-        width = new if self.pruner.masked_prompt is None else self.pruner.masked_prompt
-        routed = past == 0 or self.pruner.routing_chunk
-        part = RoutedPart.of(real[:, :width], padded, past == 0) if routed else None
-        table = torch.ones(batch, width, device=device) if self.pruner.router.needs_attention else None
-        masked = self.pruner.masked_prompt is not None
-        return Pass(real, past, past_real, padded, part, masked, table, Trace(real=real))
+        state = Pass(real, past, past_real, padded, None, masked=pruner.masked_prompt is not None)
+        state.trace = Trace(real=real)
+        chunk = pruner.routing_chunk if self.generation is None else self.generation.is_prompt(past)
+        if past == 0 or chunk:
+            self._open_prompt(state, new if pruner.masked_prompt is None else pruner.masked_prompt)
+        else:
+            self._open_continuation(state, cache)
+        return state
 
-    def _refuse(self, cache, mask: Tensor | None, tokens: int) -> None:
+    def _open_prompt(self, state: Pass, width: int) -> None:
+        state.part = RoutedPart.of(state.real[:, :width], state.padded, state.past == 0)
+        state.active = self.routes_anything
+        if state.active and self.pruner.schedule is not None:
+            state.counts = [state.part.kept(s) for s in self.pruner.schedule.sparsity]
+        if self.pruner.router.needs_attention:
+            state.table = PromptTable(len(state.real), state.part.real.shape[1], state.real.device)
+
+    def _open_continuation(self, state: Pass, cache) -> None:
+        state.follows = self.pruner.decode != "dense" and self.routes_anything
+        state.active = state.follows or any(isinstance(layer, RoutedLayer) for layer in cache.layers)
+        if state.follows and self.pruner.router.needs_attention:
+            state.table = ContinuationTable(state.real, state.past_real, state.past)
+
+    def _refuse(self, cache, mask: Tensor | None, positions: Tensor | None, past: int) -> None:
         """UserError for what cannot be computed right."""
-        if cache is not None and getattr(cache, "is_compileable", False):
+        if cache is not None and (getattr(cache, "is_compileable", False) or getattr(cache, "offloading", False)):
+            kind = "offloaded" if getattr(cache, "offloading", False) else "static"
             raise UserError(
-                "token skipping needs a dynamic key-value cache; this one is static.\n"
+                f"token skipping needs a dynamic key-value cache; this one is {kind}.\n"
                 "Leave `cache_implementation` unset."
             )
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise UserError(
                 "a TokenPruner reads padding from a (batch, tokens) attention_mask; masks of other shapes are refused."
             )
-        if self.pruner.masked_prompt is not None and cache is not None and cache.get_seq_length():
+        if mask is None and cache is None and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+            raise UserError(
+                "position_ids that start anew within a row mean packed texts, which cannot be pruned.\n"
+                "Give one text a row, with an attention_mask."
+            )
+        if self.pruner.masked_prompt is not None and past:
             raise UserError("the training forward takes the whole text in one pass, without a filled cache.")
-        if self._config._attn_implementation != self.sites[0].implementation:
+        if self._config._attn_implementation != self.sites[0].backend.name:
             raise UserError("the attention implementation was changed while a pruner is attached.\nDetach it first.")
-        for index, site in enumerate(self.sites):
-            if site.window is not None and tokens > site.window:
-                raise UserError(
-                    f"block {index} sees a sliding window of {site.window} tokens and the text has {tokens}: "
-                    "such texts cannot be pruned by this version.\n"
-                    "Use shorter texts, or a model without sliding windows."
-                )
 
     def _close(self, done: Pass) -> None:
         trace = done.trace
@@ -166,17 +220,20 @@ class Engine:
     # ---------------------------------------------------------------- a block's forward
 
     def run_block(self, index: int, inner, args: tuple, kwargs: dict):
-        state, site = self.current, self.sites[index]
+        state = self.current
         if state is None:
             return inner(*args, **kwargs)
-        call = BlockCall(site.signature, site.cache_name, args, kwargs)
-        if state.part is not None and self.is_routed(index):
-            return (run_masked if state.masked else run_gathered)(self, index, inner, call)
-        state.trace.keep.append(state.real)
-        output = run_continuation(self, index, inner, call)
-        if state.part is not None:
-            self.write_scores(state.new, state.seen, None)
-        return output
+        if not state.active:
+            state.trace.add(state.real, state.real)
+            return inner(*args, **kwargs)
+        call = Call(self.sites[index].block, args, kwargs)
+        chosen = choose(self, index, call)
+        if chosen is None:
+            state.trace.add(state.real, state.real)
+            return run_dense(self, index, inner, call)
+        if not chosen.by_block:
+            return run_parts(self, index, inner, call, chosen)
+        return (run_masked if state.masked else run_gathered)(self, index, inner, call, chosen)
 
     def run_query_projection(self, projection: nn.Module, inner, args: tuple, kwargs: dict) -> Tensor:
         """A deposit wants no queries: zeros that take no memory and no multiplication."""
@@ -185,67 +242,67 @@ class Engine:
         hidden = args[0]
         return hidden.new_zeros(()).expand(*hidden.shape[:-1], projection.out_features)
 
-    # ---------------------------------------------------------------- routing
+    def needs_keys(self, index: int, layer: RoutedLayer) -> bool:
+        """Whether a dense block has to know which tokens its cache holds; a plain decode step does not."""
+        state = self.current
+        scores = state.table is not None and self.scores_matter(index)
+        return scores or state.padded or not layer.all_valid or state.real.shape[1] > 1 or layer.window is not None
 
-    def decide(self, index: int, hidden: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """keep (B, P) bool, and how many tokens of each row that is. hidden (B, P, D): the block's input."""
-        pruner, part, state = self.pruner, self.current.part, self.current
-        if isinstance(pruner.router, FixedRouter):
-            keep = pruner.router.decision(index, part.real)
-            return keep, tuple(keep.sum(1).tolist())
-        kept = part.kept(self.sparsity(index))
-        context = self._context(index, hidden, kept)
-        by_rank = pruner.choice == "topk"
-        probability = pruner.router.probability(context) if state.masked or not by_rank else None
-        if by_rank:
-            with torch.no_grad():
-                keep = choose_topk(pruner.router.score(context), part, kept)
-        else:
-            keep = choose_threshold(probability.detach(), part, pruner.threshold)
-            kept = tuple(keep.sum(1).tolist())
-        if state.masked:
-            state.decisions.append(Decision(probability, keep, part, context))
-        return keep, kept
+    # ---------------------------------------------------------------- attention, and what it says of its keys
 
-    def _context(self, index: int, hidden: Tensor, kept: tuple[int, ...]) -> RoutingContext:
-        part, table = self.current.part, self.current.table
-        lengths, counts = (torch.tensor(n, device=hidden.device)[:, None] for n in (part.lengths, kept))
-        return RoutingContext(index, self.sparsity(index), part.real, part.position, lengths, counts, table, hidden)
-
-    def _listen(self, module: nn.Module, tapped: Tapped) -> None:
-        if self.current is not None and self.current.part is not None:
-            self._tapped = tapped
+    def attend(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, kwargs: dict):
+        site, state = self.sites[index], self.current
+        if state is not None and state.table is not None and self.scores_matter(index):
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.tapped = Tapped(query, key, scaling, kwargs.get("softcap"), site.window)
+        if self.sight is None:
+            return interface(site.backend.name, module)(module, query, key, value, mask, **kwargs)
+        return attend(site.backend, self.sight, module, query, key, value, kwargs)
 
     @torch.no_grad()
-    def write_scores(self, queries: Tokens, keys: Tokens, index_BK: Tensor | None) -> None:
-        """Write what the attention just tapped says of its keys into the table.
+    def write_scores(self, rows: Rows | None, queries: Tokens, keys: Tokens, layer: RoutedLayer | None) -> None:
+        """Write what the attention that just ran says of its keys into the table.
 
-        The new tokens' keys are the last ones: all of them in order, or those that index_BK (B, K) names. Nothing was
-        tapped where no later router reads the scores.
+        rows: where the queries stand among the new tokens; None = they are all of them. Nothing was tapped where no
+        later router reads the scores.
         """
-        state, tapped = self.current, self._tapped
+        state, tapped = self.current, self.tapped
+        self.tapped = None
         if tapped is None:
             return
-        self._tapped = None
+        if state.part is None:
+            self._write_continuation(tapped, rows, queries, keys, layer)
+            return
         width = state.part.real.shape[1]
         if state.masked:  # tokens after the routed part have no say in how it is routed
-            tapped = replace(tapped, query=tapped.query[:, :, :width], key=tapped.key[:, :, :width])
+            tapped.query, tapped.key = tapped.query[:, :, :width], tapped.key[:, :, :width]
             queries, keys = queries.first(width), keys.first(width)
         last = self.pruner.window if self.pruner.attention == "window" else None
         scores, seen = received_attention(tapped, queries, keys, last)
-        new = width if index_BK is None else index_BK.shape[1]
-        scores, seen = scores[:, -new:], seen[:, -new:]
-        if index_BK is None:
-            state.table = torch.where(seen, scores, state.table)
-        else:
-            old = state.table.gather(1, index_BK)
-            state.table = state.table.scatter(1, index_BK, torch.where(seen, scores, old))
+        if layer is not None and self.pruner.decode != "dense":
+            remember_prompt(layer, scores, seen, keys, state.span)
+        evicted = rows is not None and keys.slots.shape[1] < state.span
+        new = rows.width if evicted else width
+        state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
+
+    def _write_continuation(
+        self, tapped: Tapped, rows: Rows | None, queries: Tokens, keys: Tokens, layer: RoutedLayer
+    ) -> None:
+        scores, seen = received_by_query(tapped, queries, keys)
+        seen = seen & queries.valid[..., None]
+        if rows is not None and not rows.whole:
+            tokens = rows.keep.shape[1]
+            scores = rows.put(scores.new_zeros(len(scores), tokens, scores.shape[2]), scores)
+            seen = rows.put(seen.new_zeros(len(seen), tokens, seen.shape[2]), seen)
+        self.current.table.write(layer, scores, seen, keys)
 
     # ---------------------------------------------------------------- the cache's layers
 
-    def layer(self, cache, index: int):
-        """The cache's layer of a block, whatever its kind; None where there is none yet."""
-        return None if cache is None or len(cache.layers) <= index else cache.layers[index]
+    def layer(self, cache, index: int) -> RoutedLayer | None:
+        """The cache's layer of a block where it is a routed one."""
+        layer = None if cache is None or len(cache.layers) <= index else cache.layers[index]
+        return layer if isinstance(layer, RoutedLayer) else None
 
     def routed_layer(self, cache, index: int, complete: bool) -> RoutedLayer | None:
         """The cache's layer of a block in its routed form; None without a cache."""
@@ -255,5 +312,6 @@ class Engine:
             cache.layers.extend(cache.layer_class_to_replicate() for _ in range(index + 1 - len(cache.layers)))
         layer = cache.layers[index]
         if not isinstance(layer, RoutedLayer):
-            layer = cache.layers[index] = RoutedLayer.adopt(layer, complete, self.current.past_real)
+            layer = RoutedLayer.adopt(layer, complete, self.sites[index].window, self.current.past_real)
+            cache.layers[index] = layer
         return layer

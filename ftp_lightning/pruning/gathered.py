@@ -1,110 +1,111 @@
 """The gathered executor: a block run on the kept rows, on new keys and values put where they belong.
 
-Shapes: B rows, T new tokens, K kept tokens of the fullest row, G key heads, D head size.
+Shapes: B rows, T new tokens, K kept tokens of the fullest row, G key heads, S keys, D head size.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.attention import Tokens
+from ftp_lightning.pruning.attention import Sight
 from ftp_lightning.pruning.cache import Deposited, DepositPort, Port, RoutedLayer
-from ftp_lightning.pruning.calls import BlockCall, gather_index, put_rows, take_rows
-from ftp_lightning.pruning.masks import attention_mask
+from ftp_lightning.pruning.calls import Call, tensor_of
+from ftp_lightning.pruning.state import Chosen
+from ftp_lightning.pruning.tokens import Rows, Tokens
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.engine import Engine
 
 
-def run_gathered(engine: Engine, index: int, inner, call: BlockCall) -> Tensor:
+def run_gathered(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
     """Rows gathered, the block run on them, rows scattered back; skipped rows get `skip`. (B, T, hidden)."""
-    state, hidden, mode = engine.current, call.hidden, engine.pruner.kv[index]
-    keep, kept = engine.decide(index, hidden)
-    state.trace.keep.append(keep)
-    even = len(set(kept)) == 1
-    index_BK, valid = gather_index(keep, max(kept))
-    queries = Tokens(index_BK + state.past, valid, even)
-    if mode == "keep":
-        port, keys = _keep_port(engine, index, inner, call, keep, index_BK, even)
+    rows = chosen.attention
+    engine.current.trace.add(rows.keep, rows.keep)
+    output = run_rows(engine, index, inner, call, rows)
+    update = engine.pruner.skip_update(call.hidden, index, "block")
+    base = call.hidden if update is None else call.hidden + update
+    return base if output is None else rows.put(base, tensor_of(output))
+
+
+def run_rows(engine: Engine, index: int, inner, call: Call, rows: Rows):
+    """What `inner` (a block, or its attention) returns for the kept rows; None where no row keeps a token.
+
+    Whatever a skipped token leaves behind in the cache (`keep`: its key and value; `evict`: that it was seen) is there
+    afterwards.
+    """
+    state = engine.current
+    queries = Tokens(rows.index + state.past, rows.valid, rows.even)
+    complete = engine.pruner.kv[index] == "keep"
+    layer = engine.routed_layer(call.cache, index, complete)
+    if complete:
+        layer = RoutedLayer(True) if layer is None else layer  # without a cache it lives for this call alone
+        cache, keys = _keep(engine, index, inner, call, rows, layer)
     else:
-        port, keys = _evict_port(engine, index, inner, call, queries)
-    base = engine.pruner.skip_function(hidden, index)
-    if not index_BK.shape[1]:
-        return base
-    mask = attention_mask(engine.sites[index], state, queries, keys, hidden.dtype)
-    rows = call.run(inner, **call.rows(index_BK), attention_mask=mask, cache=port)
-    if not even:
-        rows = torch.where(valid[..., None], rows, take_rows(base, index_BK))
-    engine.write_scores(queries, keys, index_BK if mode == "evict" else None)
-    return put_rows(base, index_BK, rows)
+        cache, keys = _evict(engine, index, inner, call, rows, queries, layer)
+    if not rows.width:
+        return None
+    engine.sight = _sight(engine, index, queries, keys, layer)
+    output = call.run(inner, **call.rows(rows.index), attention_mask=None, cache=cache)
+    engine.sight = None
+    engine.write_scores(rows, queries, keys, layer)
+    return output
 
 
-def run_continuation(engine: Engine, index: int, inner, call: BlockCall) -> Tensor:
-    """New tokens on a filled cache, all computed (decode policy `dense`)."""
-    layer = engine.layer(call.cache, index)
-    if not isinstance(layer, RoutedLayer):
-        return call.run(inner)
-    new = engine.current.new
-
-    def store(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        layer.append(keys, values, new, new.slots.shape[1])
-        return layer.keys, layer.values
-
-    if layer.complete:  # stored as seen: the model's own mask fits
-        return call.run(inner, cache=Port(call.cache, store))
-    keys = layer.tokens.followed_by(new)
-    mask = attention_mask(engine.sites[index], engine.current, new, keys, call.hidden.dtype)
-    return call.run(inner, cache=Port(call.cache, store), attention_mask=mask)
+def _sight(engine: Engine, index: int, queries: Tokens, keys: Tokens, layer: RoutedLayer | None) -> Sight:
+    state, window = engine.current, engine.sites[index].window
+    unbounded = window is None or state.span <= window
+    plain = unbounded and keys.all_valid and queries.all_valid
+    single = state.real.shape[1] == 1  # one query out of several new tokens must not see what comes after it
+    complete = layer is not None and layer.complete
+    new = state.real.shape[1] if engine.pruner.kv[index] == "keep" else queries.slots.shape[1]
+    return Sight(
+        queries, keys, None if unbounded else window, new,
+        causal=plain and keys is queries, everything=plain and single, complete=complete,
+    )  # fmt: skip
 
 
-def _evict_port(engine: Engine, index: int, inner, call: BlockCall, queries: Tokens) -> tuple[Port | None, Tokens]:
+def _evict(
+    engine: Engine, index: int, inner, call: Call, rows: Rows, queries: Tokens, layer: RoutedLayer | None
+) -> tuple[object, Tokens]:
     """Skipped tokens give no key and no value: the cache gets the kept ones. And the keys that the queries may see."""
-    seen = engine.current.real.shape[1]
-    layer = engine.routed_layer(call.cache, index, complete=False)
     if layer is None:
         return None, queries
-    if not queries.slots.shape[1]:  # nothing is kept in any row: the layer learns its shape, and how much was seen
+    seen = rows.keep.shape[1]
+    layer.complete = False
+    if rows.width:
+        keys = layer.tokens.followed_by(queries) if layer.is_initialized else queries
+        layer.expect(queries, seen)
+        return call.cache, keys
+    if layer.is_initialized:
+        layer.skip(seen)
+    else:  # nothing is kept in any row: the layer learns its shape, and how much was seen
         first = engine.current.new.slots[:, :1] - engine.current.past
         keys, values = _deposit(engine, index, inner, call, first)
         layer.append(keys[:, :, :0], values[:, :, :0], queries, seen)
-    keys = layer.tokens.followed_by(queries) if layer.seen else queries
+    return call.cache, queries
+
+
+def _keep(engine: Engine, index: int, inner, call: Call, rows: Rows, layer: RoutedLayer) -> tuple[Port, Tokens]:
+    """Keys and values for all tokens: those of the skipped ones are deposited first, then merged in order."""
+    new, tokens = engine.current.new, rows.keep.shape[1]
+    # rows alike: kept and skipped tokens make up the row; else a deposit for every token, and the kept ones replaced
+    deposited = _deposit(engine, index, inner, call, rows.rest.index if rows.even else None)
+    keys = layer.tokens.followed_by(new) if layer.is_initialized else new
 
     def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        layer.append(k, v, queries, seen)
-        return layer.keys, layer.values
+        k, v = (_merge(rows, fresh, old) for fresh, old in zip((k, v), deposited))
+        return layer.append(k, v, new, tokens)
 
+    if not rows.width:
+        layer.append(*deposited, new, tokens)
     return Port(call.cache, store), keys
 
 
-def _keep_port(
-    engine: Engine, index: int, inner, call: BlockCall, keep: Tensor, index_BK: Tensor, even: bool
-) -> tuple[Port, Tokens]:
-    """Keys and values for all tokens: those of the skipped ones are deposited first, then merged in order."""
-    state, tokens = engine.current, keep.shape[1]
-    layer = engine.routed_layer(call.cache, index, complete=True) or RoutedLayer(complete=True)
-    # rows alike: kept and skipped tokens make up the row; else a deposit for every token, and the kept ones replaced
-    rest = gather_index(~keep, tokens - index_BK.shape[1])[0] if even else None
-    deposit = _deposit(engine, index, inner, call, rest)
-    new = state.new
-
-    def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        merged = (_merge(fresh, old, index_BK, rest, keep) for fresh, old in zip((k, v), deposit))
-        layer.append(*merged, new, tokens)
-        return layer.keys, layer.values
-
-    if not index_BK.shape[1]:
-        layer.append(*deposit, new, tokens)
-    return Port(call.cache, store), state.seen
-
-
-def _deposit(engine: Engine, index: int, inner, call: BlockCall, rest: Tensor | None):
-    """Keys and values (B, G, R, D) of the tokens `rest` (B, R), or of all tokens: the block is run up to its cache."""
-    if rest is not None and rest.shape[1] == 0:
-        return None, None
+def _deposit(engine: Engine, index: int, inner, call: Call, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, R, D) of the tokens `rest` (B, R), or of all tokens: `inner` is run up to its cache."""
     port = DepositPort(call.cache)
     engine.depositing = True
     try:
@@ -116,21 +117,23 @@ def _deposit(engine: Engine, index: int, inner, call: BlockCall, rest: Tensor | 
     raise UserError(f"block {index} did not hand keys and values to its cache: this model cannot be pruned this way.")
 
 
-def _merge(new: Tensor, deposited: Tensor | None, index_BK: Tensor, rest: Tensor | None, keep: Tensor) -> Tensor:
-    """Keys (or values) of all tokens in order: `new` (B, G, K, D) at index_BK, `deposited` at `rest` (or
-    everywhere)."""
-    if deposited is None:
-        return _in_order(new, index_BK)
-    if rest is not None:
-        return _in_order(torch.cat([new, deposited], 2), torch.cat([index_BK, rest], 1))
-    valid = keep.gather(1, index_BK)[:, None, :, None]
-    at = index_BK[:, None, :, None].expand_as(new)
-    return deposited.scatter(2, at, torch.where(valid, new, deposited.gather(2, at)))
+def _merge(rows: Rows, fresh: Tensor, deposited: Tensor) -> Tensor:
+    """Keys (or values) (B, G, T, D) of all tokens in order: `fresh` (B, G, K, D) where tokens are kept, `deposited`
+    elsewhere. A token's heads stay side by side in memory, as the projections leave them."""
+    fresh, deposited = fresh.transpose(1, 2), deposited.transpose(1, 2)
+    if rows.even:
+        batch, tokens = rows.keep.shape
+        merged = fresh.new_empty(batch, tokens, *fresh.shape[2:])
+        _put_(merged, rows.index, fresh)
+        _put_(merged, rows.rest.index, deposited)
+    else:
+        merged = rows.put(deposited.flatten(2), fresh.flatten(2)).view_as(deposited)
+    return merged.transpose(1, 2)
 
 
-def _in_order(x: Tensor, tokens: Tensor) -> Tensor:
-    """x (B, G, T, D), whose entry j belongs to token tokens[:, j], in ascending order of tokens."""
-    inverse = tokens.argsort(dim=1)
-    if inverse.shape[0] == 1:
-        return x.index_select(2, inverse[0])
-    return x.gather(2, inverse[:, None, :, None].expand_as(x))
+def _put_(target: Tensor, index: Tensor, source: Tensor) -> None:
+    """target (B, T, ...) gets the rows source (B, n, ...) at index (B, n), in place."""
+    if len(target) == 1:
+        target.index_copy_(1, index[0], source)
+    else:
+        target.scatter_(1, index.view(*index.shape, 1, 1).expand_as(source), source)

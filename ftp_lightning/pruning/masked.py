@@ -8,37 +8,48 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ftp_lightning.pruning.attention import Tokens
-from ftp_lightning.pruning.calls import BlockCall
-from ftp_lightning.pruning.masks import attention_mask
-from ftp_lightning.routing.fixed import FixedRouter
+from ftp_lightning.pruning.attention import Sight
+from ftp_lightning.pruning.calls import Call, tensor_of
+from ftp_lightning.pruning.state import Chosen
+from ftp_lightning.pruning.tokens import Tokens
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.engine import Engine
 
 
-def run_masked(engine: Engine, index: int, inner, call: BlockCall) -> Tensor:
+def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
     """keep * block(x) + (1 - keep) * skip(x), with a straight-through gate: d/dp = block(x) - skip(x).
 
-    Under `evict` keys of skipped tokens are hidden from all but themselves. What a skipped token's row computes is used
-    for its gate's gradient alone. Tokens after the routed part are all computed, as a continuation is. (B, T, hidden).
+    What a skipped token's row computes is used for its gate's gradient alone. Tokens after the routed part are all
+    computed, as a continuation is. (B, T, hidden).
     """
-    state, hidden = engine.current, call.hidden
-    routed = state.part.real.shape[1]
-    keep, _ = engine.decide(index, hidden[:, :routed])
-    tail = state.real[:, routed:]
-    whole = torch.cat([keep, tail], 1)
-    state.trace.keep.append(whole)
+    keep = chosen.attention.keep
+    engine.current.trace.add(keep, keep)
+    rows = tensor_of(run_all_rows(engine, index, inner, call, keep))
+    update = engine.pruner.skip_update(call.hidden, index, "block")
+    base = call.hidden if update is None else call.hidden + update
+    return gated(rows, base, keep, chosen.gates[0])
+
+
+def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor):
+    """What `inner` (a block, or its attention) returns for all rows; under `evict` keys of skipped tokens are hidden
+    from all but themselves."""
+    state, window = engine.current, engine.sites[index].window
     slots = state.new.slots
-    keys = Tokens(slots, whole if engine.pruner.kv[index] == "evict" else state.real, False)
-    queries = Tokens(slots, state.real, False)
-    mask = attention_mask(engine.sites[index], state, queries, keys, hidden.dtype, themselves=True)
-    rows = call.run(inner, attention_mask=mask, cache=None)
-    engine.write_scores(Tokens(slots, whole, False), keys, None)
-    base = engine.pruner.skip_function(hidden, index)
-    output = torch.where(whole[..., None], rows, base)
-    if isinstance(engine.pruner.router, FixedRouter):
+    keys = Tokens(slots, keep if engine.pruner.kv[index] == "evict" else state.real, False)
+    engine.sight = Sight(Tokens(slots, state.real, False), keys, window, slots.shape[1], themselves=True)
+    output = call.run(inner, attention_mask=None, cache=None)
+    engine.sight = None
+    engine.write_scores(None, Tokens(slots, keep, False), keys, None)
+    return output
+
+
+def gated(rows: Tensor, base: Tensor, keep: Tensor, probability: Tensor | None) -> Tensor:
+    """rows where keep, base elsewhere (B, T, D), with d/dp = rows - base for p_compute (B, P) of the routed tokens."""
+    output = torch.where(keep[..., None], rows, base)
+    if probability is None:
         return output
-    probability = state.decisions[-1].probability
-    gate = torch.cat([probability - probability.detach(), torch.zeros_like(tail, dtype=probability.dtype)], 1)
+    gate = probability - probability.detach()
+    tail = keep.shape[1] - gate.shape[1]
+    gate = torch.nn.functional.pad(gate, (0, tail))
     return output + (gate[..., None] * (rows - base).detach()).to(output.dtype)

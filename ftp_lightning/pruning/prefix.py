@@ -7,7 +7,6 @@ Shapes: B rows, S tokens that entered the model (prompt and continuation, the te
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.pruning.blocks import cache_name, find_attention, find_blocks, sliding_window
-from ftp_lightning.pruning.calls import BlockCall
+from ftp_lightning.pruning.calls import Call, Signature
 
 
 @dataclass
@@ -101,8 +100,7 @@ def _forward_replaced(block: nn.Module, forward: Callable) -> Iterator[None]:
 
 def _return_stored(index: int, block: nn.Module, states: BlockStates | None, *args, **kwargs) -> Tensor:
     """What a block below the first that runs does instead of computing."""
-    signature = inspect.signature(functools.partial(type(block).forward, block))
-    call = BlockCall(signature, cache_name(block), args, kwargs)
+    call = Call(Signature(block, cache_name(block)), args, kwargs)
     hidden, cache = call.hidden, call.cache
     if cache is None:
         raise ValueError("a forward that starts above the first block needs a key-value cache")

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.deciding import PARTS
 from ftp_lightning.pruning.engine import Decision, Engine
+from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Router
 from ftp_lightning.routing.fixed import FixedRouter
@@ -16,16 +18,19 @@ from ftp_lightning.schedule import Schedule
 
 KV = ("evict", "keep")
 CHOICES = ("topk", "threshold")
-DECODE = ("dense",)
 ATTENTION = ("window", "exact")
 
 
-def identity_skip(hidden: Tensor, block: int) -> Tensor:
-    """What a skipped token gets from a block: nothing, its hidden state stays (paper). hidden (B, T, D)."""
-    return hidden
+def identity_skip(hidden: Tensor, block: int, part: str) -> Tensor | None:
+    """The update a skipped token gets from a block (or its attention, or its MLP) instead of the computed one.
+
+    hidden (B, T, D) is the input of that block or part. Returns (B, T, D), or None for no update: the hidden state
+    stays (paper).
+    """
+    return None
 
 
-SKIP: dict[str, Callable[[Tensor, int], Tensor]] = {"identity": identity_skip}
+SKIP: dict[str, Callable[[Tensor, int, str], Tensor | None]] = {"identity": identity_skip}
 
 
 class TokenPruner:
@@ -38,10 +43,14 @@ class TokenPruner:
             projection and MLP are saved), or a list of them, one per block.
         choice: "topk" (exactly the scheduled number of tokens [ours]) or "threshold" (where p_compute > `threshold`;
         paper).
-        decode: policy for continuation tokens; "dense" computes all of them.
+        decode: policy for continuation tokens: "dense" computes all of them, "threshold" skips a block where p_compute
+            < `threshold`, "strict" where p_compute < 0.5 and the row's skipped share stays within s_l (paper, Section
+            4.4). The last two ask the device at every routed block how many tokens skip.
         attention: queries that the attention score averages over: the last `window` kept ones, or "exact" = all kept
         ones.
         skip: what a skipped token gets: "identity" (paper).
+        parts: what a decision addresses: "block" (paper), "attention", "mlp", or "attention+mlp", both apart. The
+            schedule's s_l then is that of the part. A FixedRouter says itself what it addresses.
 
     A forward on an empty cache (or none) is a *prompt* and is routed; a forward on a filled cache is a *continuation*
     and follows `decode`. `with pruner.prompt():` makes a call on a filled cache a routed chunk: ranked within the
@@ -63,19 +72,23 @@ class TokenPruner:
         attention: str = "window",
         window: int = 32,
         skip: str = "identity",
+        parts: str = "block",
     ):
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
-        if schedule is not None and isinstance(router, FixedRouter) and len(router.keep) != schedule.num_blocks:
-            raise ValueError(f"FixedRouter decides {len(router.keep)} blocks, the schedule has {schedule.num_blocks}")
+        if schedule is not None and isinstance(router, FixedRouter) and router.num_blocks != schedule.num_blocks:
+            raise ValueError(f"FixedRouter decides {router.num_blocks} blocks, the schedule has {schedule.num_blocks}")
+        if schedule is not None:
+            router.check_schedule(schedule)
         self.router, self.schedule = router, schedule
-        blocks = len(router.keep) if schedule is None else schedule.num_blocks
+        blocks = router.num_blocks if schedule is None else schedule.num_blocks
         self.kv = _per_block(kv, blocks)
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
         self.attention = _one_of("attention", attention, ATTENTION)
         self.skip = _one_of("skip", skip, tuple(SKIP))
-        self.skip_function = SKIP[skip]
+        self.skip_update = SKIP[skip]
+        self.parts = _one_of("parts", parts, PARTS)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}, must be in [0, 1]")
         if window < 1:
@@ -110,6 +123,7 @@ class TokenPruner:
             raise UserError("another pruner is attached to this model; detach it first.")
         if len(blocks) != len(self.kv):
             raise UserError(f"the pruner was made for {len(self.kv)} blocks, the model has {len(blocks)}.")
+        self.router.check_model(len(blocks), decoder.config.hidden_size)
         if self._base is not None:
             check_base(self._base, model)
         self.router.to(next(model.parameters()).device)
@@ -157,7 +171,7 @@ class TokenPruner:
 
     def settings(self) -> dict:
         """Everything but router and schedule, JSON-able: `TokenPruner(router, schedule, **settings)` is this pruner."""
-        names = ("choice", "threshold", "decode", "attention", "window", "skip")
+        names = ("choice", "threshold", "decode", "attention", "window", "skip", "parts")
         return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
 
     def with_schedule(self, schedule: Schedule) -> TokenPruner:

@@ -6,45 +6,47 @@ A *slot* is a token's place among all tokens seen, padding included; `past` slot
 
 from __future__ import annotations
 
-import functools
-import inspect
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.attention import Tokens
-from ftp_lightning.pruning.blocks import cache_name, find_attention, sliding_window
+from ftp_lightning.pruning.attention import Backend
+from ftp_lightning.pruning.blocks import cache_name, find_attention, find_mlp, query_projection, sliding_window
+from ftp_lightning.pruning.calls import Signature
+from ftp_lightning.pruning.table import ContinuationTable, PromptTable
+from ftp_lightning.pruning.tokens import Rows, Tokens
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import RoutingContext
 from ftp_lightning.routing.choice import RoutedPart
 
-IMPLEMENTATIONS = ("sdpa", "eager")
-
 
 @dataclass(frozen=True)
 class Site:
-    """A block as the engine sees it."""
+    """A block as the engine sees it. `mlp`: where tokens enter and leave its feed-forward part."""
 
-    signature: inspect.Signature
-    cache_name: str
+    block: Signature
     attention: nn.Module
+    part: Signature
+    mlp: tuple[nn.Module, nn.Module] | None
+    query: nn.Module | None
     window: int | None
-    implementation: str
+    backend: Backend
 
     @staticmethod
     def of(block: nn.Module) -> Site:
         """UserError where the block's attention implementation wants masks that the engine does not make."""
         attention = find_attention(block)
-        implementation = attention.config._attn_implementation
-        if implementation not in IMPLEMENTATIONS:
-            raise UserError(
-                f"attention implementation {implementation!r} cannot be pruned by this version.\n"
-                f"Load the model with attn_implementation={' or '.join(map(repr, IMPLEMENTATIONS))}."
-            )
-        signature = inspect.signature(functools.partial(type(block).forward, block))
-        return Site(signature, cache_name(block), attention, sliding_window(attention), implementation)
+        return Site(
+            Signature(block, cache_name(block)),
+            attention,
+            Signature(attention, cache_name(attention)),
+            find_mlp(block),
+            query_projection(attention),
+            sliding_window(attention),
+            Backend.of(attention),
+        )
 
 
 @dataclass
@@ -61,11 +63,30 @@ class Decision:
 
 
 @dataclass
+class Chosen:
+    """What one block does with the new tokens: the rows that enter its attention and those that enter its MLP.
+
+    For decisions about whole blocks both are one object; a part that is None computes all tokens. `gates` are the
+    router's p_compute of the two (training).
+    """
+
+    attention: Rows | None
+    mlp: Rows | None
+    gates: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def by_block(self) -> bool:
+        return self.attention is self.mlp
+
+
+@dataclass
 class Pass:
     """One forward of the model.
 
-    real (B, T) and past_real (B, past; None without padding) mark real tokens; part is None for a continuation; masked
-    = the training executor; table (B, P) holds the latest attention scores.
+    real (B, T) and past_real (B, past; None without padding) mark real tokens; part is None for a continuation.
+    `active`: some block does something else than the stock model. masked = the training executor. `follows`: this
+    continuation obeys a decode policy. counts[l]: kept tokens of each row in block l under the schedule, on the host;
+    kept (N, B) the same on the device. memo: what routers carry from block to block.
     """
 
     real: Tensor
@@ -73,23 +94,27 @@ class Pass:
     past_real: Tensor | None
     padded: bool
     part: RoutedPart | None
+    active: bool = True
     masked: bool = False
-    table: Tensor | None = None
+    follows: bool = False
+    table: PromptTable | ContinuationTable | None = None
+    counts: list[tuple[int, ...]] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     decisions: list[Decision] = field(default_factory=list)
+    memo: dict = field(default_factory=dict)
 
     @property
     def span(self) -> int:
         """Slots seen when this forward is done."""
         return self.past + self.real.shape[1]
 
-    @property
+    @cached_property
     def new(self) -> Tokens:
         """The tokens of this forward."""
         slots = torch.arange(self.past, self.span, device=self.real.device).expand(self.real.shape)
         return Tokens(slots, self.real, not self.padded)
 
-    @property
+    @cached_property
     def seen(self) -> Tokens:
         """All tokens, those of earlier forwards first."""
         if not self.past:
@@ -97,3 +122,28 @@ class Pass:
         slots = torch.arange(self.past, device=self.real.device).expand(self.real.shape[0], self.past)
         valid = torch.ones_like(slots, dtype=torch.bool) if self.past_real is None else self.past_real
         return Tokens(slots, valid, not self.padded).followed_by(self.new)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """(B, T) int64, index of each new token among its row's real tokens."""
+        if not self.padded:
+            return self.new.slots
+        before = 0 if self.past_real is None else self.past_real.sum(1, keepdim=True)
+        return (before + self.real.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def host_lengths(self) -> list[list[int]]:
+        """For every new token the number of its row's real tokens up to itself."""
+        if not self.padded:
+            return [list(range(self.past + 1, self.span + 1))] * len(self.real)
+        return (self.position + 1).tolist()
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """(N, B) int64."""
+        return torch.tensor(self.counts, device=self.real.device)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B, 1) int64, real tokens of each row of the routed part."""
+        return torch.tensor(self.part.lengths, device=self.real.device)[:, None]

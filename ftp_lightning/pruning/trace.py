@@ -13,28 +13,43 @@ class Trace:
     """Decisions of the last forward.
 
     Attributes:
-        keep: one bool tensor (B, T) per block, True = the token was computed; padding is False everywhere.
+        keep: one bool tensor (B, T) per block, True = the token entered the block; padding is False everywhere.
+        keep_attention, keep_mlp: the same of the block's two parts. For decisions about whole blocks all three agree;
+            otherwise `keep` is where at least one part was computed.
         real: (B, T) bool, False for padding.
         prompt: the trace of the last routed prompt, also while `generate` goes on past it; None before the first.
     """
 
     keep: list[Tensor] = field(default_factory=list)
+    keep_attention: list[Tensor] = field(default_factory=list)
+    keep_mlp: list[Tensor] = field(default_factory=list)
     real: Tensor | None = None
     prompt: Trace | None = None
 
+    def add(self, attention: Tensor, mlp: Tensor) -> None:
+        """The next block's decision, (B, T) bool for each part."""
+        self.keep.append(attention if attention is mlp else attention | mlp)
+        self.keep_attention.append(attention)
+        self.keep_mlp.append(mlp)
+
     @property
     def sparsity(self) -> list[float]:
-        """Realised token sparsity of each block: the share of real tokens that skipped it.
+        """Realised token sparsity of each block: the share of real tokens that skipped it; a part counts half.
 
         After a training forward it is that of the whole text, its dense rest included.
         """
         if not self.keep:
             return []
-        total = self.real.sum()
-        return (1.0 - torch.stack([k.sum() for k in self.keep]) / total.clamp(min=1)).tolist()
+        computed = self._computed().sum(1) / 2
+        return (1.0 - computed / self.real.sum().clamp(min=1)).tolist()
 
     @property
     def row_sparsity(self) -> Tensor:
         """(B,) float: realised token sparsity of each row, averaged over the blocks."""
-        computed = torch.stack(self.keep).sum((0, 2)).to(torch.float64)
+        computed = self._computed().sum(0).to(torch.float64) / 2
         return 1.0 - computed / (self.real.sum(1).clamp(min=1) * len(self.keep))
+
+    def _computed(self) -> Tensor:
+        """(N, B): tokens computed, attention and MLP added up."""
+        parts = zip(self.keep_attention or self.keep, self.keep_mlp or self.keep)
+        return torch.stack([attention.sum(1) + mlp.sum(1) for attention, mlp in parts])

@@ -50,18 +50,19 @@ class RoutedPart:
         return tuple(kept_tokens(n, sparsity, r) for n, r in zip(self.lengths, self.reserved_counts))
 
 
-def choose_topk(score: Tensor, part: RoutedPart, kept: tuple[int, ...]) -> Tensor:
+def choose_topk(score: Tensor, part: RoutedPart, kept: tuple[int, ...], counts: Tensor | None = None) -> Tensor:
     """Exactly `kept[b]` tokens with the highest score in row b, the reserved ones first [ours]; ties go to the earlier
     token.
 
-    Args: score (B, T). Returns keep (B, T) bool. Invariant: keep.sum(1) == kept, keep <= real.
+    Args: score (B, T); counts (B, 1): `kept` where it is on the device already. Returns keep (B, T) bool.
+    Invariant: keep.sum(1) == kept, keep <= real.
     """
     ranked = score.masked_fill(part.reserved, torch.inf).masked_fill(~part.real, -torch.inf)
     order = ranked.sort(dim=1, descending=True, stable=True).indices
     if len(set(kept)) == 1:
         return torch.zeros_like(part.real).scatter(1, order[:, : kept[0]], True)
     rank = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    counts = torch.tensor(kept, device=score.device)[:, None]
+    counts = torch.tensor(kept, device=score.device)[:, None] if counts is None else counts
     return torch.zeros_like(part.real).scatter(1, order, rank < counts)
 
 

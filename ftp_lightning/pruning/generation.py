@@ -1,0 +1,83 @@
+"""What `generate` does to the phase rule: which of its forwards bring prompt tokens, and which it cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ftp_lightning.errors import UserError
+
+_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One call of `generate`: `prompt_end` slots are its prompt; they are routed (`routes`) also where the prompt comes
+    in chunks, and never together with guesses behind them (`guesses`: assisted decoding)."""
+
+    prompt_end: int
+    routes: bool
+    guesses: bool
+
+    @staticmethod
+    def of(model: nn.Module, args: tuple, kwargs: dict, routing_chunk: bool) -> Generation:
+        """UserError for what cannot be pruned right."""
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+
+        def asked(name: str):
+            return kwargs.get(name, getattr(config, name, None))
+
+        if asked("use_cache") is False:
+            raise UserError(
+                "generate(use_cache=False) would route the prompt anew for every token.\nLeave use_cache on."
+            )
+        if asked("assistant_early_exit"):
+            raise UserError(
+                "assistant_early_exit drafts with the pruned model's own first blocks; that is not supported.\n"
+                "Use an assistant_model or prompt_lookup_num_tokens."
+            )
+        guesses = asked("assistant_model") is not None or bool(asked("prompt_lookup_num_tokens"))
+        cache = kwargs.get("past_key_values")
+        fresh = cache is None or cache.get_seq_length() == 0
+        return Generation(_prompt_length(args, kwargs), fresh or routing_chunk, guesses)
+
+    def is_prompt(self, past: int) -> bool:
+        """Whether a forward that starts at this slot brings prompt tokens to be routed."""
+        return self.routes and past < self.prompt_end
+
+    def guesses_in(self, past: int, new: int) -> bool:
+        """Whether a forward brings the end of the prompt and guesses behind it."""
+        return self.guesses and past < self.prompt_end < past + new
+
+
+def _prompt_length(args: tuple, kwargs: dict) -> int:
+    """Slots of the prompt, those already in the cache included; 1 where `generate` starts from its own first token."""
+    given = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))
+    lengths = [x.shape[1] for x in (*args[:1], *given) if isinstance(x, torch.Tensor) and x.dim() >= 2]
+    return max(lengths, default=1)
+
+
+def split_arguments(arguments: dict, cut: int, past: int) -> tuple[dict, dict]:
+    """A decoder's arguments for its first `cut` new tokens, and for the rest."""
+    first, second = dict(arguments), dict(arguments)
+    for name in _BY_TOKEN:
+        x = arguments.get(name)
+        if isinstance(x, torch.Tensor):
+            first[name], second[name] = (x[:, :cut], x[:, cut:]) if x.shape[1] > 1 else (x, x)
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        first["attention_mask"] = mask[:, : past + cut]
+    return first, second
+
+
+def join_outputs(first, second):
+    """The output of both calls as if it had been one; UserError for what cannot be joined."""
+    if first.get("attentions") or second.get("attentions"):
+        raise UserError("output_attentions is not supported with assisted decoding while a pruner is attached.")
+    second["last_hidden_state"] = torch.cat([first["last_hidden_state"], second["last_hidden_state"]], 1)
+    if second.get("hidden_states"):
+        pairs = zip(first["hidden_states"], second["hidden_states"])
+        second["hidden_states"] = tuple(torch.cat(pair, 1) for pair in pairs)
+    return second

@@ -1,0 +1,96 @@
+"""Decisions about parts of a block: its attention and its MLP are entered by different tokens.
+
+The block runs on all rows (norms and residuals cost next to nothing); its attention module and its feed-forward part
+are wrapped, gather the rows that enter them and return an update of zero for the others.
+
+Shapes: B rows, T new tokens, K kept tokens of the fullest row, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ftp_lightning.pruning.calls import Call
+from ftp_lightning.pruning.dense import run_dense
+from ftp_lightning.pruning.gathered import run_rows
+from ftp_lightning.pruning.masked import gated, run_all_rows
+from ftp_lightning.pruning.state import Chosen
+from ftp_lightning.pruning.tokens import Rows
+
+if TYPE_CHECKING:
+    from ftp_lightning.pruning.engine import Engine
+
+
+@dataclass
+class PartPlan:
+    """The rows of the block that is running; `mlp_base` (B, T, D): what those that skip its MLP get from it."""
+
+    attention: Rows | None
+    mlp: Rows | None
+    gates: tuple[Tensor | None, Tensor | None]
+    mlp_base: Tensor | None = None
+
+
+def run_parts(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
+    """The block with `chosen` in force for its two parts. (B, T, D)."""
+    real = engine.current.real
+    attention, mlp = (real if rows is None else rows.keep for rows in (chosen.attention, chosen.mlp))
+    engine.current.trace.add(attention, mlp)
+    engine.part_plan = PartPlan(chosen.attention, chosen.mlp, chosen.gates)
+    try:
+        return run_dense(engine, index, inner, call) if chosen.attention is None else call.run(inner)
+    finally:
+        engine.part_plan = None
+
+
+def run_attention_part(engine: Engine, index: int, inner, args: tuple, kwargs: dict):
+    """An attention module's forward: (update (B, T, D), None)."""
+    plan = engine.part_plan
+    if plan is None or plan.attention is None:
+        return inner(*args, **kwargs)
+    call = Call(engine.sites[index].part, args, kwargs)
+    base = _skipped(engine, call.hidden, index, "attention")
+    if engine.current.masked:
+        output = run_all_rows(engine, index, inner, call, plan.attention.keep)
+        return gated(output[0], base, plan.attention.keep, plan.gates[0]), None
+    output = run_rows(engine, index, inner, call, plan.attention)
+    return base if output is None else plan.attention.put(base, output[0]), None
+
+
+def run_mlp_entry(engine: Engine, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
+    """The forward of the module through which tokens enter the feed-forward part: the kept rows alone go in."""
+    plan = engine.part_plan
+    if plan is None or plan.mlp is None:
+        return inner(*args, **kwargs)
+    entry, leave = engine.sites[index].mlp
+    hidden, *rest = args
+    by_row = hidden.reshape(*engine.current.real.shape, -1)
+    plan.mlp_base = _skipped(engine, by_row, index, "mlp")
+    rows = by_row if engine.current.masked else plan.mlp.take(by_row)
+    output = inner(rows.flatten(0, 1) if hidden.dim() == 2 else rows, *rest, **kwargs)
+    return _leave(engine, output) if leave is entry else output
+
+
+def run_mlp_exit(engine: Engine, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
+    """The forward of the module through which tokens leave it, where that is another one: (B T, D) or (B, T, D)."""
+    output = inner(*args, **kwargs)
+    plan = engine.part_plan
+    return output if plan is None or plan.mlp is None else _leave(engine, output)
+
+
+def _leave(engine: Engine, output: Tensor) -> Tensor:
+    """The update of every token, what `skip` says (zero: the identity) for those that did not enter."""
+    plan, base = engine.part_plan, engine.part_plan.mlp_base
+    rows = output.reshape(len(base), -1, base.shape[-1])
+    masked = engine.current.masked
+    whole = gated(rows, base, plan.mlp.keep, plan.gates[1]) if masked else plan.mlp.put(base, rows)
+    return whole.flatten(0, 1) if output.dim() == 2 else whole
+
+
+def _skipped(engine: Engine, hidden: Tensor, index: int, part: str) -> Tensor:
+    """What a skipped token's residual stream gets from this part. (B, T, D)."""
+    update = engine.pruner.skip_update(hidden, index, part)
+    return hidden.new_zeros(hidden.shape) if update is None else update

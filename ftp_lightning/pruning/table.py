@@ -1,0 +1,95 @@
+"""The table of latest attention scores: what the router of block l reads of the blocks before it.
+
+"Block l's router reads what the last block in which the token took part wrote" (paper). For a prompt the table flows
+through the blocks. A continuation token reads, for every token up to itself, what the last block *before l* in which
+that token was a key wrote last, by any query up to itself [ours]: block by block, so that a chunk of continuation
+tokens scored at once reads the very numbers that the same tokens read one by one. What a block wrote last is kept with
+its layer of the cache (`RoutedLayer.scores`), by slot.
+
+Shapes: B rows, T new tokens, S slots seen after this forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ftp_lightning.pruning.cache import RoutedLayer
+from ftp_lightning.pruning.tokens import Tokens
+from ftp_lightning.routing.factors import average_rank
+
+UNWRITTEN = -1.0
+"""No score yet; scores are never negative."""
+
+
+class PromptTable:
+    """Scores (B, P) of the routed tokens; 1 before any is known."""
+
+    def __init__(self, batch: int, tokens: int, device: torch.device):
+        self.own = torch.ones(batch, tokens, device=device)
+        self.rank = None  # among the routed tokens: left to the router's factor
+
+    def write(self, scores: Tensor, seen: Tensor, index: Tensor | None) -> None:
+        """Scores (B, n) of the tokens at index (B, n), or of all in order; where none was `seen` the old value
+        stays."""
+        if index is None:
+            self.own = torch.where(seen, scores, self.own)
+        else:
+            self.own = self.own.scatter(1, index, torch.where(seen, scores, self.own.gather(1, index)))
+
+
+class ContinuationTable:
+    """Scores (B, T, S): those that each of T continuation tokens reads of all slots; 1 before any is known."""
+
+    def __init__(self, real: Tensor, past_real: Tensor | None, past: int):
+        batch, new = real.shape
+        self.past, self.span = past, past + new
+        before = real.new_ones(batch, past) if past_real is None else past_real
+        everyone = torch.cat([before, real], 1)
+        slots = torch.arange(self.span, device=real.device)
+        self.counts = everyone[:, None] & (slots <= slots[past:, None])  # (B, T, S): the real tokens up to each one
+        self.values = torch.ones(batch, new, self.span, device=real.device)
+
+    @property
+    def own(self) -> Tensor:
+        """(B, T): each token's own score."""
+        return self.values[:, :, self.past :].diagonal(dim1=1, dim2=2)
+
+    @property
+    def rank(self) -> Tensor:
+        """(B, T): rank of each token's own score among the real tokens up to itself, over n - 1; in [0, 1]."""
+        flat, real = self.values.flatten(0, 1), self.counts.flatten(0, 1)
+        rank = average_rank(flat, real).view_as(self.values)[:, :, self.past :].diagonal(dim1=1, dim2=2)
+        return rank / (self.counts.sum(-1) - 1).clamp(min=1)
+
+    def write(self, layer: RoutedLayer, scores: Tensor, seen: Tensor, keys: Tokens) -> None:
+        """Take in what each query said of its keys: scores, seen (B, T, K) of the keys' slots; rows of tokens that were
+        not computed have seen nothing."""
+        said = torch.full_like(self.values, UNWRITTEN)
+        slots = keys.slots[:, None].expand_as(scores)
+        # a filler may share its slot with a real key, and says nothing: the larger of the two stands
+        said = said.scatter_reduce(2, slots, torch.where(seen, scores, UNWRITTEN), "amax")
+        before = _stored(layer, self.values[:, 0])
+        latest = _forward_fill(torch.cat([before[:, None], said], 1))
+        layer.scores = latest[:, -1]
+        self.values = torch.where(latest[:, 1:] >= 0, latest[:, 1:], self.values)
+
+
+def remember_prompt(layer: RoutedLayer, scores: Tensor, seen: Tensor, keys: Tokens, span: int) -> None:
+    """Keep with the layer what a prompt's block wrote: scores, seen (B, K) of the keys' slots; `span` slots seen."""
+    fresh = scores.new_full((scores.shape[0], span), UNWRITTEN)
+    fresh = fresh.scatter_reduce(1, keys.slots, torch.where(seen, scores, UNWRITTEN), "amax")
+    layer.scores = torch.where(fresh >= 0, fresh, _stored(layer, fresh))
+
+
+def _stored(layer: RoutedLayer, like: Tensor) -> Tensor:
+    """What the layer wrote last, brought to the shape (B, S) of `like`."""
+    known = like[:, :0] if layer.scores is None else layer.scores
+    return torch.cat([known, like.new_full((len(like), like.shape[1] - known.shape[1]), UNWRITTEN)], 1)
+
+
+def _forward_fill(x: Tensor) -> Tensor:
+    """x (B, T, S) with every UNWRITTEN replaced by the latest score above it in T, where there is one."""
+    steps = torch.arange(x.shape[1], device=x.device)[None, :, None]
+    latest = torch.where(x >= 0, steps, 0).cummax(dim=1).values
+    return x.gather(1, latest)

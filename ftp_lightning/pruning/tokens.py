@@ -1,0 +1,104 @@
+"""Which tokens a tensor of hidden states, queries or keys holds, and moving them between the row and the gathered rows.
+
+Shapes: B rows, T tokens of a row (padding included), K kept tokens of the fullest row, Q queries, S keys.
+A *slot* is a token's place among all tokens seen, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Slots (B, n) int64, ascending in every row but for fillers; valid (B, n) bool; `all_valid` spares masks."""
+
+    slots: Tensor
+    valid: Tensor
+    all_valid: bool
+
+    def followed_by(self, other: Tokens) -> Tokens:
+        slots, valid = torch.cat([self.slots, other.slots], 1), torch.cat([self.valid, other.valid], 1)
+        return Tokens(slots, valid, self.all_valid and other.all_valid)
+
+    def first(self, n: int) -> Tokens:
+        return Tokens(self.slots[:, :n], self.valid[:, :n], self.all_valid)
+
+    def last(self, n: int) -> Tokens:
+        return Tokens(self.slots[:, -n:], self.valid[:, -n:], self.all_valid)
+
+
+def visible_keys(query_slots: Tensor, keys: Tokens, window: int | None) -> Tensor:
+    """(B, Q, S) bool: key j is no later than query i, valid, and within the block's sliding window."""
+    distance = query_slots[:, :, None] - keys.slots[:, None, :]
+    visible = (distance >= 0) & keys.valid[:, None, :]
+    return visible if window is None else visible & (distance < window)
+
+
+class Rows:
+    """The kept tokens of a (B, T) decision, gathered: row b's in ascending order at the end, fillers before them.
+
+    Fillers come first so that the k-th entry from the end has at least k later entries above it: that bounds the keys a
+    chunk of queries may see without asking the device (`attention`).
+
+    Attributes:
+        keep: (B, T) bool. counts: kept tokens of each row, on the host. width: K, the largest of them.
+        even: all rows keep K, so there are no fillers. whole: every token is kept.
+    """
+
+    def __init__(self, keep: Tensor, counts: Sequence[int]):
+        self.keep, self.counts = keep, tuple(counts)
+        self.width = max(self.counts)
+        self.even = min(self.counts) == self.width
+        self.whole = self.even and self.width == keep.shape[1]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(B, K) int64, places in the row."""
+        tokens = self.keep.shape[1]
+        order = self.keep.to(torch.uint8).sort(dim=1, stable=True).indices
+        return order[:, tokens - self.width :]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, K) bool, False for fillers."""
+        if self.even:
+            return self.keep.new_ones(()).expand(self.index.shape)
+        return self.keep.gather(1, self.index)
+
+    @cached_property
+    def rest(self) -> Rows:
+        """The tokens that are not kept; only where rows are even."""
+        tokens = self.keep.shape[1]
+        return Rows(~self.keep, [tokens - count for count in self.counts])
+
+    def take(self, x: Tensor) -> Tensor:
+        """x (B or 1, T, ...) -> (B, K, ...)."""
+        return take_rows(x, self.index)
+
+    def put(self, base: Tensor, rows: Tensor) -> Tensor:
+        """A copy of base (B, T, D) with the kept rows (B, K, D) in their places; what fillers hold is dropped."""
+        if not self.even:
+            rows = torch.where(self.valid[..., None], rows, take_rows(base, self.index))
+        return put_rows(base, self.index, rows)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B or 1, T, ...) at the tokens index (B, K) -> (B, K, ...)."""
+    if index.shape[0] == 1:
+        return x.index_select(1, index[0])
+    tail = x.shape[2:]
+    expanded = index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail)
+    return x.expand(index.shape[0], *x.shape[1:]).gather(1, expanded)
+
+
+def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """A copy of x (B, T, D) with the rows index (B, K) replaced."""
+    if index.shape[0] == 1:
+        return x.index_copy(1, index[0], rows)
+    return x.scatter(1, index[..., None].expand_as(rows), rows)

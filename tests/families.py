@@ -1,0 +1,58 @@
+"""A tiny random model of every family that the README's table calls tested."""
+
+import torch
+import transformers as T
+from transformers import AutoModelForCausalLM
+
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.25,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+MHA = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+CONFIGS = {
+    "llama": lambda **k: T.LlamaConfig(**SHAPE | k),
+    "llama_tied_biased": lambda **k: T.LlamaConfig(
+        **SHAPE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True} | k
+    ),
+    "qwen2": lambda **k: T.Qwen2Config(**SHAPE | k),
+    "qwen2_sliding": lambda **k: T.Qwen2Config(
+        **SHAPE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2} | k
+    ),
+    "qwen3": lambda **k: T.Qwen3Config(**SHAPE | {"head_dim": 16} | k),
+    "mistral": lambda **k: T.MistralConfig(**SHAPE | {"sliding_window": None} | k),
+    "mistral_sliding": lambda **k: T.MistralConfig(**SHAPE | {"sliding_window": 6} | k),
+    "gemma2": lambda **k: T.Gemma2Config(**SHAPE | GEMMA | {"sliding_window": 6, "attn_logit_softcapping": 5.0} | k),
+    "gemma3": lambda **k: T.Gemma3TextConfig(
+        **SHAPE | GEMMA | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2} | k
+    ),
+    "phi3": lambda **k: T.Phi3Config(**SHAPE | k),
+    "gpt_neox": lambda **k: T.GPTNeoXConfig(**MHA | k),
+    "gpt_neox_serial": lambda **k: T.GPTNeoXConfig(**MHA | {"use_parallel_residual": False} | k),
+    "olmo2": lambda **k: T.Olmo2Config(**SHAPE | k),
+    "gpt2": lambda **k: T.GPT2Config(
+        **TOKENS | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "initializer_range": 0.25} | k
+    ),
+    "opt": lambda **k: T.OPTConfig(
+        **TOKENS
+        | {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "init_std": 0.25}
+        | {"max_position_embeddings": 256, "word_embed_proj_dim": 32}
+        | k
+    ),
+    "mixtral": lambda **k: T.MixtralConfig(**SHAPE | EXPERTS | {"num_local_experts": 4} | k),
+    "qwen3_moe": lambda **k: T.Qwen3MoeConfig(
+        **SHAPE | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8} | k
+    ),
+}
+
+
+def family(name, dtype=torch.float64, attention=None, seed=0, **changes):
+    """The model, in eval mode; `attention` its implementation, by default the one transformers would take."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name](**changes)
+    model = AutoModelForCausalLM.from_config(config, **({"attn_implementation": attention} if attention else {}))
+    return model.to(dtype).eval().requires_grad_(False)
