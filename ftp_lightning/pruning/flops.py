@@ -1,137 +1,227 @@
-"""What a prompt costs: floating-point operations and key-value bytes, by schedule, length and kv mode.
+"""What a prompt and its continuation cost: FLOPs and bytes, by schedule, length, kv mode and what is skipped.
 
-A multiply-add counts two. Norms, activations, rotary embedding and the router itself are left out (below 1 % of a
-block).
+What is counted, and what is not, stands in `costs`. Planned numbers take kept tokens as spread evenly; `realised_`
+ones count the very tokens of a trace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.blocks import find_attention, find_blocks
+from ftp_lightning.pruning.costs import BlockCost, block_costs, causal_pairs, continued_pairs, evicted_pairs
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.schedule import Schedule, kept_tokens
 
+__all__ = [
+    "BlockCost", "Parts", "block_costs", "cached_bytes", "causal_pairs", "continuation_flops", "decode_bytes",
+    "decode_speedup_limit", "flops_reduction", "head_flops", "prompt_flops", "realised_flops",
+    "realised_flops_reduction", "realised_speedup_limit", "speedup_limit", "stored_tokens",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class BlockCost:
-    """FLOPs of one block: per token in the key and value projections, in all other linear maps, and per visible (query,
-    key) pair; and the bytes of one cached token."""
+Parts = Literal["block", "attention", "mlp", "attention+mlp"]
+"""What a share s_l of the tokens skips: the block, its attention (the MLP is computed for all), its MLP, or each of the
+two by a decision of its own."""
 
-    keys_values: float
-    other: float
-    pair: float
-    cached_bytes: int
-
-
-def block_costs(model: nn.Module) -> list[BlockCost]:
-    """Costs of each block, counted from the weights of its linear maps (2 FLOPs per weight and token)."""
-    return [_block_cost(block, model) for block in find_blocks(model)]
-
-
-def _block_cost(block: nn.Module, model: nn.Module) -> BlockCost:
-    attention = find_attention(block)
-    linear = {
-        name: m for name, m in block.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2
-    }
-    total = 2.0 * sum(m.weight.numel() for m in linear.values())
-    config = model.config
-    heads = config.num_attention_heads
-    size = getattr(attention, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    keys_values = 2.0 * 2 * config.hidden_size * key_heads * size
-    width = next(iter(linear.values())).weight.element_size()
-    return BlockCost(keys_values, total - keys_values, 4.0 * heads * size, 2 * key_heads * size * width)
-
-
-def causal_pairs(queries: int, keys: int) -> float:
-    """Visible pairs of `queries` tokens spread evenly over `keys`: the q-th of them sees about q * keys / queries
-    [ours]."""
-    return queries * (keys + keys / max(queries, 1)) / 2.0 if queries else 0.0
+RESERVED = 2
 
 
 def prompt_flops(
-    costs: Sequence[BlockCost], schedule: Schedule, tokens: int, kv: str | Sequence[str], head: float = 0.0
+    costs: Sequence[BlockCost],
+    schedule: Schedule,
+    tokens: int,
+    kv: str | Sequence[str],
+    head: float = 0.0,
+    parts: Parts = "block",
 ) -> float:
     """FLOPs to prefill `tokens` tokens, none of them padding.
 
-    evict: K(linear) + pairs(K, K). keep: T(keys, values) + K(other) + pairs(K, T). `head` is added once (last logit
-    only).
+    With A tokens in the attention and M in the MLP, of T (A, M = kept tokens, or T where that part is not skipped):
+    evict: A(keys, values) + A(attention) + M(mlp) + pairs(A among A). keep: T(keys, values) + A(attention) + M(mlp) +
+    pairs(A over T). `head` is added once (last logit only).
     """
-    modes = (kv,) * len(costs) if isinstance(kv, str) else kv
     total = head
-    for cost, sparsity, mode in zip(costs, schedule.sparsity, modes, strict=True):
-        kept = kept_tokens(tokens, sparsity, 2)
-        stored = tokens if mode == "keep" else kept
-        total += stored * cost.keys_values + kept * cost.other + causal_pairs(kept, stored) * cost.pair
+    for cost, sparsity, mode in zip(costs, schedule.sparsity, _modes(kv, len(costs)), strict=True):
+        attended, fed = _computed(tokens, sparsity, parts)
+        keeps = mode == "keep"
+        pairs = causal_pairs(attended, tokens, cost.window) if keeps else evicted_pairs(attended, tokens, cost.window)
+        total += _flops(cost, tokens if keeps else attended, attended, fed, pairs)
     return total
 
 
-def flops_reduction(model: nn.Module, schedule: Schedule, prompt_tokens: int, kv: str | Sequence[str]) -> float:
-    """Share of a prompt's FLOPs that the schedule saves, in [0, 1), output head included; for planning, see
-    `causal_pairs`."""
-    return 1.0 - 1.0 / speedup_limit(model, schedule, prompt_tokens, kv)
+def continuation_flops(
+    costs: Sequence[BlockCost], tokens_before: int, new_tokens: int, stored_per_block: Sequence[int], head: float = 0.0
+) -> float:
+    """FLOPs of `new_tokens` computed in every block (decode policy `dense`) after a prompt of `tokens_before`, of which
+    block l has `stored_per_block[l]` in its cache. `head` is added for each."""
+    linear = new_tokens * (head + sum(cost.keys_values + cost.other for cost in costs))
+    return linear + sum(
+        cost.pair * continued_pairs(tokens_before, stored, new_tokens, cost.window)
+        for cost, stored in zip(costs, stored_per_block, strict=True)
+    )
 
 
-def speedup_limit(model: nn.Module, schedule: Schedule, length: int, kv: str | Sequence[str]) -> float:
+def flops_reduction(
+    model: nn.Module,
+    schedule: Schedule,
+    prompt_tokens: int,
+    kv: str | Sequence[str],
+    parts: Parts = "block",
+    new_tokens: int = 0,
+) -> float:
+    """Share of the FLOPs that the schedule saves, in [0, 1), output head included; for planning, see `causal_pairs`.
+
+    Of the prompt alone, or of the prompt and `new_tokens` forwards of one token after it.
+    """
+    return 1.0 - 1.0 / speedup_limit(model, schedule, prompt_tokens, kv, parts, new_tokens)
+
+
+def speedup_limit(
+    model: nn.Module,
+    schedule: Schedule,
+    length: int,
+    kv: str | Sequence[str],
+    parts: Parts = "block",
+    new_tokens: int = 0,
+) -> float:
     """FLOPs limit of the prefill speed-up at this length, for planning: dense FLOPs / pruned FLOPs, kept tokens spread
-    evenly.
+    evenly; with `new_tokens` that of the whole request.
 
     Under `keep` a router that keeps the latest tokens pays for more pairs than that; `realised_speedup_limit` counts
     them.
     """
-    costs = block_costs(model)
-    dense = prompt_flops(costs, Schedule.uniform(len(costs), 0.0), length, "evict", head_flops(model))
-    return dense / prompt_flops(costs, schedule, length, kv, head_flops(model))
+    costs, head = block_costs(model), head_flops(model)
+
+    def total(of: Schedule, mode: str | Sequence[str]) -> float:
+        stored = stored_tokens(of, length, mode, parts)
+        after = continuation_flops(costs, length, new_tokens, stored, head)
+        return prompt_flops(costs, of, length, mode, head, parts) + after
+
+    return total(Schedule.uniform(len(costs), 0.0), "evict") / total(schedule, kv)
 
 
-def realised_speedup_limit(model: nn.Module, trace: Trace, kv: str | Sequence[str]) -> float:
-    """FLOPs limit of the prompt that was routed: dense FLOPs / FLOPs of the tokens that were really computed.
+def realised_speedup_limit(model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0) -> float:
+    """FLOPs limit of the prompt that was routed: dense FLOPs / FLOPs of the tokens that were really computed."""
+    dense, pruned = realised_flops(model, trace, kv, new_tokens)
+    return dense / pruned
 
-    Pairs are counted one by one: a kept token at position i of its row sees i + 1 keys under `keep`, under `evict` the
-    kept ones up to itself. Rows are added up.
+
+def realised_flops_reduction(model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0) -> float:
+    """Share of the FLOPs that was saved on the prompt that was routed, with `new_tokens` on the whole request."""
+    return 1.0 - 1.0 / realised_speedup_limit(model, trace, kv, new_tokens)
+
+
+def realised_flops(model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0) -> tuple[float, float]:
+    """(dense, pruned) FLOPs of the prompt that was routed on an empty cache, rows added up.
+
+    Pairs are counted one by one: a computed token sees, within the window of original positions, all tokens up to
+    itself under `keep`, and those computed in the attention under `evict`. `new_tokens` densely computed tokens per row
+    may follow.
     """
-    costs = block_costs(model)
-    modes = (kv,) * len(costs) if isinstance(kv, str) else kv
-    lengths = trace.real.sum(1).to(torch.float64)
-    head = head_flops(model) * len(lengths)
-    dense = sum(_flops(cost, lengths, lengths, _triangle(lengths)) for cost in costs) + head
-    position = trace.real.to(torch.float64).cumsum(1)  # from 1: the keys it sees
-    pruned = head
-    for cost, keep, mode in zip(costs, trace.keep, modes, strict=True):
-        kept = keep.sum(1).to(torch.float64)
-        pairs = (position * keep).sum(1) if mode == "keep" else _triangle(kept)
-        pruned += _flops(cost, lengths if mode == "keep" else kept, kept, pairs)
-    return float(dense / pruned)
+    costs, real = block_costs(model), trace.real
+    attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
+    dense = pruned = head_flops(model) * len(real) * (1 + new_tokens)
+    for cost, attended, fed, mode in zip(costs, attention, mlp, _modes(kv, len(costs)), strict=True):
+        dense += _traced_flops(cost, real, real, real, real, new_tokens)
+        pruned += _traced_flops(cost, real, real if mode == "keep" else attended, attended, fed, new_tokens)
+    return dense, pruned
 
 
-def realised_flops_reduction(model: nn.Module, trace: Trace, kv: str | Sequence[str]) -> float:
-    """Share of the FLOPs that was saved on the prompt that was routed."""
-    return 1.0 - 1.0 / realised_speedup_limit(model, trace, kv)
+def _traced_flops(cost: BlockCost, real: Tensor, keyed: Tensor, attended: Tensor, fed: Tensor, new: int) -> float:
+    """FLOPs of one block, all masks (B, T): `keyed` tokens give keys, `attended` queries, `fed` enter the MLP."""
+    keys = keyed.cumsum(1)
+    if cost.window is not None and cost.window < keys.shape[1]:
+        keys = keys - torch.nn.functional.pad(keys, (cost.window, 0))[:, : keys.shape[1]]
+    stored = keyed.sum(1).tolist()
+    pairs = int((keys * attended).sum()) + sum(
+        continued_pairs(n, held, new, cost.window) for n, held in zip(real.sum(1).tolist(), stored)
+    )
+    after = new * len(stored)
+    return _flops(cost, sum(stored) + after, int(attended.sum()) + after, int(fed.sum()) + after, pairs)
 
 
 def head_flops(model: nn.Module) -> float:
     """FLOPs of the output head for one token."""
-    return 2.0 * model.config.hidden_size * model.config.vocab_size
+    config = model.config.get_text_config()
+    return 2.0 * config.hidden_size * config.vocab_size
 
 
-def _flops(cost: BlockCost, stored: Tensor, kept: Tensor, pairs: Tensor) -> Tensor:
-    return (stored * cost.keys_values + kept * cost.other + pairs * cost.pair).sum()
+def _flops(cost: BlockCost, stored: int, attended: int, fed: int, pairs: float) -> float:
+    return stored * cost.keys_values + attended * cost.attention + fed * cost.mlp + pairs * cost.pair
 
 
-def _triangle(n: Tensor) -> Tensor:
-    return n * (n + 1) / 2
+def _modes(kv: str | Sequence[str], blocks: int) -> Sequence[str]:
+    return (kv,) * blocks if isinstance(kv, str) else kv
 
 
-def cached_bytes(model: nn.Module, schedule: Schedule, tokens: int, kv: str | Sequence[str]) -> int:
+def _computed(tokens: int, sparsity: float, parts: Parts) -> tuple[int, int]:
+    """Tokens that enter the attention, and the MLP, of a block. ValueError for unknown parts."""
+    if parts not in get_args(Parts):
+        raise ValueError(f"parts is {parts!r}, must be one of {', '.join(get_args(Parts))}")
+    kept = kept_tokens(tokens, sparsity, RESERVED)
+    return (tokens if parts == "mlp" else kept), (tokens if parts == "attention" else kept)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def stored_tokens(schedule: Schedule, tokens: int, kv: str | Sequence[str], parts: Parts = "block") -> list[int]:
+    """Tokens that a routed prompt leaves in the cache of each block, per row."""
+    modes = _modes(kv, schedule.num_blocks)
+    return [
+        tokens if mode == "keep" else _computed(tokens, sparsity, parts)[0]
+        for sparsity, mode in zip(schedule.sparsity, modes, strict=True)
+    ]
+
+
+def cached_bytes(
+    model: nn.Module, schedule: Schedule, tokens: int, kv: str | Sequence[str], parts: Parts = "block"
+) -> int:
     """Bytes of keys and values that a routed prompt leaves in the cache, per row."""
+    stored = stored_tokens(schedule, tokens, kv, parts)
+    return sum(n * cost.cached_bytes for n, cost in zip(stored, block_costs(model), strict=True))
+
+
+def decode_bytes(
+    model: nn.Module,
+    costs: Sequence[BlockCost],
+    stored_per_block: Sequence[int],
+    skipped: Sequence[bool] | None = None,
+    kv: str | Sequence[str] = "keep",
+) -> float:
+    """Bytes read to decode one token of one row: weights of the computed blocks, cached keys and values that the token
+    sees, and the output head.
+
+    A block that the token skips reads the projections of its key and value under `keep`, nothing under `evict`.
+    """
+    skips = [False] * len(costs) if skipped is None else skipped
+    total = _head_bytes(model)
+    for cost, stored, skip, mode in zip(costs, stored_per_block, skips, _modes(kv, len(costs)), strict=True):
+        if not skip:
+            seen = stored if cost.window is None else min(stored, cost.window)
+            total += cost.weight_bytes + seen * cost.cached_bytes
+        elif mode == "keep":
+            total += cost.deposit_bytes
+    return total
+
+
+def decode_speedup_limit(
+    model: nn.Module,
+    tokens_before: int,
+    stored_per_block: Sequence[int],
+    skipped: Sequence[bool] | None = None,
+    kv: str | Sequence[str] = "keep",
+) -> float:
+    """Limit in bytes of the decode speed-up of one row: bytes that the dense model reads / bytes that are read."""
     costs = block_costs(model)
-    modes = (kv,) * len(costs) if isinstance(kv, str) else kv
-    stored = (
-        tokens if m == "keep" else kept_tokens(tokens, s, 2) for s, m in zip(schedule.sparsity, modes, strict=True)
-    )
-    return sum(n * cost.cached_bytes for n, cost in zip(stored, costs))
+    dense = decode_bytes(model, costs, [tokens_before] * len(costs))
+    return dense / decode_bytes(model, costs, stored_per_block, skipped, kv)
+
+
+def _head_bytes(model: nn.Module) -> float:
+    head = model.get_output_embeddings()
+    weights = () if head is None else head.parameters()
+    return float(sum(weight.numel() * weight.element_size() for weight in weights))

@@ -15,6 +15,7 @@ from ftp_lightning.stages.option import check_bounds, check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUDGET_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,29 @@ class ModelSettings(Settings):
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings(ModelSettings):
+    """A stage whose --budget is a share of tokens, or of a prompt's FLOPs.
+
+    A share of FLOPs is translated into the token sparsity of the uniform schedule with this FLOPs cut, which `search`
+    and `run` then spread over the blocks.
+    """
+
+    budget_kind: Literal["tokens", "flops"] = option(
+        "tokens", "--budget is a share of tokens, or of a prompt's FLOPs that a uniform schedule saves"
+    )
+    budget_length: int = option(BUDGET_LENGTH, "with --budget_kind flops, tokens of that prompt", least=4)
+
+    def check(self) -> None:
+        """UserError where the kind has nothing to say something about, or the budget is out of reach."""
+        if self.budget_kind == "tokens":
+            if self.budget_length != BUDGET_LENGTH:
+                raise UserError("budget_length is given for a budget of tokens\nAdd --budget_kind flops.")
+            check_reachable(self.budget or 0.0, self.prompt_tokens)
+        elif self.budget is None:
+            raise UserError("budget_kind flops is given without a budget\nGive --budget, or leave --budget_kind out.")
+
+
 class StageSettings(ModelSettings):
     """A stage that fills a folder of its own."""
 
@@ -114,7 +138,7 @@ class StageSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunedSettings(StageSettings):
+class PrunedSettings(BudgetSettings, StageSettings):
     """A stage that looks at one pruner: a folder, or the static router under a schedule."""
 
     default_split: ClassVar[str] = "test"
@@ -127,12 +151,11 @@ class PrunedSettings(StageSettings):
     )
 
     def check(self) -> None:
-        if self.budget is not None:
-            if self.pruned or self.schedule:
-                raise UserError(
-                    "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
-                )
-            check_reachable(self.budget, self.prompt_tokens)
+        if self.budget is not None and (self.pruned or self.schedule):
+            raise UserError(
+                "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
+            )
+        super().check()
 
 
 def picked(settings_class: type, settings: Settings) -> Any:

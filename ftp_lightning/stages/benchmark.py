@@ -32,7 +32,8 @@ class BenchmarkStage(PrunedSettings):
             raise UserError(
                 f"lengths {self.lengths} must be >= 4, batches {self.batches} >= 1\nChange --lengths or --batches."
             )
-        check_reachable(self.budget or 0.0, min(self.lengths or LENGTHS))
+        if self.budget_kind == "tokens":
+            check_reachable(self.budget or 0.0, min(self.lengths or LENGTHS))
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         import torch
@@ -42,6 +43,8 @@ class BenchmarkStage(PrunedSettings):
 
         model, _ = load_model(self)
         pruner = chosen_pruner(self, model)
+        if self.budget_kind == "flops":  # known in tokens only now
+            check_reachable(pruner.schedule.budget, min(self.lengths or _usual(model)))
         generator = torch.Generator().manual_seed(self.seed)
         sizes = [(length, batch) for batch in self.batches for length in self.lengths or _usual(model)]
         rows = []

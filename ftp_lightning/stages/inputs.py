@@ -14,10 +14,12 @@ from ftp_lightning.data.windows import Windows, calibration_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.pruning.budget import solve_budget
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.stages.base import ModelSettings, PrunedSettings
+from ftp_lightning.stages.base import BudgetSettings, ModelSettings, PrunedSettings
+from ftp_lightning.stages.option import check_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,6 +108,24 @@ def schedule_or_uniform(path: str | None, budget: float | None, model: PreTraine
     return Schedule.uniform(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
 
 
+def token_budget(settings: BudgetSettings, model: PreTrainedModel, kv: str | Sequence[str]) -> float | None:
+    """The share of tokens that --budget asks for: itself, or under --budget_kind flops that of the uniform schedule
+    with this FLOPs cut; UserError where --budget_length does not fit the model, or the cut is out of reach."""
+    if settings.budget_kind == "tokens":
+        return settings.budget
+    check_budget_length(settings, model.config)
+    num_blocks(model)
+    budget = solve_budget(model, settings.budget, settings.budget_length, kv).sparsity[0]
+    check_reachable(budget, settings.prompt_tokens)
+    return budget
+
+
+def check_budget_length(settings: BudgetSettings, config: Any) -> None:
+    """UserError where the prompt that a FLOPs budget speaks of is longer than the model's positions."""
+    if settings.budget_kind == "flops":
+        check_positions(config, settings.budget_length, "prompts of the budget", "Give a smaller --budget_length.")
+
+
 def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
     """The pruner in a folder; UserError where it was made for another model."""
     path = Path(folder).expanduser()
@@ -122,8 +142,9 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
         pruner = load_pruner(settings.pruned, model)
         changes = {} if settings.kv == "auto" else {"kv": settings.kv}
         return TokenPruner(pruner.router, schedule or pruner.schedule, **pruner.settings() | changes)
-    schedule = schedule_or_uniform(settings.schedule, settings.budget, model)
-    return TokenPruner(StaticRouter(), schedule, kv="keep" if settings.kv == "auto" else settings.kv)
+    kv = "keep" if settings.kv == "auto" else settings.kv
+    schedule = schedule_or_uniform(settings.schedule, token_budget(settings, model, kv), model)
+    return TokenPruner(StaticRouter(), schedule, kv=kv)
 
 
 def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.stages.base import ModelSettings, StageSettings
+from ftp_lightning.stages.base import BudgetSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import BASELINES, OUR_TASKS, EvaluateStage
-from ftp_lightning.stages.option import check_reachable, option
+from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
@@ -22,12 +22,12 @@ SHARES = {"sensitivity": 3, "search": 16, "train": 19, "finetune": 11, "evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStage(ModelSettings):
+class RunStage(BudgetSettings):
     """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT."""
 
     stage: ClassVar[str] = "run"
 
-    budget: float = option(0.3, "mean share of prompt tokens that skip a block, in [0, 1)", least=0.0, below=1.0)
+    budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     sensitivity_windows: int = option(16, "calibration windows of the sensitivity", least=1)
     search_windows: int = option(32, "calibration windows of search and fine-tuning", least=1)
@@ -53,7 +53,7 @@ class RunStage(ModelSettings):
     pairs: int = option(15, "pairs of prefills per length", least=2)
 
     def check(self) -> None:
-        check_reachable(self.budget, self.prompt_tokens)
+        super().check()
         self.stages()
 
     def execute(self, progress: Progress | None = None) -> Path:
@@ -78,7 +78,8 @@ class RunStage(ModelSettings):
         measured, searched = str(at["sensitivity"] / "sensitivity.json"), str(at["search"] / "schedule.json")
         trained, tuned = str(at["train"] / "pruned"), str(at["finetune"] / "pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
-        search = sizes | {"budget": self.budget, "kv": self.kv, "sensitivity": measured}
+        budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
+        search = sizes | budget | {"kv": self.kv, "sensitivity": measured}
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations, "pruned": trained, "schedule": searched}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {

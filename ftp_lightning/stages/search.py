@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
-from ftp_lightning.stages.base import StageSettings, picked
-from ftp_lightning.stages.option import check_reachable, option
+from ftp_lightning.stages.base import BUDGET_LENGTH, BudgetSettings, StageSettings, picked
+from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
 if TYPE_CHECKING:
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchStage(StageSettings):
-    """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned also pruned/."""
+class SearchStage(BudgetSettings, StageSettings):
+    """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned also pruned/.
+
+    With --budget_kind flops all schedules have the mean token sparsity of the uniform one with this FLOPs cut: exact
+    where blocks cost alike. metrics.json tells the cut of the schedule found.
+    """
 
     stage: ClassVar[str] = "search"
 
-    budget: float = option(0.3, "mean share of prompt tokens that skip a block, in [0, 1)", least=0.0, below=1.0)
+    budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     kv: Literal["auto", "evict", "keep"] = option(
         "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
     )
@@ -42,20 +46,21 @@ class SearchStage(StageSettings):
     patience: int | None = option(None, "generations without a better schedule after which to stop", least=1)
     max_sparsity: float = option(1.0, "highest sparsity of a block", above=0.0, most=1.0)
 
-    def check(self) -> None:
-        check_reachable(self.budget, self.prompt_tokens)
-
     def work(self, folder: StageFolder, progress: Progress) -> None:
+        from ftp_lightning.pruning.flops import flops_reduction
         from ftp_lightning.search.fitness import ContinuationFitness
         from ftp_lightning.search.genetic import SearchSettings, genetic_search
-        from ftp_lightning.stages.inputs import load_model, mixed_windows
+        from ftp_lightning.stages.inputs import load_model, mixed_windows, token_budget
         from ftp_lightning.stages.seeds import starting_schedules
         from ftp_lightning.tracking import logging_to
 
-        search_settings = picked(SearchSettings, self)
+        if self.budget_kind == "tokens":
+            picked(SearchSettings, self)  # bad values are told before the model is loaded
         model, tokenizer = load_model(self)
         start = self.start(model)
-        seeds = starting_schedules(self, start)
+        asked = self.in_tokens(token_budget(self, model, start.kv))
+        search_settings = picked(SearchSettings, asked)
+        seeds = starting_schedules(asked, start)
         windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
         job = "finetune" if self.pruned else "search"
 
@@ -73,9 +78,15 @@ class SearchStage(StageSettings):
         if self.pruned:
             start.with_schedule(found.schedule).save(folder.place("pruned"), base=self.model, model=model)
         metrics = {"value": found.value, "allocations": found.allocations, "generations": found.generations}
+        if self.budget_kind == "flops":
+            metrics["flops_reduction"] = flops_reduction(model, found.schedule, self.budget_length, start.kv)
         folder.write_json("metrics.json", metrics | {"windows": windows.hash()})
         rival = min(found.allocations, key=found.allocations.__getitem__)
         progress.done(f"KL {found.value:.3g}; best allocation to start from: {rival}, {found.allocations[rival]:.3g}")
+
+    def in_tokens(self, budget: float) -> SearchStage:
+        """The same settings, the budget told in tokens."""
+        return replace(self, budget=budget, budget_kind="tokens", budget_length=BUDGET_LENGTH)
 
     def tell(self, state: dict, logger: Any, progress: Progress) -> None:
         """One generation is over."""
@@ -85,16 +96,16 @@ class SearchStage(StageSettings):
         progress.step(done, self.generations, f"generation {done} of {self.generations}, best KL {entry['best']:.3g}")
 
     def start(self, model: Any) -> TokenPruner:
-        """The pruner whose schedule is searched."""
+        """The pruner whose schedule is searched; a new one is dense until it is given one."""
         from ftp_lightning.pruning import TokenPruner
         from ftp_lightning.routing import RandomRouter, StaticRouter
         from ftp_lightning.schedule import Schedule
         from ftp_lightning.stages.inputs import load_pruner, num_blocks
 
         if not self.pruned:
-            even = Schedule.uniform(num_blocks(model), self.budget)
+            dense = Schedule.uniform(num_blocks(model), 0.0)
             router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
-            return TokenPruner(router, even, kv="keep" if self.kv == "auto" else self.kv)
+            return TokenPruner(router, dense, kv="keep" if self.kv == "auto" else self.kv)
         trained = load_pruner(self.pruned, model)
         changes = {} if self.kv == "auto" else {"kv": self.kv}
         return TokenPruner(trained.router, trained.schedule, **trained.settings() | changes)

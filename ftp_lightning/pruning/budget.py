@@ -1,0 +1,72 @@
+"""From a wanted FLOPs cut to the schedule that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.costs import block_costs
+from ftp_lightning.pruning.flops import Parts, head_flops, prompt_flops
+from ftp_lightning.schedule import Schedule
+
+
+def solve_budget(
+    model: nn.Module,
+    reduction: float,
+    length: int,
+    kv: str | Sequence[str],
+    schedule: Schedule | None = None,
+    parts: Parts = "block",
+) -> Schedule:
+    """The schedule whose `flops_reduction` of a prompt of `length` tokens is nearest the one asked for [ours].
+
+    It is uniform, or `schedule` scaled by one factor c: s_l -> min(1, c * s_l), so that a zero stays zero. Rounding to
+    tokens makes the reduction a staircase in c: the nearer of the two steps is taken, at its middle, and the result is
+    off by less than one token in every block.
+
+    Raises:
+        UserError: the reduction is outside [0, 1), or more than can be saved.
+    """
+    if not 0.0 <= reduction < 1.0:
+        raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
+    costs, head = block_costs(model), head_flops(model)
+    shape = schedule or Schedule.uniform(len(costs), 1.0)
+    dense = prompt_flops(costs, Schedule.uniform(len(costs), 0.0), length, kv, head, parts)
+
+    def saved(factor: float) -> float:
+        return 1.0 - prompt_flops(costs, _scaled(shape, factor), length, kv, head, parts) / dense
+
+    top = 1.0 / min((s for s in shape.sparsity if s > 0.0), default=1.0)
+    if reduction > saved(top):
+        raise UserError(
+            f"a FLOPs reduction of {reduction} cannot be reached with prompts of {length} tokens: at most "
+            f"{saved(top):.3g} can be saved\nGive a smaller --budget, or another --kv or schedule."
+        )
+    return _scaled(shape, _nearest(saved, reduction, top))
+
+
+def _scaled(schedule: Schedule, factor: float) -> Schedule:
+    return Schedule([min(1.0, factor * s) for s in schedule.sparsity])
+
+
+def _nearest(saved: Callable[[float], float], wanted: float, top: float) -> float:
+    """The middle of the step of `saved`, a rising staircase over [0, top], nearest `wanted`; 0 where that is the
+    lowest."""
+    if wanted <= 0.0:
+        return 0.0
+    value = min((saved(factor) for factor in _edge(saved, wanted, top)), key=lambda found: abs(found - wanted))
+    if value <= saved(0.0):
+        return 0.0
+    left = _edge(saved, value, top)[1]
+    right = _edge(lambda factor: float(saved(factor) > value), 1.0, top)[0] if saved(top) > value else top
+    return (left + right) / 2.0
+
+
+def _edge(rising: Callable[[float], float], value: float, top: float) -> tuple[float, float]:
+    """Neighbouring numbers of [0, top], by bisection, between which `rising` reaches `value`; it does so at `top`."""
+    low, high = 0.0, top
+    while low < (middle := (low + high) / 2.0) < high:
+        low, high = (low, middle) if rising(middle) >= value else (middle, high)
+    return low, high
