@@ -112,6 +112,9 @@ def test_gathered_equals_oracle_property(data):
     if side == "right" and name in SLIDING:  # transformers counts a window in slots, the padding between included
         chunks = []
     model = family(name, dtype, seed=data.draw(st.integers(0, 3), "seed"))
+    if dtype == torch.bfloat16:  # weights this large multiply rounding beyond any tolerance
+        for weight in model.parameters():
+            weight.mul_(0.5 if weight.dim() > 1 else 1.0)
     # a mixture of experts chooses anew where rounding moves a gate: in bfloat16 its outputs are not comparable
     limit = 10.0 if name in EXPERTS and dtype == torch.bfloat16 else DTYPES[dtype]
     check(model, pruner, lengths, sum(chunks), side, chunks, limit)
