@@ -37,8 +37,9 @@ def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
         rows, gate = decide(engine, index, call, "block")
         return None if rows.whole and not state.masked else Chosen(rows, rows, (gate, gate))
     decided = {part: decide(engine, index, call, part) for part in _parts(engine)}
+    decided = {part: found for part, found in decided.items() if state.masked or not found[0].whole}
     (attention, first), (mlp, second) = (decided.get(part, (None, None)) for part in ("attention", "mlp"))
-    return Chosen(attention, mlp, (first, second))
+    return Chosen(attention, mlp, (first, second)) if decided else None
 
 
 def _parts(engine: Engine) -> tuple[str, ...]:
