@@ -120,7 +120,7 @@ def masked_dense(model, keep_attention, keep_mlp, kv, ids):
     """Logits (T, V) of one text, every family: all tokens run through every block under a T x T mask, and what a token
     skipped is thrown away afterwards. No cache, no padding, no gathering, nothing of the engine.
 
-    keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Keys of tokens that skip an attention are hidden under `evict`.
+    keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Under `evict` keys of tokens that skip attention are hidden.
     """
     blocks = find_blocks(model)
     tokens, undo = len(ids), []

@@ -14,14 +14,17 @@ _UNDERSTOOD_LAYERS = {"full_attention", "sliding_attention"}
 _UNDERSTOOD_ARGUMENTS = {
     "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", *_CACHE_NAMES, "use_cache",
     "output_attentions", "output_router_logits", "encoder_hidden_states", "encoder_attention_mask",
+    "shared_kv_states",
 }  # fmt: skip
 _BIASED_ATTENTION = {"alibi", "position_bias"}
 _MASKS = {"attention_mask", "encoder_attention_mask"}
 _REFUSED_ADAPTERS = {
     "PREFIX_TUNING": "fills the cache before the prompt, so that every forward would be a continuation",
     "CARTRIDGE": "fills the cache before the prompt, so that every forward would be a continuation",
-    "XLORA": "weighs its adapters token by token, by tokens that gathered rows are not",
+    "XLORA": "weighs its adapters token by token, with weights that are not gathered",
 }
+
+_ADAPTER_REMEDY = "Understood are adapters of linear maps (LoRA, DoRA, IA3) and virtual tokens (prompt tuning)."
 
 
 def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -37,6 +40,8 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     config = getattr(model, "config", None)
     _check_kind(model, config)
     count = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
+    if count is None:
+        raise _refusal(model, "it has no config that tells how many decoder blocks (`num_hidden_layers`) to look for")
     for owner in model.modules():
         for child in owner.children():
             if isinstance(child, nn.ModuleList) and len(child) == count and all(map(_is_block, child)):
@@ -61,8 +66,8 @@ def _is_block(module: nn.Module) -> bool:
     return "hidden_states" in names and cache_name(module) is not None and _attention_or_none(module) is not None
 
 
-def _refusal(model: nn.Module, problem: str) -> UserError:
-    return UserError(f"{type(model).__name__} cannot be pruned: {problem}.")
+def _refusal(model: nn.Module, problem: str, remedy: str = "") -> UserError:
+    return UserError(f"{type(model).__name__} cannot be pruned: {problem}." + (remedy and f"\n{remedy}"))
 
 
 def _check_kind(model: nn.Module, config) -> None:
@@ -72,10 +77,11 @@ def _check_kind(model: nn.Module, config) -> None:
     for name, adapter in getattr(model, "peft_config", {}).items():
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         if kind in _REFUSED_ADAPTERS:
-            raise _refusal(model, f"its adapter {name!r} ({kind}) {_REFUSED_ADAPTERS[kind]}")
+            raise _refusal(model, f"its adapter {name!r} ({kind}) {_REFUSED_ADAPTERS[kind]}", _ADAPTER_REMEDY)
     for module in model.modules():
         if any(type(variant).__name__.startswith("ALora") for variant in getattr(module, "lora_variant", {}).values()):
-            raise _refusal(model, "its adapter (activated LoRA) starts at a token counted from the end of a row")
+            problem = "its adapter (activated LoRA) starts at a token counted from the end of a row"
+            raise _refusal(model, problem, _ADAPTER_REMEDY)
 
 
 def _check_blocks(model: nn.Module, blocks: nn.ModuleList) -> None:
@@ -91,7 +97,8 @@ def _problem(block: nn.Module, attention: nn.Module) -> str | None:
     code = inspect.unwrap(type(attention).forward).__code__
     if biases := arguments & _BIASED_ATTENTION:
         return f"it adds {', '.join(sorted(biases))} to the attention scores"
-    if unknown := arguments - _UNDERSTOOD_ARGUMENTS:
+    idle = set() if getattr(block, "hidden_size_per_layer_input", 1) else {"per_layer_input"}
+    if unknown := arguments - _UNDERSTOOD_ARGUMENTS - idle:
         return f"it takes {', '.join(sorted(unknown))}, which may go by token and is not understood"
     if wrapper := next((m for m in block.children() if _wraps(m, attention)), None):
         return f"its attention is inside a {type(wrapper).__name__} (peft), which attends to more than the text"
@@ -107,7 +114,9 @@ def _problem(block: nn.Module, attention: nn.Module) -> str | None:
     if getattr(attention, "sinks", None) is not None:
         return "its attention has learned sinks"
     if any(map(_scales_whole_calls, block.modules())):
-        return "its quantised linear maps scale a call's tokens together, so that each depends on which others are there"
+        return (
+            "its quantised linear maps scale a call's tokens together (torchao's weight-only and per-row ones do not)"
+        )
     if masks := {name for name in code.co_varnames if "mask" in name} - _MASKS:
         return f"its attention makes a mask of its own ({', '.join(sorted(masks))})"
     return None
