@@ -116,7 +116,7 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
 
     The sample is every tensor's name, shape, first and last value, rounded to bfloat16: cheap, and the same for one
     checkpoint loaded in float32 or bfloat16 on any device. It tells fine-tuned models apart; it is no protection
-    against forgery.
+    against forgery. A quantised model is another one than its base, and so is one with adapters, whichever is active.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -132,11 +132,21 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def _weights_sample(model: "PreTrainedModel") -> str:
-    tensors = {name: tensor for name, tensor in sorted(model.named_parameters()) if tensor.numel()}
-    ends = torch.stack([end for tensor in tensors.values() for end in (tensor.flatten()[0], tensor.flatten()[-1])])
+    tensors = {name: tensor for name, tensor in sorted(_named_weights(model)) if tensor.numel()}
+    ends = torch.stack([t.detach().flatten()[at].to(torch.bfloat16) for t in tensors.values() for at in (0, -1)])
     head = repr([(name, tuple(tensor.shape)) for name, tensor in tensors.items()])
-    values = ends.detach().to(torch.bfloat16).to("cpu", torch.float32).numpy()
+    values = ends.to("cpu", torch.float32).numpy()
     return hashlib.sha256(head.encode() + values.tobytes()).hexdigest()
+
+
+def _named_weights(model: "PreTrainedModel") -> "Iterator[tuple[str, torch.Tensor]]":
+    """Names and weights, as they are stored; what peft wraps a model in adds no prefix to the names."""
+    from ftp_lightning.pruning.stored import stored_parts
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = {id(weight): name for name, weight in base.named_parameters()}
+    for name, weight in model.named_parameters():
+        yield from stored_parts(weight, own.get(id(weight), name))
 
 
 def _checked(name: str, weights: bool) -> str:

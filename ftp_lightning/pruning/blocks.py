@@ -7,9 +7,24 @@ import inspect
 
 from torch import nn
 
+from ftp_lightning.errors import UserError
+
 _CACHE_NAMES = ("past_key_values", "layer_past")
 _UNDERSTOOD_LAYERS = {"full_attention", "sliding_attention"}
+_UNDERSTOOD_ARGUMENTS = {
+    "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", *_CACHE_NAMES, "use_cache",
+    "output_attentions", "output_router_logits", "encoder_hidden_states", "encoder_attention_mask",
+    "shared_kv_states",
+}  # fmt: skip
 _BIASED_ATTENTION = {"alibi", "position_bias"}
+_MASKS = {"attention_mask", "encoder_attention_mask"}
+_REFUSED_ADAPTERS = {
+    "PREFIX_TUNING": "fills the cache before the prompt, so that every forward would be a continuation",
+    "CARTRIDGE": "fills the cache before the prompt, so that every forward would be a continuation",
+    "XLORA": "weighs its adapters token by token, with weights that are not gathered",
+}
+
+_ADAPTER_REMEDY = "Understood are adapters of linear maps (LoRA, DoRA, IA3) and virtual tokens (prompt tuning)."
 
 
 def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -20,23 +35,29 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     transformers' attention interface.
 
     Raises:
-        ValueError: nothing of this kind is in the model, or its attention does what gathered tokens cannot.
+        UserError: nothing of this kind is in the model, or it does what gathered tokens cannot.
     """
     config = getattr(model, "config", None)
+    _check_kind(model, config)
     count = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
+    if count is None:
+        raise _refusal(model, "it has no config that tells how many decoder blocks (`num_hidden_layers`) to look for")
     for owner in model.modules():
         for child in owner.children():
             if isinstance(child, nn.ModuleList) and len(child) == count and all(map(_is_block, child)):
-                _check_attention(model, child)
+                if "inputs_embeds" not in inspect.signature(type(owner).forward).parameters:
+                    raise _refusal(model, f"{type(owner).__name__}, which runs its blocks, takes no `inputs_embeds`")
+                _check_blocks(model, child)
                 return owner, child
-    raise ValueError(
-        f"{type(model).__name__} cannot be pruned: no nn.ModuleList of {count} decoder blocks that take "
-        "`hidden_states` and a key-value cache and hold an attention module with `layer_idx` was found"
+    raise _refusal(
+        model,
+        f"no nn.ModuleList of {count} decoder blocks that take `hidden_states` and a key-value cache and hold an "
+        "attention module with `layer_idx` was found",
     )
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks, first to last; ValueError where the model has none that are understood."""
+    """The decoder blocks, first to last; UserError where the model has none that are understood."""
     return find_decoder(model)[1]
 
 
@@ -45,25 +66,72 @@ def _is_block(module: nn.Module) -> bool:
     return "hidden_states" in names and cache_name(module) is not None and _attention_or_none(module) is not None
 
 
-def _check_attention(model: nn.Module, blocks: nn.ModuleList) -> None:
-    """ValueError where the attention of a block depends on more than queries, keys, slots and a window."""
+def _refusal(model: nn.Module, problem: str, remedy: str = "") -> UserError:
+    return UserError(f"{type(model).__name__} cannot be pruned: {problem}." + (remedy and f"\n{remedy}"))
+
+
+def _check_kind(model: nn.Module, config) -> None:
+    """UserError for a model that is no decoder alone, and for adapters that are more than a change of linear maps."""
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise _refusal(model, "its blocks read a second text through cross-attention; understood are decoders alone")
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if kind in _REFUSED_ADAPTERS:
+            raise _refusal(model, f"its adapter {name!r} ({kind}) {_REFUSED_ADAPTERS[kind]}", _ADAPTER_REMEDY)
+    for module in model.modules():
+        if any(type(variant).__name__.startswith("ALora") for variant in getattr(module, "lora_variant", {}).values()):
+            problem = "its adapter (activated LoRA) starts at a token counted from the end of a row"
+            raise _refusal(model, problem, _ADAPTER_REMEDY)
+
+
+def _check_blocks(model: nn.Module, blocks: nn.ModuleList) -> None:
+    """UserError where a block depends on more than hidden states, positions, and queries, keys, slots and a window."""
     for index, block in enumerate(blocks):
-        attention, names = find_attention(block), set(inspect.signature(type(block).forward).parameters)
-        problem = None
-        if names & _BIASED_ATTENTION:
-            problem = f"it adds {', '.join(names & _BIASED_ATTENTION)} to the attention scores"
-        elif "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(type(attention).forward).__code__.co_names:
-            problem = "its attention does not go through transformers' attention interface (ALL_ATTENTION_FUNCTIONS)"
-        elif getattr(attention, "is_causal", True) is False:
-            problem = "its attention is not causal"
-        elif getattr(attention, "is_kv_shared_layer", False):
-            problem = "it reads the keys and values of another block"
-        elif (kind := _layer_type(attention)) not in _UNDERSTOOD_LAYERS:
-            problem = f"its layer type is {kind!r}, understood are {', '.join(sorted(_UNDERSTOOD_LAYERS))}"
-        elif getattr(attention, "sinks", None) is not None:
-            problem = "its attention has learned sinks"
+        problem = _problem(block, find_attention(block))
         if problem:
-            raise ValueError(f"{type(model).__name__} cannot be pruned: block {index}: {problem}")
+            raise _refusal(model, f"block {index}: {problem}")
+
+
+def _problem(block: nn.Module, attention: nn.Module) -> str | None:
+    arguments = {p.name for p in inspect.signature(type(block).forward).parameters.values() if p.kind != p.VAR_KEYWORD}
+    code = inspect.unwrap(type(attention).forward).__code__
+    if biases := arguments & _BIASED_ATTENTION:
+        return f"it adds {', '.join(sorted(biases))} to the attention scores"
+    idle = set() if getattr(block, "hidden_size_per_layer_input", 1) else {"per_layer_input"}
+    if unknown := arguments - _UNDERSTOOD_ARGUMENTS - idle:
+        return f"it takes {', '.join(sorted(unknown))}, which may go by token and is not understood"
+    if wrapper := next((m for m in block.children() if _wraps(m, attention)), None):
+        return f"its attention is inside a {type(wrapper).__name__} (peft), which attends to more than the text"
+    if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        name = type(attention).__name__
+        return f"its {name} does not go through transformers' attention interface (ALL_ATTENTION_FUNCTIONS)"
+    if getattr(attention, "is_causal", True) is False:
+        return "its attention is not causal"
+    if getattr(attention, "is_kv_shared_layer", False):
+        return "it reads the keys and values of another block"
+    if (kind := _layer_type(attention)) not in _UNDERSTOOD_LAYERS:
+        return f"its layer type is {kind!r}, understood are {', '.join(sorted(_UNDERSTOOD_LAYERS))}"
+    if getattr(attention, "sinks", None) is not None:
+        return "its attention has learned sinks"
+    if any(map(_scales_whole_calls, block.modules())):
+        return (
+            "its quantised linear maps scale a call's tokens together (torchao's weight-only and per-row ones do not)"
+        )
+    if masks := {name for name in code.co_varnames if "mask" in name} - _MASKS:
+        return f"its attention makes a mask of its own ({', '.join(sorted(masks))})"
+    return None
+
+
+def _wraps(module: nn.Module, attention: nn.Module) -> bool:
+    return module is not attention and type(module).__module__.startswith("peft.") and attention in module.children()
+
+
+def _scales_whole_calls(module: nn.Module) -> bool:
+    """Whether a quantised linear map takes one scale from all tokens of a call: torch.ao's dynamic quantisation does,
+    and torchao's with a granularity of PerTensor."""
+    quantised = getattr(getattr(module, "weight", None), "act_quant_kwargs", None)
+    granularity = type(getattr(quantised, "granularity", None)).__name__
+    return type(module).__module__.startswith("torch.ao.nn.quantized") or granularity == "PerTensor"
 
 
 def _layer_type(attention: nn.Module) -> str:
@@ -107,7 +175,15 @@ def find_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def _matrices(module: nn.Module) -> int:
-    return sum(p.dim() == 2 for p in module.parameters())
+    """Linear maps in a module; one that is wrapped by an adapter, or whose weight is packed, counts one."""
+    if _is_linear(module):
+        return 1
+    own = sum(p.dim() == 2 for p in module.parameters(recurse=False))
+    return own + sum(map(_matrices, module.children()))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features"))
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -115,9 +191,9 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def query_projection(attention: nn.Module) -> nn.Module | None:
-    """The projection that makes queries alone; None where it is fused with keys and values."""
+    """The projection that makes queries alone; None where it is fused with keys and values, or not a linear map."""
     projection = getattr(attention, "q_proj", None)
-    return projection if isinstance(projection, nn.Module) else None
+    return projection if isinstance(projection, nn.Module) and _is_linear(projection) else None
 
 
 def sliding_window(attention: nn.Module) -> int | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.pruning.blocks import find_attention, find_blocks, query_projection, sliding_window
+from ftp_lightning.pruning.stored import stored_bytes
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
@@ -82,16 +83,30 @@ def _is_deposit(name: str, child: nn.Module, attention: nn.Module) -> bool:
 def _weights(module: nn.Module) -> float:
     """Weights that a token meets in the linear maps of a module: all of the dense ones, of experts the chosen share.
 
-    Of wrappers (adapters around a linear map) the innermost maps are counted, each once: base, and both factors.
+    Of wrappers (adapters around a linear map) the innermost maps are counted, each once: base, and both factors of the
+    adapters that are in use.
     """
     dense = sum(_linear_size(part) for part in _linear_maps(module))
     return dense + sum(weight.numel() * share for weight, share in _experts(module))
 
 
 def _linear_maps(module: nn.Module) -> Iterator[nn.Module]:
-    for part in module.modules():
+    for part in _in_use(module):
         if _linear_size(part) and not any(_linear_size(inner) for inner in part.modules() if inner is not part):
             yield part
+
+
+def _in_use(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules inside but those of adapters (peft) that are switched off, or merged into the weights."""
+    yield module
+    active = getattr(module, "active_adapters", None) if hasattr(module, "base_layer") else None
+    off = active is not None and (getattr(module, "merged", False) or getattr(module, "disable_adapters", False))
+    for child in module.children():
+        if active is None or not isinstance(child, nn.ModuleDict):
+            yield from _in_use(child)
+        else:
+            for name in () if off else child.keys() & set(active):
+                yield from _in_use(child[name])
 
 
 def _linear_size(module: nn.Module) -> int:
@@ -138,13 +153,9 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
 def _bytes(module: nn.Module) -> float:
     """Bytes of weights that are read to compute one token: as they are stored, of experts the chosen share."""
     experts = {id(weight): share for weight, share in _experts(module)}
-    weights = sum(_size(weight) * experts.get(id(weight), 1.0) for weight in module.parameters())
+    weights = sum(stored_bytes(weight) * experts.get(id(weight), 1.0) for weight in module.parameters())
     packed = (buffer for part in _linear_maps(module) for buffer in part.buffers(recurse=False))
-    return weights + sum(map(_size, packed))
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return weights + sum(map(stored_bytes, packed))
 
 
 def _cache_width(model: nn.Module) -> int:

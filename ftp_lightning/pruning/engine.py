@@ -236,11 +236,11 @@ class Engine:
         return (run_masked if state.masked else run_gathered)(self, index, inner, call, chosen)
 
     def run_query_projection(self, projection: nn.Module, inner, args: tuple, kwargs: dict) -> Tensor:
-        """A deposit wants no queries: zeros that take no memory and no multiplication."""
+        """A deposit wants no queries: zeros without a multiplication, which may be written to in place (OLMo)."""
         if not self.depositing:
             return inner(*args, **kwargs)
         hidden = args[0]
-        return hidden.new_zeros(()).expand(*hidden.shape[:-1], projection.out_features)
+        return hidden.new_zeros(*hidden.shape[:-1], projection.out_features)
 
     def needs_keys(self, index: int, layer: RoutedLayer) -> bool:
         """Whether a dense block has to know which tokens its cache holds; a plain decode step does not."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.pruning.costs import BlockCost, block_costs, causal_pairs, continued_pairs, evicted_pairs
+from ftp_lightning.pruning.stored import stored_bytes
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.schedule import Schedule, kept_tokens
 
@@ -223,5 +224,4 @@ def decode_speedup_limit(
 
 def _head_bytes(model: nn.Module) -> float:
     head = model.get_output_embeddings()
-    weights = () if head is None else head.parameters()
-    return float(sum(weight.numel() * weight.element_size() for weight in weights))
+    return 0.0 if head is None else float(sum(map(stored_bytes, head.parameters())))
