@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.figures import column, top_legend, whiskers
@@ -123,7 +124,8 @@ def speed(rows: Rows) -> "Figure":
         length_axis(axis, sorted(set(column(mine, "length"))))
     for axis in axes[:, 0]:
         axis.set_ylabel("prefill speed-up\n(dense time / pruned time)")
-    speed_legend(figure, axes[0, 0], rows)
+    axes[0, 0].set_ylim(bottom=0)
+    speed_legend(figure, axes.flat, rows)
     return figure
 
 
@@ -143,11 +145,12 @@ def draw_speed(axis: Any, rows: Rows, budget: float, index: int) -> None:
         axis.plot(column(there, "length"), column(there, name), **limit)
 
 
-def speed_legend(figure: "Figure", axis: Any, rows: Rows) -> None:
+def speed_legend(figure: "Figure", axes: Iterable[Any], rows: Rows) -> None:
     """Budgets by their colours, limits by their dashes; above the panels."""
     from matplotlib.lines import Line2D
 
-    handles, labels = axis.get_legend_handles_labels()
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    handles, labels = list(found.values()), list(found)
     for name, (what, dashes) in LIMITS.items():
         if any(row.get(name) is not None for row in rows):
             handles.append(Line2D([], [], color=INK, linestyle=dashes, linewidth=1.3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
@@ -91,15 +92,8 @@ class BenchmarkStage(PrunedSettings):
         for done, size in enumerate(sizes):
             if any((row["length"], row["batch"]) == size for row in found["rows"] + found["left_out"]):
                 continue  # an interrupted run has measured it
-            about = f"{size[1]} x {size[0]} tokens"
-            grid.measure(
-                bench,
-                pruners,
-                size,
-                self.mixed,
-                found,
-                lambda part, n=done, a=about: progress.step(n + part, len(sizes), a),
-            )
+            about = partial(_step, progress, done, len(sizes), f"{size[1]} x {size[0]} tokens")
+            grid.measure(bench, pruners, size, self.mixed, found, about)
             folder.save_state(found)
         self._write(folder, progress, found)
 
@@ -120,6 +114,11 @@ class BenchmarkStage(PrunedSettings):
         progress.done(
             f"{last['speedup']:.2f}x as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f}x)"
         )
+
+
+def _step(progress: Progress, done: int, total: int, what: str, part: float) -> None:
+    """`part` of the size after the first `done` of `total` is measured."""
+    progress.step(done + part, total, what)
 
 
 def _name(row: dict[str, Any]) -> str:
