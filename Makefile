@@ -25,8 +25,8 @@ demo: $(SETUP)  ## prune the embedded model with the whole method; ends with run
 report: $(SETUP)  ## write the report of RUN (runs/demo) anew
 	$(PYTHON) -m ftp_lightning report --run $(RUN)
 
-bench: $(SETUP)  ## prefill time of a random 110 M Llama, dense and pruned
-	$(PYTHON) -m ftp_lightning benchmark --model random:llama-110m --lengths 512,1024,2048 --output runs/bench
+bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense and pruned
+	$(PYTHON) -m ftp_lightning benchmark --config experiments/benchmark_cpu.yaml
 
 test: $(SETUP)  ## the fast tests, offline
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"

@@ -42,11 +42,11 @@ def _shape(blocks: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab:
     }
 
 
-# Random weights, for measuring speed and memory.
+# Random weights, for measuring speed and memory: rotary positions reach as far as somebody wants to measure.
 SHAPES = {
     "tiny": _shape(3, 64, 4, 2, 128, 4096),
-    "llama-110m": _shape(12, 768, 12, 12, 3072, 32000),
-    "llama-7b": _shape(32, 4096, 32, 32, 11008, 32000),  # LLaMA2-7B
+    "llama-110m": _shape(12, 768, 12, 12, 3072, 32000, max_position_embeddings=16384),
+    "llama-7b": _shape(32, 4096, 32, 32, 11008, 32000, max_position_embeddings=16384),  # LLaMA2-7B, its 4096 stretched
     "llama-8b": _shape(  # Llama-3.1-8B
         32, 4096, 32, 8, 14336, 128256, max_position_embeddings=131072, rope_parameters=LLAMA_3_1_ROPE
     ),

@@ -136,3 +136,37 @@ def test_auto_device_is_what_is_there(monkeypatch):
         assert resolve_device("auto").type == expected
     with pytest.raises(UserError, match="is not there"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_a_valid_model_without_allocating_it(shape):
+    config = models._random_config(shape)
+    heads = config.num_attention_heads
+    assert config.hidden_size % heads == heads % config.num_key_value_heads == 0
+    with torch.device("meta"):
+        net = LlamaForCausalLM(config).model
+        hidden, positions = torch.zeros(2, 8, config.hidden_size), torch.arange(8)[None]
+        output = net.layers[0](hidden, position_embeddings=net.rotary_emb(hidden, positions))
+    assert output.shape == hidden.shape and len(net.layers) == config.num_hidden_layers
+
+
+def test_long_texts_fit_the_shapes_that_are_measured():
+    limits = {shape: models._random_config(shape).max_position_embeddings for shape in SHAPES}
+    assert limits == {"tiny": 4096, "llama-110m": 16384, "llama-7b": 16384, "llama-8b": 131072}
+
+
+def test_random_weights_are_never_made_in_another_precision():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dim() == 2 and result.is_floating_point():
+                made.add(result.dtype)
+            return result
+
+    with Watch():
+        load_model("random:tiny", dtype="bfloat16")
+    assert made == {torch.bfloat16}

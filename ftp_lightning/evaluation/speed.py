@@ -1,94 +1,137 @@
-"""Measured time of a prefill, dense and pruned side by side."""
+"""Measured time of prefill, decoding and routing, stock model and pruned one side by side."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.flops import realised_speedup_limit
+from ftp_lightning.evaluation.prompts import Prompts
+from ftp_lightning.evaluation.timing import Interval, interleaved, median_interval, seconds
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.routing import FixedRouter
+
+WARMUP = 3
+"""Pairs of prefills that are not counted."""
+
+DECODE_WARMUP = 2
+"""Pairs of decoding steps that are not counted."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Prefill of `batch` prompts of `length` tokens: median milliseconds, and the speed-up of the pairs.
+    """Median milliseconds of the stock and of the pruned run, and `ratio` = dense / pruned over the pairs."""
 
-    `ratio` = median of dense / pruned over the pairs, its 95 % bootstrap interval is [ratio_low, ratio_high];
-    `sparsity` was realised, `flops_limit` = dense FLOPs / pruned FLOPs is what no kernel can exceed by saving work
-    alone.
-    """
-
-    length: int
-    batch: int
-    pairs: int
     dense_ms: float
     pruned_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    sparsity: float
-    flops_limit: float
+    ratio: Interval
+    pairs: int
 
 
 @torch.no_grad()
 def prefill_speed(
-    model, pruner, length: int, batch: int = 1, pairs: int = 15, warmup: int = 3, *, generator: torch.Generator
+    model, pruner: TokenPruner, prompts: Prompts, pairs: int = 15, warmup: int = WARMUP, *, generator: torch.Generator
 ) -> Speed:
-    """Time `pairs` dense and pruned prefills in turn in one process, cache filled and last logit computed [ours].
+    """Time to first token: `pairs` dense and pruned prefills in turn, cache filled and last logit computed [ours].
 
-    Which of a pair goes first alternates; attaching is outside the clock, the router inside. The tokens are random:
-    where the router reads hidden states or attention, look at the realised sparsity. generator: on the CPU, draws
-    tokens and bootstrap. UserError where the model's positions end before `length`.
+    Attaching is outside the clock, the router inside. The tokens are random: where the router reads hidden states or
+    attention, look at the realised sparsity. generator: on the CPU, draws the bootstrap.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    if length > limit:
-        raise UserError(f"length is {length}, the model takes {limit} tokens\nMeasure a shorter prompt.")
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
-    times = [_pair(model, pruner, ids, dense_first=i % 2 == 0) for i in range(warmup + pairs)][warmup:]
-    dense, pruned = torch.tensor(times, dtype=torch.float64).T
-    ratio = dense / pruned
-    low, high = _median_interval(ratio, generator)
-    return Speed(
-        length=length,
-        batch=batch,
-        pairs=pairs,
-        dense_ms=1e3 * dense.median().item(),
-        pruned_ms=1e3 * pruned.median().item(),
-        ratio=ratio.median().item(),
-        ratio_low=low,
-        ratio_high=high,
-        sparsity=pruner.trace.prompt.row_sparsity.mean().item(),
-        flops_limit=realised_speedup_limit(model, pruner.trace.prompt, pruner.kv),
-    )
+
+    def pruned() -> float:
+        with pruner(model):
+            return prefill_seconds(model, prompts)
+
+    return _speed(interleaved(lambda: prefill_seconds(model, prompts), pruned, pairs, warmup), generator)
 
 
-def _pair(model, pruner, ids: Tensor, dense_first: bool) -> tuple[float, float]:
-    """Seconds of a dense and of a pruned prefill."""
-    dense = _seconds(model, ids) if dense_first else None
+def prefill_seconds(model, prompts: Prompts) -> float:
+    """Seconds of one prefill of the model as it is, pruner or not."""
+    return seconds(lambda: prefill(model, prompts), prompts.ids.device)
+
+
+def prefill(model, prompts: Prompts) -> Any:
+    """The model's output: cache of the prompt, logits (B, 1, vocabulary) of its last token."""
+    return model(**prompts.arguments, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode_speed(model, pruner: TokenPruner, prompts: Prompts, steps: int, *, generator: torch.Generator) -> Speed:
+    """Time of a greedy decoding step: `steps` of them on the dense and on the pruned cache in turn [ours].
+
+    The prefills are outside the clock, and so is attaching. DECODE_WARMUP steps come before, so that the model needs
+    T + DECODE_WARMUP + steps positions. Both caches are held at the same time.
+    """
+    dense, pruned = Decoding(model, prompts, nullcontext), Decoding(model, prompts, lambda: pruner(model))
+    return _speed(interleaved(dense.step, pruned.step, steps, DECODE_WARMUP), generator)
+
+
+class Decoding:
+    """A prompt with its cache, and one more token at every `step`. `within`: what the model is called in."""
+
+    def __init__(self, model, prompts: Prompts, within: Callable[[], AbstractContextManager]):
+        self.model, self.within = model, within
+        with within():
+            output = prefill(model, prompts)
+        self.cache, self.token, self.mask = output.past_key_values, _greedy(output), prompts.mask
+
+    def step(self) -> float:
+        """Seconds of one greedy step on the whole batch."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        more = {} if self.mask is None else {"attention_mask": self.mask}
+
+        def run() -> None:
+            output = self.model(
+                input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **more
+            )
+            self.token = _greedy(output)
+
+        with self.within():
+            return seconds(run, self.token.device)
+
+
+@torch.no_grad()
+def router_overhead(
+    model, pruner: TokenPruner, prompts: Prompts, pairs: int = 15, warmup: int = WARMUP, *, generator: torch.Generator
+) -> Interval:
+    """Share of the pruned prefill that goes to scores and router: median of 1 - t_replay / t_router over pairs [ours].
+
+    t_replay: a FixedRouter obeys the very decisions that the router took on these prompts, with the same kv modes. It
+    counts its tokens on the device; the share is a few synchronisations too small on an accelerator.
+    """
     with pruner(model):
-        pruned = _seconds(model, ids)
-    return (_seconds(model, ids) if dense is None else dense), pruned
+        prefill(model, prompts)
+    real = pruner.trace.prompt.real
+    fixed = TokenPruner(FixedRouter([keep | ~real for keep in pruner.trace.prompt.keep]), None, **pruner.settings())
+
+    def timed(which: TokenPruner) -> float:
+        with which(model):
+            return prefill_seconds(model, prompts)
+
+    with_router, replayed = interleaved(lambda: timed(pruner), lambda: timed(fixed), pairs, warmup).T
+    return median_interval(1.0 - replayed / with_router, generator)
 
 
-def _seconds(model, ids: Tensor) -> float:
-    _wait(ids.device)
-    start = time.perf_counter()
-    model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    _wait(ids.device)
-    return time.perf_counter() - start
+@torch.no_grad()
+def one_token_ms(model, prompts: Prompts, repeats: int = 5) -> float:
+    """Median milliseconds of a stock prefill of one token per row: what launching the kernels alone costs."""
+    one = Prompts(prompts.ids[:, -1:])
+    prefill_seconds(model, one)
+    return 1e3 * torch.tensor([prefill_seconds(model, one) for _ in range(repeats)]).median().item()
 
 
-def _wait(device: torch.device) -> None:
-    """Kernels on an accelerator run behind the clock's back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _speed(times: Tensor, generator: torch.Generator) -> Speed:
+    """times (pairs, 2) in seconds: dense, pruned."""
+    dense, pruned = times.T
+    ratio = median_interval(dense / pruned, generator)
+    return Speed(1e3 * dense.median().item(), 1e3 * pruned.median().item(), ratio, len(times))
 
 
-def _median_interval(values: Tensor, generator: torch.Generator, samples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the median."""
-    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
-    low, high = values[drawn].median(dim=1).values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
+def _greedy(output: Any) -> Tensor:
+    """(B, 1): the likeliest next token."""
+    return output.logits[:, -1:].argmax(-1)

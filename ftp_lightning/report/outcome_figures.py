@@ -1,6 +1,8 @@
 """The figures of evaluation and benchmark: rows (see `series`) in, matplotlib Figure out."""
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.figures import column, top_legend, whiskers
@@ -98,33 +100,62 @@ def kept_by_distance(rows: Rows) -> "Figure":
     return figure
 
 
+LIMITS = {"shape_limit": ("blocks of that shape", (0, (5, 2))), "flops_limit": ("FLOPs", (0, (1, 1.6)))}
+"""Column -> what sets the limit, and how its line is dashed."""
+
+
 def speed(rows: Rows) -> "Figure":
-    """Measured prefill speed-up with its interval (filled) beside the FLOPs limit (hollow), per budget and kv mode."""
-    settings = sorted({(round(row["budget"], 6), row["kv"]) for row in rows})
-    figure, axes = canvas(11, 3.3, ncols=len(settings), sharey=True, squeeze=False)
-    for axis, (budget, kv) in zip(axes[0], settings, strict=True):
-        mine = [row for row in rows if (round(row["budget"], 6), row["kv"]) == (budget, kv)]
-        for index, batch in enumerate(sorted({row["batch"] for row in mine})):
-            draw_speed(
-                axis, [row for row in mine if row["batch"] == batch], CYCLE[index % len(CYCLE)], f"batch {batch}"
-            )
+    """Measured prefill speed-up beside its limits; a panel per batch and kv mode, a line per budget."""
+    panels = sorted({(row["batch"], row["kv"]) for row in rows})
+    budgets = sorted({round(row["budget"], 6) for row in rows})
+    columns = min(len(panels), 4)
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = canvas(11, 0.5 + 2.9 * lines, nrows=lines, ncols=columns, sharey=True, squeeze=False)
+    for axis, panel in itertools.zip_longest(axes.flat, panels):
+        if panel is None:
+            axis.set_axis_off()
+            continue
+        mine = [row for row in rows if (row["batch"], row["kv"]) == panel]
+        for index, budget in enumerate(budgets):
+            draw_speed(axis, [row for row in mine if round(row["budget"], 6) == budget], budget, index)
         axis.axhline(1, color=INK, linewidth=1)
-        axis.set_title(f"budget {percent(budget, 0)}, kv {kv}", loc="right")
+        axis.set_title(f"batch {panel[0]}, kv {panel[1]}", loc="right")
         axis.set_xlabel("prompt length (tokens)")
         length_axis(axis, sorted(set(column(mine, "length"))))
-    axes[0, 0].set_ylabel("prefill speed-up\n(dense time / pruned time)")
-    axes[0, 0].legend(loc="best")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("prefill speed-up\n(dense time / pruned time)")
+    axes[0, 0].set_ylim(bottom=0)
+    speed_legend(figure, axes.flat, rows)
     return figure
 
 
-def draw_speed(axis: Any, rows: Rows, colour: str, label: str) -> None:
-    """One batch size: measured and limit."""
+def draw_speed(axis: Any, rows: Rows, budget: float, index: int) -> None:
+    """One budget: measured, and its limits, dashed."""
     rows = sorted(rows, key=lambda row: row["length"])
-    lengths = column(rows, "length")
-    look = {"color": colour, "marker": "o", "capsize": 3}
-    axis.errorbar(lengths, column(rows, "speedup"), yerr=whiskers(rows, "speedup"), **look, label=f"{label}, measured")
-    limit = {"color": colour, "marker": "o", "markerfacecolor": "none", "linestyle": "--", "linewidth": 1.1}
-    axis.plot(lengths, column(rows, "flops_limit"), **limit, label=f"{label}, FLOPs limit")
+    if not rows:
+        return
+    look = {"color": CYCLE[index % len(CYCLE)], "marker": "osD^vP"[index % 6]}
+    label = f"budget {percent(budget, 0)}, measured"
+    axis.errorbar(
+        column(rows, "length"), column(rows, "speedup"), yerr=whiskers(rows, "speedup"), **look, capsize=3, label=label
+    )
+    for name, (_, dashes) in LIMITS.items():
+        there = [row for row in rows if row.get(name) is not None]
+        limit = {**look, "markerfacecolor": "none", "markersize": 3.5, "linestyle": dashes, "linewidth": 1.1}
+        axis.plot(column(there, "length"), column(there, name), **limit)
+
+
+def speed_legend(figure: "Figure", axes: Iterable[Any], rows: Rows) -> None:
+    """Budgets by their colours, limits by their dashes; above the panels."""
+    from matplotlib.lines import Line2D
+
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    handles, labels = list(found.values()), list(found)
+    for name, (what, dashes) in LIMITS.items():
+        if any(row.get(name) is not None for row in rows):
+            handles.append(Line2D([], [], color=INK, linestyle=dashes, linewidth=1.3))
+            labels.append(f"limit: {what}")
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6), handlelength=2.6)
 
 
 def length_axis(axis: Any, lengths: list[int]) -> None:

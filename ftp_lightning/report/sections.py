@@ -77,8 +77,9 @@ TRAINING = (
 )  # fmt: skip
 
 SPEED = (
-    Plot("speed", "Prefill, measured", "Filled: measured, with its interval. Hollow: what the FLOPs saved would allow. "
-         "Decoding is not part of it.", series.speed, outcome_figures.speed, True),
+    Plot("speed", "Prefill, measured", "Solid: measured, with its 95 % interval. Dashed: if blocks took what stock "
+         "ones of the kept tokens take. Dotted: what the FLOPs saved would allow. Decoding is not part of it.",
+         series.speed, outcome_figures.speed, True),
 )  # fmt: skip
 
 SECTIONS = (

@@ -102,7 +102,7 @@ class BudgetSettings(ModelSettings):
             if self.budget_length != BUDGET_LENGTH:
                 raise UserError("budget_length is given for a budget of tokens\nAdd --budget_kind flops.")
             check_reachable(self.budget or 0.0, self.prompt_tokens)
-        elif self.budget is None:
+        elif self.budget is None and not getattr(self, "budgets", ()):
             raise UserError("budget_kind flops is given without a budget\nGive --budget, or leave --budget_kind out.")
 
 

@@ -1,9 +1,10 @@
-"""Stage `benchmark`: prefill time of the pruned model against the same stock model."""
+"""Stage `benchmark`: time and memory of the pruned model against the same stock model, cell by cell of a grid."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
@@ -15,69 +16,111 @@ LENGTHS = (512, 1024, 2048)
 """Prompt lengths by default, of these the ones that the model takes: at a few hundred tokens a small model's time is
 mostly overhead."""
 
+KV = ("evict", "keep")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkStage(PrunedSettings):
-    """Time the prefill, dense and pruned in turn, beside the limit that the FLOPs set. Writes benchmark.json."""
+    """Time prefill and decoding, weigh them, dense and pruned in turn, beside what FLOPs and shapes allow."""
 
     stage: ClassVar[str] = "benchmark"
 
     lengths: tuple[int, ...] = option((), "prompt lengths; by default 512, 1024, 2048 as far as the model goes")
     batches: tuple[int, ...] = option((1,), "prompts per forward")
+    budgets: tuple[float, ...] = option((), "uniform schedules of these budgets, in place of --budget")
+    modes: tuple[str, ...] = option((), "kv modes to compare, evict and keep, in place of --kv")
+    router: Literal["auto", "static", "random", "dynamic"] = option(
+        "auto", "who decides; auto is --pruned's, or dynamic with random weights: its cost is inside the clock"
+    )
+    attention: Literal["auto", "window", "exact"] = option(
+        "auto", "queries that scores are averaged over; auto is --pruned's, or window"
+    )
     pairs: int = option(15, "pairs of a dense and a pruned prefill", least=2)
+    decode_tokens: int = option(0, "greedy steps of decoding to time after the prefill; 0 is none", least=0)
+    mixed: bool = option(False, "rows of a batch from a quarter of the length up to it, left padded")
 
     def check(self) -> None:
         super().check()
-        if min(self.lengths or LENGTHS) < 4 or not self.batches or min(self.batches) < 1:
+        self._check_grid()
+        self._check_beside()
+        for budget in (self.budgets or (self.budget or 0.0,)) if self.budget_kind == "tokens" else ():
+            check_reachable(budget, self.shortest(min(self.lengths or LENGTHS)))
+
+    def shortest(self, length: int) -> int:
+        """Tokens of the shortest row of any batch."""
+        return -(-length // 4) if self.mixed else length
+
+    def _check_grid(self) -> None:
+        least = 16 if self.mixed else 4
+        if min(self.lengths or LENGTHS) < least or not self.batches or min(self.batches) < 1:
             raise UserError(
-                f"lengths {self.lengths} must be >= 4, batches {self.batches} >= 1\nChange --lengths or --batches."
+                f"lengths {self.lengths} must be >= {least}, batches {self.batches} >= 1\n"
+                "Change --lengths or --batches."
             )
-        if self.budget_kind == "tokens":
-            check_reachable(self.budget or 0.0, min(self.lengths or LENGTHS))
+        if self.mixed and max(self.batches) == 1:
+            raise UserError("mixed lengths need more than one prompt per forward\nGive larger --batches.")
+        if self.decode_tokens == 1:
+            raise UserError("decode_tokens is 1, one step has no interval\nGive 0 or at least 2.")
+        if any(not 0.0 <= budget < 1.0 for budget in self.budgets):
+            raise UserError(f"budgets are {self.budgets}, each must be in [0, 1)\nChange --budgets.")
+        if unknown := [mode for mode in self.modes if mode not in KV]:
+            raise UserError(f"modes: there is no {unknown[0]!r}\nChoose among {', '.join(KV)}.")
+
+    def _check_beside(self) -> None:
+        """UserError for two flags that say the same thing."""
+        single = [name for name in ("budget", "schedule", "pruned") if getattr(self, name) is not None]
+        if self.budgets and single:
+            raise UserError(f"budgets are given beside --{single[0]}, which has its own\nLeave one of them out.")
+        if self.modes and self.kv != "auto":
+            raise UserError("modes are given beside --kv\nLeave one of them out.")
+        if self.pruned and self.router != "auto":
+            raise UserError("router is given beside --pruned, which has its own\nLeave one of them out.")
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         import torch
 
-        from ftp_lightning.evaluation.speed import prefill_speed
-        from ftp_lightning.stages.inputs import chosen_pruner, load_model
+        from ftp_lightning.evaluation.speed_cell import Bench
+        from ftp_lightning.stages import benchmark_grid as grid
+        from ftp_lightning.stages.inputs import load_model
 
         model, _ = load_model(self)
-        pruner = chosen_pruner(self, model)
-        if self.budget_kind == "flops":  # known in tokens only now
-            check_reachable(pruner.schedule.budget, min(self.lengths or _usual(model)))
+        pruners, sizes = grid.pruners(self, model), grid.sizes(self, model)
+        grid.check_model(self, model, pruners, sizes)
+        found = folder.load_state() or {"rows": [], "left_out": [], "notes": []}
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = [(length, batch) for batch in self.batches for length in self.lengths or _usual(model)]
-        rows = []
-        for done, (length, batch) in enumerate(sizes):
-            progress.step(done, len(sizes), f"{batch} x {length} tokens")
-            rows.append(_row(prefill_speed(model, pruner, length, batch, self.pairs, generator=generator), pruner))
-        folder.write_json("benchmark.json", {"rows": rows})
-        speedup = {f"{row['batch']}x{row['length']}": row["speedup"] for row in rows}
-        folder.write_json("metrics.json", {"speedup": speedup})
+        bench = Bench(model, self.pairs, self.decode_tokens, generator, found["notes"])
+        for done, size in enumerate(sizes):
+            if any((row["length"], row["batch"]) == size for row in found["rows"] + found["left_out"]):
+                continue  # an interrupted run has measured it
+            about = partial(_step, progress, done, len(sizes), f"{size[1]} x {size[0]} tokens")
+            grid.measure(bench, pruners, size, self.mixed, found, about)
+            folder.save_state(found)
+        self._write(folder, progress, found)
+
+    def _write(self, folder: StageFolder, progress: Progress, found: dict[str, list]) -> None:
+        from ftp_lightning.report.benchmark import write_benchmark
+
+        for left in found["left_out"]:
+            progress.say(f"left out {left['batch']} x {left['length']} tokens, kv {left['kv']}: {left['reason']}")
+        for note in found["notes"]:
+            progress.say(note)
+        rows = found["rows"]
+        if not rows:
+            raise UserError("no cell fits the device's memory\nGive shorter --lengths or smaller --batches.")
+        folder.write_json("benchmark.json", found)
+        write_benchmark(rows, folder.place)
+        folder.write_json("metrics.json", {"speedup": {_name(row): row["speedup"] for row in rows}})
         last = rows[-1]
         progress.done(
             f"{last['speedup']:.2f}x as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f}x)"
         )
 
 
-def _usual(model: Any) -> tuple[int, ...]:
-    """The default lengths that fit the model's positions; where none does, all of its positions."""
-    limit = getattr(model.config, "max_position_embeddings", None) or LENGTHS[-1]
-    return tuple(length for length in LENGTHS if length <= limit) or (limit,)
+def _step(progress: Progress, done: int, total: int, what: str, part: float) -> None:
+    """`part` of the size after the first `done` of `total` is measured."""
+    progress.step(done + part, total, what)
 
 
-def _row(speed: Any, pruner: Any) -> dict[str, Any]:
-    return {
-        "length": speed.length,
-        "batch": speed.batch,
-        "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
-        "budget": pruner.schedule.budget,
-        "speedup": speed.ratio,
-        "low": speed.ratio_low,
-        "high": speed.ratio_high,
-        "flops_limit": speed.flops_limit,
-        "dense_ms": speed.dense_ms,
-        "pruned_ms": speed.pruned_ms,
-        "realised_sparsity": speed.sparsity,
-        "pairs": speed.pairs,
-    }
+def _name(row: dict[str, Any]) -> str:
+    """How metrics.json names a cell."""
+    return f"{row['batch']}x{row['length']} {row['kv']} {row['budget']:.4g}"

@@ -108,14 +108,18 @@ def schedule_or_uniform(path: str | None, budget: float | None, model: PreTraine
     return Schedule.uniform(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
 
 
-def token_budget(settings: BudgetSettings, model: PreTrainedModel, kv: str | Sequence[str]) -> float | None:
-    """The share of tokens that --budget asks for: itself, or under --budget_kind flops that of the uniform schedule
-    with this FLOPs cut; UserError where --budget_length does not fit the model, or the cut is out of reach."""
-    if settings.budget_kind == "tokens":
-        return settings.budget
+def token_budget(
+    settings: BudgetSettings, model: PreTrainedModel, kv: str | Sequence[str], budget: float | None = None
+) -> float | None:
+    """The share of tokens that `budget`, by default --budget, asks for: itself, or under --budget_kind flops that of the
+    uniform schedule with this FLOPs cut; UserError where --budget_length does not fit the model, or the cut is out of
+    reach."""
+    budget = settings.budget if budget is None else budget
+    if settings.budget_kind == "tokens" or budget is None:
+        return budget
     check_budget_length(settings, model.config)
     num_blocks(model)
-    budget = solve_budget(model, settings.budget, settings.budget_length, kv).sparsity[0]
+    budget = solve_budget(model, budget, settings.budget_length, kv).sparsity[0]
     check_reachable(budget, settings.prompt_tokens)
     return budget
 

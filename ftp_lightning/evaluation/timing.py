@@ -1,0 +1,61 @@
+"""The stopwatch: two things timed in turn, and what their pairs say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median over pairs and its 95 % bootstrap interval [low, high]."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: int, warmup: int = 0) -> Tensor:
+    """(pairs, 2) float64: what the two returned, called in turn [ours].
+
+    Who goes first alternates, so that neither profits from the other's warm caches or suffers from a slow drift of the
+    clock rate; the first `warmup` pairs are thrown away.
+    """
+    times = []
+    for pair in range(warmup + pairs):
+        if pair % 2 == 0:
+            one = first()
+            times.append((one, second()))
+        else:
+            other = second()
+            times.append((first(), other))
+    return torch.tensor(times[warmup:], dtype=torch.float64)
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, kernels on the device included; what it returns is freed after the clock is read."""
+    wait(device)
+    start = time.perf_counter()
+    result = run()
+    wait(device)
+    passed = time.perf_counter() - start
+    del result
+    return passed
+
+
+def wait(device: torch.device) -> None:
+    """Kernels on an accelerator run behind the clock's back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_interval(values: Tensor, generator: torch.Generator, samples: int = 2000) -> Interval:
+    """The median of `values` (n,) and its 95 % percentile bootstrap interval."""
+    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
+    low, high = values[drawn].median(dim=1).values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return Interval(values.median().item(), low, high)
