@@ -17,8 +17,8 @@ from ftp_lightning.stages.benchmark import BenchmarkStage
 
 TINY = ("--model", "random:tiny", "--device", "cpu", "--pairs", "2", "--output", "out")
 
-EXPECTED = """length batch kv budget speedup low high flops_limit padded_flops_limit shape_limit limit_share dense_ms pruned_ms
-one_token_ms launch_bound realised_sparsity pairs overhead_share overhead_low overhead_high decode_tokens
+EXPECTED = """length batch kv budget speedup low high flops_limit padded_flops_limit shape_limit limit_share dense_ms
+pruned_ms one_token_ms launch_bound realised_sparsity pairs overhead_share overhead_low overhead_high decode_tokens
 decode_dense_ms decode_pruned_ms decode_speedup decode_low decode_high memory_dense_bytes memory_pruned_bytes
 kv_bytes_dense kv_bytes_pruned mixed router attention device dtype threads""".split()
 
