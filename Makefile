@@ -12,10 +12,11 @@ help:  ## list the targets
 
 setup: $(SETUP)  ## make .venv with the pinned requirements and this package
 
-$(SETUP): requirements.txt pyproject.toml
+$(SETUP): requirements.txt requirements-torchao.txt pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao -r requirements-torchao.txt
 	$(PYTHON) -m pip install --quiet --no-deps -e .
 	touch $@
 

@@ -212,6 +212,7 @@ def quantised(name, **changes):
     return model
 
 
+@pytest.mark.torchao
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_models_equal_the_masked_oracle(name, kv):
@@ -220,12 +221,14 @@ def test_quantised_models_equal_the_masked_oracle(name, kv):
         check(model, pruner_of(kv, parts), [18, 12], 4, "left", [1, 3], QUANTISED[name][1])
 
 
+@pytest.mark.torchao
 def test_adapters_on_quantised_weights():
     model = adapted(adapter_config("lora_everywhere"), model=quantised("Int8WeightOnlyConfig"))
     for kv in KV:
         check(model, pruner_of(kv), [18, 12], 4, "left", [1, 3], 1e-4)
 
 
+@pytest.mark.torchao
 def test_costs_of_quantised_weights_are_read_as_they_are_stored(tmp_path):
     plain, model = family("llama", torch.float32, **WIDE), quantised("Int8WeightOnlyConfig")
     for ours, theirs in zip(block_costs(model), block_costs(plain)):
@@ -241,6 +244,7 @@ def test_costs_of_quantised_weights_are_read_as_they_are_stored(tmp_path):
         TokenPruner.load(tmp_path / "p").attach(plain)
 
 
+@pytest.mark.torchao
 def test_scales_over_all_tokens_of_a_call_are_refused():
     """A gathered call holds other tokens than the dense one: under one scale per call every token would change."""
     sentence = "scale a call's tokens together"

@@ -112,8 +112,8 @@ def token_budget(
     settings: BudgetSettings, model: PreTrainedModel, kv: str | Sequence[str], budget: float | None = None
 ) -> float | None:
     """The share of tokens that `budget`, by default --budget, asks for: itself, or under --budget_kind flops that of
-    the uniform schedule with this FLOPs cut; UserError where --budget_length does not fit the model, or the cut is out of
-    reach."""
+    the uniform schedule with this FLOPs cut; UserError where --budget_length does not fit the model, or the cut is out
+    of reach."""
     budget = settings.budget if budget is None else budget
     if settings.budget_kind == "tokens" or budget is None:
         return budget
