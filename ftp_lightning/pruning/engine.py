@@ -286,6 +286,13 @@ class Engine:
         new = rows.width if evicted else width
         state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
 
+    def recall_scores(self, index: int, layer: RoutedLayer | None) -> None:
+        """What `write_scores` does where no token was computed: a continuation reads what earlier queries said in this
+        block."""
+        state = self.current
+        if state.part is None and state.table is not None and self.scores_matter(index):
+            state.table.recall(layer)
+
     def _write_continuation(
         self, tapped: Tapped, rows: Rows | None, queries: Tokens, keys: Tokens, layer: RoutedLayer
     ) -> None:

@@ -46,6 +46,7 @@ def run_rows(engine: Engine, index: int, inner, call: Call, rows: Rows):
     else:
         cache, keys = _evict(engine, index, inner, call, rows, queries, layer)
     if not rows.width:
+        engine.recall_scores(index, layer)
         return None
     engine.sight = _sight(engine, index, queries, keys, layer)
     output = call.run(inner, **call.rows(rows.index), attention_mask=None, cache=cache)

@@ -74,6 +74,12 @@ class ContinuationTable:
         layer.scores = latest[:, -1]
         self.values = torch.where(latest[:, 1:] >= 0, latest[:, 1:], self.values)
 
+    def recall(self, layer: RoutedLayer) -> None:
+        """Take in what the block wrote before, where none of the new tokens is computed there."""
+        layer.scores = _stored(layer, self.values[:, 0])
+        before = layer.scores[:, None]
+        self.values = torch.where(before >= 0, before, self.values)
+
 
 def remember_prompt(layer: RoutedLayer, scores: Tensor, seen: Tensor, keys: Tokens, span: int) -> None:
     """Keep with the layer what a prompt's block wrote: scores, seen (B, K) of the keys' slots; `span` slots seen."""
