@@ -175,7 +175,8 @@ class RoutedLayer(DynamicLayer):
         width = int(places.max()) + 1 if len(places) else 0
         self.all_valid &= bool(stay[:, :width].all())
         self.keys, self.values = self.keys[:, :, :width], self.values[:, :, :width]
-        self._slots, self._valid = [tokens.slots[:, :width]], [(tokens.valid & stay)[:, :width]]
+        slots = tokens.slots[:, :width].clamp(max=max(self.seen - 1, 0))  # what is left of the dropped ones is filler
+        self._slots, self._valid = [slots], [(tokens.valid & stay)[:, :width]]
         self._map_stores(lambda t: t[:, : self.seen])
 
 
