@@ -120,7 +120,7 @@ def masked_dense(model, keep_attention, keep_mlp, kv, ids):
     """Logits (T, V) of one text, every family: all tokens run through every block under a T x T mask, and what a token
     skipped is thrown away afterwards. No cache, no padding, no gathering, nothing of the engine.
 
-    keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Keys of tokens that skip an attention are hidden under `evict`.
+    keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Keys of tokens skipping an attention are hidden under `evict`.
     """
     blocks = find_blocks(model)
     tokens, undo = len(ids), []
@@ -193,37 +193,37 @@ def follow_row(model, pruner, ids, prompt_tokens, keep):
     blocks, router = model.model.layers, pruner.router
     sparsity = pruner.schedule.sparsity
     cos, sin = (t[0] for t in model.model.rotary_emb(model.model.embed_tokens.weight[ids], torch.arange(tokens)[None]))
-    written = [{} for _ in blocks]  # written[l][j]: what block l wrote last about token j
+    written = [{} for _ in blocks]  # written[block][j]: what block wrote last about token j
     logits, probability, computes = [], [[] for _ in blocks], [[] for _ in blocks]
     for i in range(prompt - 1, tokens):  # the first round is the prompt itself: it only writes scores
         n = i + 1
         x, memo = model.model.embed_tokens.weight[ids[:n]], {}
         table = [1.0] * n
-        for l, layer in enumerate(blocks):
-            s = sparsity[l]
+        for block, layer in enumerate(blocks):
+            s = sparsity[block]
             if i >= prompt:
                 decided, p_compute = True, None
                 if s > 0 and pruner.decode != "dense":
-                    p_compute = _p_of_last(router, pruner, l, n, table, x, memo)
-                    decided = not _skips(pruner, s, p_compute, keep[l][prompt:i])
-                probability[l].append(p_compute)
-                computes[l].append(decided)
-            computed = keep[l][:n]
+                    p_compute = _p_of_last(router, pruner, block, n, table, x, memo)
+                    decided = not _skips(pruner, s, p_compute, keep[block][prompt:i])
+                probability[block].append(p_compute)
+                computes[block].append(decided)
+            computed = keep[block][:n]
             visible = torch.ones(n, n).tril().bool()
-            is_key = computed if pruner.kv[l] == "evict" else torch.ones(n, dtype=torch.bool)
+            is_key = computed if pruner.kv[block] == "evict" else torch.ones(n, dtype=torch.bool)
             visible = visible & is_key[None, :] | torch.eye(n, dtype=torch.bool)
             out, p = llama_block(layer, config, x, cos[:n], sin[:n], visible)
             if i < prompt:
                 queries = [q for q in range(prompt) if computed[q]]
                 queries = queries[-pruner.window :] if pruner.attention == "window" else queries
                 new = scores(p, visible, queries)
-                written[l] = {j: float(new[j]) for j in range(n) if is_key[j] and not new[j].isnan()}
+                written[block] = {j: float(new[j]) for j in range(n) if is_key[j] and not new[j].isnan()}
             elif computed[i]:
                 for j in range(n):
                     if visible[i, j]:
-                        written[l][j] = float(p[:, i, j].double().mean()) * int(visible[i].sum())
-            if l == 0 or not router.one_pass:
-                table = [written[l].get(j, table[j]) for j in range(n)]
+                        written[block][j] = float(p[:, i, j].double().mean()) * int(visible[i].sum())
+            if block == 0 or not router.one_pass:
+                table = [written[block].get(j, table[j]) for j in range(n)]
             x = torch.where(computed[:, None], out, x)
         if i >= prompt:
             logits.append((model.model.norm(x) @ model.lm_head.weight.T)[-1])
