@@ -282,7 +282,8 @@ class Engine:
         scores, seen = received_attention(tapped, queries, keys, last)
         if layer is not None and self.pruner.decode != "dense":
             remember_prompt(layer, scores, seen, keys, state.span)
-        evicted = rows is not None and keys.slots.shape[1] < state.span
+        # a complete layer may hold fewer keys than were seen, too: a sliding window has dropped the rest
+        evicted = rows is not None and (layer is None or not layer.complete)
         new = rows.width if evicted else width
         state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
 
