@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from families import family
 from oracle import follow_row, masked_dense, run_row
 from test_engine import BLOCKS, MODEL, relative
 from transformers import DynamicCache
@@ -377,3 +378,74 @@ def test_a_crop_that_cannot_be_exact_is_refused(monkeypatch):
             run_on(pruner, cache, TEXT[:, PROMPT : PROMPT + 10])
             with pytest.raises(UserError, match="cannot go back to its first"):
                 cache.crop(-cut)
+
+
+@pytest.mark.parametrize("name", ["static", "dynamic"])
+def test_a_row_that_starts_in_a_later_chunk_keeps_its_first_token(name):
+    """Chunked prefill of left-padded rows: padding may fill a row's first chunk."""
+    ids, mask = TEXT[:2, :18].clone(), torch.ones(2, 18, dtype=torch.long)
+    mask[1, :8], ids[1, :8] = 0, 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    pruner, cache, keep = pruner_of(name, "dense", "evict", NONE_DENSE), DynamicCache(config=MODEL.config), []
+    with torch.no_grad(), pruner(MODEL), pruner.prompt():
+        for chunk in (slice(0, 6), slice(6, 12), slice(12, 18)):
+            MODEL(
+                ids[:, chunk],
+                attention_mask=mask[:, : chunk.stop],
+                position_ids=position[:, chunk],
+                past_key_values=cache,
+            )
+            keep.append(pruner.trace.keep)
+    for first, second, third in zip(*keep):
+        assert first[0, 0] and not first[1].any() and second[1, 2] and not second[1, :2].any()
+        assert second[:, -1].all() and third[:, -1].all()
+
+
+@pytest.mark.parametrize("decode", ["dense", "threshold", "strict"])
+@pytest.mark.parametrize("parts", ["attention", "mlp", "attention+mlp"])
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_parts_follow_too(kv, parts, decode):
+    made = router("dynamic", kv, NONE_DENSE)
+    pruner = TokenPruner(made, NONE_DENSE, kv=kv, decode=decode, window=5, parts=parts)
+    traces, logits = [], []
+    with torch.no_grad(), pruner(MODEL):
+        cache = prefill(pruner, TEXT)
+        traces.append(pruner.trace)
+        together = MODEL(TEXT[:, PROMPT:], past_key_values=cache).logits
+        whole = pruner.trace
+        cache = prefill(pruner, TEXT)
+        for token in TEXT[:, PROMPT:].split(1, dim=1):
+            logits.append(MODEL(token, past_key_values=cache).logits)
+            traces.append(pruner.trace)
+    assert relative(torch.cat(logits, 1), together) < 1e-11
+    attends, computes = (
+        [torch.cat(parts, 1) for parts in zip(*(getattr(t, which) for t in traces))]
+        for which in ("keep_attention", "keep_mlp")
+    )
+    assert all(torch.equal(a[:, PROMPT:], b) for a, b in zip(attends, whole.keep_attention))
+    assert all(torch.equal(a[:, PROMPT:], b) for a, b in zip(computes, whole.keep_mlp))
+    for row in range(3):
+        expected = masked_dense(MODEL, [k[row] for k in attends], [k[row] for k in computes], [kv] * BLOCKS, TEXT[row])
+        assert relative(together[row], expected[PROMPT:]) < 1e-11
+
+
+@pytest.mark.parametrize("decode", ["dense", "threshold"])
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+@pytest.mark.parametrize("name", ["mistral_sliding", "gemma3", "qwen2_sliding"])
+def test_what_a_sliding_window_dropped_changes_no_decision(name, kv, decode):
+    """Routed chunks on a cache that has dropped keys beyond the window = on one that has not."""
+    model, found = family(name), []
+    pruner = TokenPruner(router("rank", kv, NONE_DENSE), NONE_DENSE, kv=kv, decode=decode, window=5)
+    for record in (False, True):
+        cache, keep = DynamicCache(config=model.config), []
+        if record:
+            cache.activate_past_recording()
+        with torch.no_grad(), pruner(model):
+            model(TEXT[:, :12], past_key_values=cache)
+            with pruner.prompt():
+                for chunk in (slice(12, 22), slice(22, 25)):
+                    model(TEXT[:, chunk], past_key_values=cache)
+                    keep += pruner.trace.keep
+            logits = model(TEXT[:, 25:], past_key_values=cache).logits
+        found.append((logits, keep + pruner.trace.keep))
+    assert same(*found)

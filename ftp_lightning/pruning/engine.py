@@ -177,7 +177,10 @@ class Engine:
         return state
 
     def _open_prompt(self, state: Pass, width: int) -> None:
-        state.part = RoutedPart.of(state.real[:, :width], state.padded, state.past == 0)
+        starts = state.past == 0
+        if state.past and state.past_real is not None:  # a row whose padding filled the chunks before starts here
+            starts = (~state.past_real.any(1)).tolist()
+        state.part = RoutedPart.of(state.real[:, :width], state.padded, starts)
         state.active = self.routes_anything
         if state.active and self.pruner.schedule is not None:
             state.counts = [state.part.kept(s) for s in self.pruner.schedule.sparsity]
