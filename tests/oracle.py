@@ -168,3 +168,88 @@ def _with_mask(block, args, kwargs, visible):
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     given["attention_mask"] = mask
     return (), given
+
+
+def rank_of(values, mine):
+    """Ascending rank of values[mine] over n - 1; neighbours (in order) within 1e-6 share the mean of their ranks."""
+    order = sorted(range(len(values)), key=lambda j: values[j])
+    group = [order.index(mine)]
+    while group[0] > 0 and values[order[group[0]]] - values[order[group[0] - 1]] <= 1e-6:
+        group.insert(0, group[0] - 1)
+    while group[-1] < len(order) - 1 and values[order[group[-1] + 1]] - values[order[group[-1]]] <= 1e-6:
+        group.append(group[-1] + 1)
+    return sum(group) / len(group) / max(len(values) - 1, 1)
+
+
+@torch.no_grad()
+def follow_row(model, pruner, ids, prompt_tokens, keep):
+    """The decode policies by the book, one continuation token after the other, each time from the whole text.
+
+    keep: N x (T,) decisions to go on with (those of the prompt, and of the continuation once it has been decided).
+    What is decided here is returned beside them: logits (T - P, V), and two tables [block][continuation token]:
+    p_compute (None where the block is not routed) and whether the token is computed.
+    """
+    config, tokens, prompt = model.config, len(ids), prompt_tokens
+    blocks, router = model.model.layers, pruner.router
+    sparsity = pruner.schedule.sparsity
+    cos, sin = (t[0] for t in model.model.rotary_emb(model.model.embed_tokens.weight[ids], torch.arange(tokens)[None]))
+    written = [{} for _ in blocks]  # written[block][j]: what block wrote last about token j
+    logits, probability, computes = [], [[] for _ in blocks], [[] for _ in blocks]
+    for i in range(prompt - 1, tokens):  # the first round is the prompt itself: it only writes scores
+        n = i + 1
+        x, memo = model.model.embed_tokens.weight[ids[:n]], {}
+        table = [1.0] * n
+        for block, layer in enumerate(blocks):
+            s = sparsity[block]
+            if i >= prompt:
+                decided, p_compute = True, None
+                if s > 0 and pruner.decode != "dense":
+                    p_compute = _p_of_last(router, pruner, block, n, table, x, memo)
+                    decided = not _skips(pruner, s, p_compute, keep[block][prompt:i])
+                probability[block].append(p_compute)
+                computes[block].append(decided)
+            computed = keep[block][:n]
+            visible = torch.ones(n, n).tril().bool()
+            is_key = computed if pruner.kv[block] == "evict" else torch.ones(n, dtype=torch.bool)
+            visible = visible & is_key[None, :] | torch.eye(n, dtype=torch.bool)
+            out, p = llama_block(layer, config, x, cos[:n], sin[:n], visible)
+            if i < prompt:
+                queries = [q for q in range(prompt) if computed[q]]
+                queries = queries[-pruner.window :] if pruner.attention == "window" else queries
+                new = scores(p, visible, queries)
+                written[block] = {j: float(new[j]) for j in range(n) if is_key[j] and not new[j].isnan()}
+            elif computed[i]:
+                for j in range(n):
+                    if visible[i, j]:
+                        written[block][j] = float(p[:, i, j].double().mean()) * int(visible[i].sum())
+            if block == 0 or not router.one_pass:
+                table = [written[block].get(j, table[j]) for j in range(n)]
+            x = torch.where(computed[:, None], out, x)
+        if i >= prompt:
+            logits.append((model.model.norm(x) @ model.lm_head.weight.T)[-1])
+    return torch.stack(logits), probability, computes
+
+
+def _p_of_last(router, pruner, block, n, table, x, memo):
+    """p_compute of the last of n tokens, at this block."""
+    s = pruner.schedule.sparsity[block]
+    context = RoutingContext(
+        block,
+        s,
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.tensor([[n - 1]]),
+        torch.tensor([[n]]),
+        torch.tensor([[kept_tokens(n, s, min(2, n))]]),
+        torch.tensor([[table[-1]]]),
+        x[None, -1:],
+        rank=torch.tensor([[rank_of(table, n - 1)]]),
+        schedule=pruner.schedule.sparsity,
+        memo=memo,
+    )
+    return float(router.probability(context))
+
+
+def _skips(pruner, s, p_compute, before):
+    if pruner.decode == "threshold":
+        return p_compute < pruner.threshold
+    return p_compute < 0.5 and sum(not k for k in before) + 1 <= s * (len(before) + 1)

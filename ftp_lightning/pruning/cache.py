@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.score_log import ScoreLog
 from ftp_lightning.pruning.tokens import Tokens
 
 
@@ -24,7 +25,7 @@ class RoutedLayer(DynamicLayer):
     model without its pruner is refused.
 
     What routing of continuation tokens needs lives here too, by slot, so that beams reorder it and `crop` rolls it
-    back: `scores` (B, seen) float32, the attention score that this block wrote last for every token (see `table`), and
+    back: `scores`, the attention score that this block wrote last for every token (see `table`), and those before; and
     by part of the block `account` (B, seen) uint8 (see `policies`). Neither is there until a decode policy asks.
     """
 
@@ -41,7 +42,7 @@ class RoutedLayer(DynamicLayer):
         self._slots: list[Tensor] = []
         self._valid: list[Tensor] = []
         self._announced: tuple[Tokens, int] | None = None
-        self.scores: Tensor | None = None
+        self.scores = ScoreLog()
         self.account: dict[str, Tensor] = {}
 
     @property
@@ -139,10 +140,7 @@ class RoutedLayer(DynamicLayer):
             return
         self.keys, self.values = change(self.keys), change(self.values)
         self._slots, self._valid = [change(t) for t in self._slots], [change(t) for t in self._valid]
-        self._map_stores(change)
-
-    def _map_stores(self, change) -> None:
-        self.scores = None if self.scores is None else change(self.scores)
+        self.scores.map(change)
         self.account = {part: change(account) for part, account in self.account.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -168,6 +166,7 @@ class RoutedLayer(DynamicLayer):
             self._trim()
 
     def _drop_last(self, count: int) -> None:
+        self.scores.roll_back(self.seen - count)
         self.seen -= count
         tokens = self.tokens
         stay = tokens.slots < self.seen  # also fillers, which are invalid wherever they are
@@ -175,8 +174,9 @@ class RoutedLayer(DynamicLayer):
         width = int(places.max()) + 1 if len(places) else 0
         self.all_valid &= bool(stay[:, :width].all())
         self.keys, self.values = self.keys[:, :, :width], self.values[:, :, :width]
-        self._slots, self._valid = [tokens.slots[:, :width]], [(tokens.valid & stay)[:, :width]]
-        self._map_stores(lambda t: t[:, : self.seen])
+        slots = tokens.slots[:, :width].clamp(max=max(self.seen - 1, 0))  # what is left of the dropped ones is filler
+        self._slots, self._valid = [slots], [(tokens.valid & stay)[:, :width]]
+        self.account = {part: account[:, : self.seen] for part, account in self.account.items()}
 
 
 class Deposited(Exception):

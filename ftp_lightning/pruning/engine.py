@@ -177,7 +177,10 @@ class Engine:
         return state
 
     def _open_prompt(self, state: Pass, width: int) -> None:
-        state.part = RoutedPart.of(state.real[:, :width], state.padded, state.past == 0)
+        starts = state.past == 0
+        if state.past and state.past_real is not None:  # a row whose padding filled the chunks before starts here
+            starts = (~state.past_real.any(1)).tolist()
+        state.part = RoutedPart.of(state.real[:, :width], state.padded, starts)
         state.active = self.routes_anything
         if state.active and self.pruner.schedule is not None:
             state.counts = [state.part.kept(s) for s in self.pruner.schedule.sparsity]
@@ -282,9 +285,17 @@ class Engine:
         scores, seen = received_attention(tapped, queries, keys, last)
         if layer is not None and self.pruner.decode != "dense":
             remember_prompt(layer, scores, seen, keys, state.span)
-        evicted = rows is not None and keys.slots.shape[1] < state.span
+        # a complete layer may hold fewer keys than were seen, too: a sliding window has dropped the rest
+        evicted = rows is not None and (layer is None or not layer.complete)
         new = rows.width if evicted else width
         state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
+
+    def recall_scores(self, index: int, layer: RoutedLayer | None) -> None:
+        """What `write_scores` does where no token was computed: a continuation reads what earlier queries said in this
+        block."""
+        state = self.current
+        if state.part is None and state.table is not None and self.scores_matter(index):
+            state.table.recall(layer)
 
     def _write_continuation(
         self, tapped: Tapped, rows: Rows | None, queries: Tokens, keys: Tokens, layer: RoutedLayer

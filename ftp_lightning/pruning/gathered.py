@@ -46,6 +46,7 @@ def run_rows(engine: Engine, index: int, inner, call: Call, rows: Rows):
     else:
         cache, keys = _evict(engine, index, inner, call, rows, queries, layer)
     if not rows.width:
+        engine.recall_scores(index, layer)
         return None
     engine.sight = _sight(engine, index, queries, keys, layer)
     output = call.run(inner, **call.rows(rows.index), attention_mask=None, cache=cache)
@@ -92,11 +93,13 @@ def _keep(engine: Engine, index: int, inner, call: Call, rows: Rows, layer: Rout
     """Keys and values for all tokens: those of the skipped ones are deposited first, then merged in order."""
     new, tokens = engine.current.new, rows.keep.shape[1]
     # rows alike: kept and skipped tokens make up the row; else a deposit for every token, and the kept ones replaced
-    deposited = _deposit(engine, index, inner, call, rows.rest.index if rows.even else None)
+    rest = rows.rest.index if rows.even else None
+    deposited = None if rows.whole else _deposit(engine, index, inner, call, rest)
     keys = layer.tokens.followed_by(new) if layer.is_initialized else new
 
     def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (_merge(rows, fresh, old) for fresh, old in zip((k, v), deposited))
+        if deposited is not None:
+            k, v = (_merge(rows, fresh, old) for fresh, old in zip((k, v), deposited))
         return layer.append(k, v, new, tokens)
 
     if not rows.width:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from ftp_lightning.errors import UserError
 
+_DYNAMIC = (None, "dynamic", "hybrid")
+"""What makes `generate` take a dynamic cache; "hybrid" stands in settings of old and is passed over by it."""
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 
 
@@ -24,24 +27,32 @@ class Generation:
     @staticmethod
     def of(model: nn.Module, args: tuple, kwargs: dict, routing_chunk: bool) -> Generation:
         """UserError for what cannot be pruned right."""
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+        names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
+        given = dict(zip(names, args)) | kwargs
+        configs = [c for c in (given.get("generation_config"), model.generation_config) if c is not None]
 
-        def asked(name: str):
-            return kwargs.get(name, getattr(config, name, None))
+        def asked(name: str):  # as Hugging Face reads it: what a config leaves open, the model's own says
+            values = (given.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
 
         if asked("use_cache") is False:
             raise UserError(
                 "generate(use_cache=False) would route the prompt anew for every token.\nLeave use_cache on."
+            )
+        if (kind := asked("cache_implementation")) not in _DYNAMIC:
+            raise UserError(
+                f"token skipping needs a dynamic key-value cache; cache_implementation is {kind!r}.\n"
+                "Leave `cache_implementation` unset."
             )
         if asked("assistant_early_exit"):
             raise UserError(
                 "assistant_early_exit drafts with the pruned model's own first blocks; that is not supported.\n"
                 "Use an assistant_model or prompt_lookup_num_tokens."
             )
-        guesses = asked("assistant_model") is not None or bool(asked("prompt_lookup_num_tokens"))
-        cache = kwargs.get("past_key_values")
+        guesses = asked("assistant_model") is not None or bool(asked("prompt_lookup_num_tokens") or asked("use_mtp"))
+        cache = given.get("past_key_values")
         fresh = cache is None or cache.get_seq_length() == 0
-        return Generation(_prompt_length(args, kwargs), fresh or routing_chunk, guesses)
+        return Generation(_prompt_length(given), fresh or routing_chunk, guesses)
 
     def is_prompt(self, past: int) -> bool:
         """Whether a forward that starts at this slot brings prompt tokens to be routed."""
@@ -52,11 +63,10 @@ class Generation:
         return self.guesses and past < self.prompt_end < past + new
 
 
-def _prompt_length(args: tuple, kwargs: dict) -> int:
+def _prompt_length(given: dict) -> int:
     """Slots of the prompt, those already in the cache included; 1 where `generate` starts from its own first token."""
-    given = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))
-    lengths = [x.shape[1] for x in (*args[:1], *given) if isinstance(x, torch.Tensor) and x.dim() >= 2]
-    return max(lengths, default=1)
+    inputs = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))
+    return max((x.shape[1] for x in inputs if isinstance(x, torch.Tensor) and x.dim() >= 2), default=1)
 
 
 def split_arguments(arguments: dict, cut: int, past: int) -> tuple[dict, dict]:

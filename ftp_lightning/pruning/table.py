@@ -71,20 +71,27 @@ class ContinuationTable:
         said = said.scatter_reduce(2, slots, torch.where(seen, scores, UNWRITTEN), "amax")
         before = _stored(layer, self.values[:, 0])
         latest = _forward_fill(torch.cat([before[:, None], said], 1))
-        layer.scores = latest[:, -1]
+        layer.scores.add(self.past + 1, latest[:, 1:])
         self.values = torch.where(latest[:, 1:] >= 0, latest[:, 1:], self.values)
+
+    def recall(self, layer: RoutedLayer) -> None:
+        """Take in what the block wrote before, where none of the new tokens is computed there."""
+        before = _stored(layer, self.values[:, 0])[:, None].expand_as(self.values)
+        layer.scores.add(self.past + 1, before)
+        self.values = torch.where(before >= 0, before, self.values)
 
 
 def remember_prompt(layer: RoutedLayer, scores: Tensor, seen: Tensor, keys: Tokens, span: int) -> None:
     """Keep with the layer what a prompt's block wrote: scores, seen (B, K) of the keys' slots; `span` slots seen."""
     fresh = scores.new_full((scores.shape[0], span), UNWRITTEN)
     fresh = fresh.scatter_reduce(1, keys.slots, torch.where(seen, scores, UNWRITTEN), "amax")
-    layer.scores = torch.where(fresh >= 0, fresh, _stored(layer, fresh))
+    layer.scores.add(span, torch.where(fresh >= 0, fresh, _stored(layer, fresh))[:, None], prompt=True)
 
 
 def _stored(layer: RoutedLayer, like: Tensor) -> Tensor:
     """What the layer wrote last, brought to the shape (B, S) of `like`."""
-    known = like[:, :0] if layer.scores is None else layer.scores
+    known = layer.scores.latest
+    known = like[:, :0] if known is None else known
     return torch.cat([known, like.new_full((len(like), like.shape[1] - known.shape[1]), UNWRITTEN)], 1)
 
 

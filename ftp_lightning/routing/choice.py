@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,11 @@ class RoutedPart:
     padded: bool
 
     @staticmethod
-    def of(real: Tensor, padded: bool, first_chunk: bool = True) -> RoutedPart:
-        """`padded=False` promises that `real` is all True and spares the one look at the device."""
+    def of(real: Tensor, padded: bool, first_chunk: bool | Sequence[bool] = True) -> RoutedPart:
+        """`padded=False` promises that `real` is all True and spares the one look at the device.
+
+        first_chunk: whether the text starts here, of all rows or of each; only then its first token is reserved.
+        """
         batch, tokens = real.shape
         position = (
             real.to(torch.int64).cumsum(1) - 1
@@ -41,8 +45,11 @@ class RoutedPart:
         )
         lengths = tuple(real.sum(1).tolist()) if padded else (tokens,) * batch
         last = torch.tensor(lengths, device=real.device)[:, None] - 1
-        reserved = real & ((position == last) | (position == 0)) if first_chunk else real & (position == last)
-        counts = tuple(min(n, 2 if first_chunk else 1) for n in lengths)
+        starts = (first_chunk,) * batch if isinstance(first_chunk, bool) else tuple(first_chunk)
+        reserved = real & (position == last)
+        if any(starts):
+            reserved = reserved | (real & (position == 0) & torch.tensor(starts, device=real.device)[:, None])
+        counts = tuple(min(n, 2 if start else 1) for n, start in zip(lengths, starts))
         return RoutedPart(real, position, lengths, reserved, counts, padded)
 
     def kept(self, sparsity: float) -> tuple[int, ...]:
