@@ -161,11 +161,9 @@ def test_chunked_attention_equals_one_full_mask(data):
         for heads, n in ((4, rows.width), (2, keys.slots.shape[1]), (2, keys.slots.shape[1]))
     )
     sight = Sight(queries, keys, window, new if complete else rows.width, complete=complete)
-    chunk, engine_attention.QUERY_CHUNK = engine_attention.QUERY_CHUNK, data.draw(st.integers(1, 7))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(engine_attention.QUERY_CHUNK, "cpu", data.draw(st.integers(1, 7)))
         found = _chunked_sdpa(sight, q, k, v, None, 0.0)
-    finally:
-        engine_attention.QUERY_CHUNK = chunk
     visible = visible_keys(queries.slots, keys, window)
     p = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     expected = (p @ v.repeat_interleave(2, 1)).transpose(1, 2)

@@ -29,8 +29,10 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.tokens import Tokens, visible_keys
 
 TAP = "ftp_lightning_tap"
-QUERY_CHUNK = 256
-"""Queries whose mask is made at once [ours]: B x 256 x S booleans at a time, and keys beyond the chunk are left out."""
+QUERY_CHUNK = {"cpu": 64}
+"""Queries whose mask is made at once, by device [ours]: keys that the chunk cannot see are left out. Small chunks leave
+out more; on an accelerator each one is a launch."""
+LARGEST_CHUNK = 512
 _MASK_KINDS = {sdpa_mask: "bool", eager_mask: "additive", flash_attention_mask: "none", flex_attention_mask: "none"}
 _UNDERSTOOD = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "position_ids", "use_cache", "output_attentions",
@@ -135,9 +137,9 @@ def _chunked_sdpa(sight: Sight, query: Tensor, key: Tensor, value: Tensor, scale
     heads, groups = query.shape[1], key.shape[1]
     if heads != groups and key.device.type != "cpu":  # masked GQA falls back to the slow kernel elsewhere
         key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
-    parts = []
-    for start in range(0, query.shape[2], QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, query.shape[2])
+    size, parts = QUERY_CHUNK.get(query.device.type, LARGEST_CHUNK), []
+    for start in range(0, query.shape[2], size):
+        stop = min(start + size, query.shape[2])
         low, high = sight.key_range(start, stop)
         part = F.scaled_dot_product_attention(
             query[:, :, start:stop],

@@ -51,6 +51,7 @@ class Engine:
         self.sight: Sight | None = None
         self.part_plan: PartPlan | None = None
         self.depositing = False
+        self.needs_full_queries: set[int] = set()  # blocks whose deposit fails with the queries of one head
         self.tapped: Tapped | None = None
         self._undo: list = []
         self._check_parts()
@@ -75,7 +76,7 @@ class Engine:
         for index, (block, site) in enumerate(zip(blocks, self.sites)):
             self._wrap(block, "forward", self.run_block, index)
             if site.query is not None:
-                self._wrap(site.query, "forward", self.run_query_projection, site.query)
+                self._wrap(site.query, "forward", self.run_query_projection, index)
             if self.decides_parts:
                 entry, leave = site.mlp
                 self._wrap(site.attention, "forward", run_attention_part, self, index)
@@ -238,12 +239,17 @@ class Engine:
             return run_parts(self, index, inner, call, chosen)
         return (run_masked if state.masked else run_gathered)(self, index, inner, call, chosen)
 
-    def run_query_projection(self, projection: nn.Module, inner, args: tuple, kwargs: dict) -> Tensor:
-        """A deposit wants no queries: zeros without a multiplication, which may be written to in place (OLMo)."""
+    def run_query_projection(self, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
+        """A deposit wants no queries: zeros without a multiplication, which may be written to in place (OLMo).
+
+        Those of one head do where a block views them by head; what follows then costs next to nothing.
+        """
         if not self.depositing:
             return inner(*args, **kwargs)
-        hidden = args[0]
-        return hidden.new_zeros(*hidden.shape[:-1], projection.out_features)
+        site, hidden = self.sites[index], args[0]
+        one_head = getattr(site.attention, "head_dim", None)
+        width = site.query.out_features if one_head is None or index in self.needs_full_queries else one_head
+        return hidden.new_zeros(*hidden.shape[:-1], width)
 
     def needs_keys(self, index: int, layer: RoutedLayer) -> bool:
         """Whether a dense block has to know which tokens its cache holds; a plain decode step does not."""
@@ -282,12 +288,12 @@ class Engine:
             tapped.query, tapped.key = tapped.query[:, :, :width], tapped.key[:, :, :width]
             queries, keys = queries.first(width), keys.first(width)
         last = self.pruner.window if self.pruner.attention == "window" else None
-        scores, seen = received_attention(tapped, queries, keys, last)
-        if layer is not None and self.pruner.decode != "dense":
-            remember_prompt(layer, scores, seen, keys, state.span)
         # a complete layer may hold fewer keys than were seen, too: a sliding window has dropped the rest
         evicted = rows is not None and (layer is None or not layer.complete)
         new = rows.width if evicted else width
+        scores, seen = received_attention(tapped, queries, keys, last, keys.slots.shape[1] - new)
+        if layer is not None and self.pruner.decode != "dense":
+            remember_prompt(layer, scores, seen, keys, state.span)
         state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
 
     def recall_scores(self, index: int, layer: RoutedLayer | None) -> None:

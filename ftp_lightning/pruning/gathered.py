@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
@@ -115,6 +116,11 @@ def _deposit(engine: Engine, index: int, inner, call: Call, rest: Tensor | None)
         call.run(inner, **(call.rows(rest) if rest is not None else {}), attention_mask=None, cache=port)
     except Deposited:
         return port.keys, port.values
+    except RuntimeError as error:
+        if index in engine.needs_full_queries or isinstance(error, torch.OutOfMemoryError):
+            raise
+        engine.needs_full_queries.add(index)  # a norm over all heads (OLMo-2), or a view by their number (OPT)
+        return _deposit(engine, index, inner, call, rest)
     finally:
         engine.depositing = False
     raise UserError(f"block {index} did not hand keys and values to its cache: this model cannot be pruned this way.")

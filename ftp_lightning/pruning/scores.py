@@ -28,26 +28,30 @@ class Tapped:
     window: int | None
 
 
-def received_attention(tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None) -> tuple[Tensor, Tensor]:
+def received_attention(
+    tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None, before: int = 0
+) -> tuple[Tensor, Tensor]:
     """Attention score of every key [ours, method.md section 4]:
 
         a_j = mean over heads and over those queries i in Q that may see j, of n_i * P_ij
 
     with n_i the number of keys visible to query i (uniform attention gives 1 in every mode), and Q the row's last
     `min(last, valid)` valid queries (`window`), or all of them (`last=None`, `exact`, in chunks of 128 queries).
+    `before`: keys that are earlier than every query.
 
     Returns: scores (B, S) float32, seen (B, S) bool: False where no query of Q sees the key; its score is then
     meaningless.
     """
     batch, stored = keys.slots.shape
+    heads = tapped.query.shape[1]
     total = tapped.key.new_zeros(batch, stored, dtype=torch.float32)
     count = torch.zeros_like(total)
-    for index, usable, high in _query_chunks(queries, stored, last):
-        seen = keys.first(high)
-        probability, visible = _probabilities(tapped, queries, seen, index, usable)
-        weight = visible.sum(-1, keepdim=True).to(torch.float32)
-        total[:, :high] += (probability * weight).sum(1)
-        count[:, :high] += visible.sum(1)
+    for chunk in _query_chunks(tapped, queries, keys, last, before):
+        probability = _probabilities(tapped, chunk)
+        weight = (chunk.counts / heads)[:, None].expand(-1, heads, -1).reshape(batch, 1, -1)
+        total[:, : chunk.keys] += torch.matmul(weight, probability.flatten(1, 2)).squeeze(1)
+        count[:, : chunk.open] += chunk.queries
+        count[:, chunk.open : chunk.keys] += chunk.visible.sum(1)
     return total / count.clamp(min=1), count > 0
 
 
@@ -55,51 +59,71 @@ def received_by_query(tapped: Tapped, queries: Tokens, keys: Tokens) -> tuple[Te
     """n_i * P_ij, averaged over heads, of every query: what each one alone says of its keys. (B, Q, S) float32 and bool
     (visible)."""
     scores, seen = [], []
-    for index, usable, _ in _query_chunks(queries, keys.slots.shape[1], None):
-        probability, visible = _probabilities(tapped, queries, keys, index, usable)
-        scores.append(probability * visible.sum(-1, keepdim=True))
-        seen.append(visible)
+    for chunk in _query_chunks(tapped, queries, keys, None, 0):
+        said = _probabilities(tapped, chunk).mean(1) * chunk.counts[..., None]
+        more = keys.slots.shape[1] - chunk.keys  # later than every query of the chunk
+        scores.append(torch.nn.functional.pad(said, (0, more)))
+        seen.append(torch.nn.functional.pad(chunk.visible, (0, more)))
     return torch.cat(scores, 1), torch.cat(seen, 1)
 
 
-def _query_chunks(queries: Tokens, stored: int, last: int | None):
-    """(index (B, q) into the queries, or a slice where rows are alike; usable (B, q) bool or None; keys that count).
+@dataclass
+class _Chunk:
+    """Some queries and the keys they may see: `keys` of them come into question, the first `open` are seen by all.
 
-    Where queries are valid and all of them count, the chunk up to query `stop` sees none of the last Q - stop keys.
+    index: the queries, a slice where rows are alike, else (B, q). visible (B, q, keys - open) bool. counts (B, q)
+    float32: n_i. certain: every query sees a key.
+    """
+
+    index: Tensor | slice
+    queries: int
+    keys: int
+    open: int
+    visible: Tensor
+    counts: Tensor
+    certain: bool
+
+
+def _query_chunks(tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None, before: int):
+    """The queries that count, SCORE_CHUNK at a time.
+
+    Where all are valid, the chunk up to query `stop` sees none of the last Q - stop keys, and where keys are valid and
+    no window ends, all keys before its own first query: at least `before` + start.
     """
     batch, n = queries.slots.shape
-    wanted = n if last is None else min(last, n)
+    stored, wanted = keys.slots.shape[1], n if last is None else min(last, n)
     if queries.all_valid:
+        bounded = tapped.window is not None or not keys.all_valid
         for start in range(n - wanted, n, SCORE_CHUNK):
             stop = min(start + SCORE_CHUNK, n)
-            yield slice(start, stop), None, stored - n + stop
+            low, high = 0 if bounded else before + start, stored - n + stop
+            rest = Tokens(keys.slots[:, low:high], keys.valid[:, low:high], keys.all_valid)
+            visible = visible_keys(queries.slots[:, start:stop], rest, tapped.window)
+            counts = visible.sum(-1, dtype=torch.float32) + low
+            yield _Chunk(slice(start, stop), stop - start, high, low, visible, counts, True)
         return
     rank = torch.where(queries.valid, queries.slots, -1)
-    index = rank.topk(wanted, dim=1).indices.sort(dim=1).values
-    usable = queries.valid.gather(1, index)
-    for chunk, valid in zip(index.split(SCORE_CHUNK, dim=1), usable.split(SCORE_CHUNK, dim=1)):
-        yield chunk, valid, stored
+    places = rank.topk(wanted, dim=1).indices.sort(dim=1).values
+    for index in places.split(SCORE_CHUNK, dim=1):
+        usable = queries.valid.gather(1, index)
+        visible = visible_keys(queries.slots.gather(1, index), keys, tapped.window) & usable[..., None]
+        yield _Chunk(index, index.shape[1], stored, 0, visible, visible.sum(-1, dtype=torch.float32), False)
 
 
-def _probabilities(
-    tapped: Tapped, queries: Tokens, keys: Tokens, index: Tensor | slice, usable: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Head-averaged softmax rows (B, q, S) float32 of the chosen queries, and what each may see (B, q, S) bool."""
+def _probabilities(tapped: Tapped, chunk: _Chunk) -> Tensor:
+    """Softmax rows (B, H, q, keys) float32 of the chunk's queries; zeros where a query may see nothing."""
     batch, heads, _, size = tapped.query.shape
-    key = tapped.key[:, :, : keys.slots.shape[1]]
-    if isinstance(index, slice):
-        q, slots = tapped.query[:, :, index], queries.slots[:, index]
+    key = tapped.key[:, :, : chunk.keys]
+    if isinstance(chunk.index, slice):
+        q = tapped.query[:, :, chunk.index]
     else:
-        q = tapped.query.gather(2, index[:, None, :, None].expand(batch, heads, -1, size))
-        slots = queries.slots.gather(1, index)
+        q = tapped.query.gather(2, chunk.index[:, None, :, None].expand(batch, heads, -1, size))
     q = q.reshape(batch, key.shape[1], -1, size)  # the heads of one key head side by side
     # in float32 from the start: the product may not fit float16, and ranks must not depend on the model's dtype
     logits = torch.matmul(q.float() * tapped.scaling, key.float().transpose(2, 3))
     if tapped.softcap is not None:
         logits = tapped.softcap * torch.tanh(logits / tapped.softcap)
-    logits = logits.view(batch, heads, slots.shape[1], -1)
-    visible = visible_keys(slots, keys, tapped.window)
-    if usable is not None:
-        visible = visible & usable[..., None]
-    probability = logits.masked_fill_(~visible[:, None], -torch.inf).softmax(-1).mean(1)
-    return torch.where(visible, probability, 0.0), visible
+    logits = logits.view(batch, heads, chunk.queries, -1)
+    logits[..., chunk.open :].masked_fill_(~chunk.visible[:, None], -torch.inf)
+    probability = logits.softmax(-1)
+    return probability if chunk.certain else probability.nan_to_num_(0.0)
