@@ -158,6 +158,7 @@ def test_a_router_of_attention_needs_the_last_block_that_sees_everything():
     assert [first_needed_block(llama(), block, True) for block in range(4)] == [0, 0, 1, 2]
     assert [first_needed_block(llama(), block, False) for block in range(4)] == [0, 1, 2, 3]
     assert [first_needed_block(gemma(), block, True) for block in range(4)] == [0, 0, 1, 1]
+    assert [first_needed_block(llama(), block, True, one_pass=True) for block in range(4)] == [0, 0, 0, 0]
 
 
 def test_processes_add_up():

@@ -136,7 +136,8 @@ class BlockSensitivity(lightning.LightningModule):
         prompt_tokens: int,
     ) -> Tensor:
         """Summed KL of one batch with one block pruned."""
-        first = first_needed_block(self.model, block, pruner.router.needs_attention)
+        router = pruner.router
+        first = first_needed_block(self.model, block, router.needs_attention, router.one_pass)
         with resume_from(self.model, first, states), pruner(self.model):
             logits = continuation_logits(self.model, input_ids, prompt_tokens)
         return kl_per_token(teacher, logits).double().sum()

@@ -72,14 +72,17 @@ def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[N
         yield
 
 
-def first_needed_block(model: nn.Module, block: int, needs_attention: bool) -> int:
+def first_needed_block(model: nn.Module, block: int, needs_attention: bool, one_pass: bool = False) -> int:
     """The lowest block that must run so that a router decides at `block` as in the full forward.
 
     A router that reads attention scores (`needs_attention`) needs the last dense block below that sees every token:
-    it writes the whole table anew, so what stood there before is of no account. Any other needs `block` alone.
+    it writes the whole table anew, so what stood there before is of no account; `one_pass` reads what the very first
+    block wrote. Any other needs `block` alone.
     """
     if not needs_attention:
         return block
+    if one_pass:
+        return 0
     below = list(find_blocks(model)[:block])
     seeing_all = [index for index, module in enumerate(below) if sliding_window(find_attention(module)) is None]
     return seeing_all[-1] if seeing_all else 0

@@ -149,6 +149,9 @@ class PrunedSettings(BudgetSettings, StageSettings):
     kv: Literal["auto", "evict", "keep"] = option(
         "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
     )
+    decode: Literal["auto", "dense", "threshold", "strict"] = option(
+        "auto", "which generated tokens skip blocks; auto is --pruned's, or dense: none"
+    )
 
     def check(self) -> None:
         if self.budget is not None and (self.pruned or self.schedule):

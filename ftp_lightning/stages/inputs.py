@@ -140,15 +140,17 @@ def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
 
 
 def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPruner:
-    """What --pruned, --schedule, --budget and --kv say: a stored pruner, else the static router."""
+    """What --pruned, --schedule, --budget, --kv and --decode say: a stored pruner, else the static router."""
     if settings.pruned:
         schedule = load_schedule(settings.schedule, model) if settings.schedule else None
         pruner = load_pruner(settings.pruned, model)
-        changes = {} if settings.kv == "auto" else {"kv": settings.kv}
+        asked = {"kv": settings.kv, "decode": settings.decode}
+        changes = {name: value for name, value in asked.items() if value != "auto"}
         return TokenPruner(pruner.router, schedule or pruner.schedule, **pruner.settings() | changes)
     kv = "keep" if settings.kv == "auto" else settings.kv
     schedule = schedule_or_uniform(settings.schedule, token_budget(settings, model, kv), model)
-    return TokenPruner(StaticRouter(), schedule, kv=kv)
+    decode = "dense" if settings.decode == "auto" else settings.decode
+    return TokenPruner(StaticRouter(), schedule, kv=kv, decode=decode)
 
 
 def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:
