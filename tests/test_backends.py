@@ -168,3 +168,16 @@ def test_chunked_attention_equals_one_full_mask(data):
     p = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     expected = (p @ v.repeat_interleave(2, 1)).transpose(1, 2)
     assert torch.allclose(found[rows.valid], expected[rows.valid], atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_a_compiled_model_computes_the_same(kv):
+    """In several graphs: the engine's bookkeeping runs between them."""
+    model, pruner = family("llama", torch.float32), TokenPruner(RandomRouter(2), SCHEDULE, kv=kv)
+    with torch.no_grad(), pruner(model):
+        expected = model(TEXT, use_cache=True)
+        found = torch.compile(model)(TEXT, use_cache=True)
+        assert relative(found.logits, expected.logits) < 1e-5
+        more = [model(TEXT[:, :3], past_key_values=out.past_key_values).logits for out in (expected, found)]
+    assert relative(*more) < 1e-5

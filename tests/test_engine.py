@@ -299,6 +299,8 @@ def test_misuse_is_refused_in_words():
         model.generate(TEXT, attention_mask=torch.ones_like(TEXT), use_cache=False, max_new_tokens=2)
     with pytest.raises(UserError, match="use_cache=False"):
         model.generate(TEXT, GenerationConfig(use_cache=False, max_new_tokens=2))
+    with pytest.raises(UserError, match="token_healing"):
+        model.generate(TEXT, attention_mask=torch.ones_like(TEXT), token_healing=True, max_new_tokens=2)
     with pytest.raises(UserError, match="assistant_early_exit"):
         model.generate(TEXT, attention_mask=torch.ones_like(TEXT), assistant_early_exit=2, max_new_tokens=2)
     with torch.no_grad():

@@ -13,7 +13,7 @@ _CACHE_NAMES = ("past_key_values", "layer_past")
 _UNDERSTOOD_LAYERS = {"full_attention", "sliding_attention"}
 _UNDERSTOOD_ARGUMENTS = {
     "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", *_CACHE_NAMES, "use_cache",
-    "output_attentions", "output_router_logits", "encoder_hidden_states", "encoder_attention_mask",
+    "output_attentions", "output_router_logits", "encoder_hidden_states", "encoder_attention_mask", "cache_position",
     "shared_kv_states",
 }  # fmt: skip
 _BIASED_ATTENTION = {"alibi", "position_bias"}

@@ -44,6 +44,10 @@ class Generation:
                 f"token skipping needs a dynamic key-value cache; cache_implementation is {kind!r}.\n"
                 "Leave `cache_implementation` unset."
             )
+        if asked("token_healing"):
+            raise UserError(
+                "token_healing rewrites the end of the prompt after its length is known.\nLeave token_healing unset."
+            )
         if asked("assistant_early_exit"):
             raise UserError(
                 "assistant_early_exit drafts with the pruned model's own first blocks; that is not supported.\n"
