@@ -93,6 +93,9 @@ def _evict(
 def _keep(engine: Engine, index: int, inner, call: Call, rows: Rows, layer: RoutedLayer) -> tuple[Port, Tokens]:
     """Keys and values for all tokens: those of the skipped ones are deposited first, then merged in order."""
     new, tokens = engine.current.new, rows.keep.shape[1]
+    if not rows.width:
+        layer.append(*_deposit(engine, index, inner, call, None), new, tokens)
+        return Port(call.cache, None), new
     # rows alike: kept and skipped tokens make up the row; else a deposit for every token, and the kept ones replaced
     rest = rows.rest.index if rows.even else None
     deposited = None if rows.whole else _deposit(engine, index, inner, call, rest)
@@ -103,8 +106,6 @@ def _keep(engine: Engine, index: int, inner, call: Call, rows: Rows, layer: Rout
             k, v = (_merge(rows, fresh, old) for fresh, old in zip((k, v), deposited))
         return layer.append(k, v, new, tokens)
 
-    if not rows.width:
-        layer.append(*deposited, new, tokens)
     return Port(call.cache, store), keys
 
 
