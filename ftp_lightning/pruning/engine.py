@@ -230,6 +230,13 @@ class Engine:
         if not state.active:
             state.trace.add(state.real, state.real)
             return inner(*args, **kwargs)
+        if state.plain_step and (layer := self._plain_layer(index, kwargs)) is not None:
+            state.trace.add(state.real, state.real)
+            layer.expect(state.new, 1)
+            self.sight = None if layer.complete else state.everything
+            output = inner(*args, **kwargs)
+            self.sight = None
+            return output
         call = Call(self.sites[index].block, args, kwargs)
         chosen = choose(self, index, call)
         if chosen is None:
@@ -238,6 +245,13 @@ class Engine:
         if not chosen.by_block:
             return run_parts(self, index, inner, call, chosen)
         return (run_masked if state.masked else run_gathered)(self, index, inner, call, chosen)
+
+    def _plain_layer(self, index: int, kwargs: dict) -> RoutedLayer | None:
+        """The cache's layer, where a single token that is computed sees all that it holds: no mask, no arguments to
+        change. Generating is mostly this, and its time is short."""
+        site = self.sites[index]
+        layer = self.layer(kwargs.get(site.block.cache_name), index)
+        return layer if layer is not None and layer.all_valid and site.window is None else None
 
     def run_query_projection(self, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
         """A deposit wants no queries: zeros without a multiplication, which may be written to in place (OLMo).

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.attention import Backend
+from ftp_lightning.pruning.attention import Backend, Sight
 from ftp_lightning.pruning.blocks import cache_name, find_attention, find_mlp, query_projection, sliding_window
 from ftp_lightning.pruning.calls import Signature
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable
@@ -107,6 +107,16 @@ class Pass:
     def span(self) -> int:
         """Slots seen when this forward is done."""
         return self.past + self.real.shape[1]
+
+    @cached_property
+    def plain_step(self) -> bool:
+        """One continuation token a row, none of them padded or free to skip a block."""
+        return self.part is None and not self.follows and not self.padded and self.real.shape[1] == 1
+
+    @cached_property
+    def everything(self) -> Sight:
+        """What the one token of a plain step sees: all that is stored."""
+        return Sight(self.new, self.new, everything=True)
 
     @cached_property
     def new(self) -> Tokens:
