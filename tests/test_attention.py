@@ -1,8 +1,10 @@
 """Attention scores: uniform attention is 1, and chunks change nothing."""
 
+import pytest
 import torch
 
-from ftp_lightning.pruning.scores import Tapped, received_attention
+from ftp_lightning.pruning import scores as scoring
+from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
 from ftp_lightning.pruning.tokens import Tokens
 
 
@@ -38,3 +40,24 @@ def test_sliding_window_and_softcap_are_respected():
     p = (5 * torch.tanh(q @ k.mT / 5)).masked_fill(~visible, -torch.inf).softmax(-1).mean(1)[0]
     assert seen[0].tolist() == [False, False, False, True, True, True]
     assert torch.allclose(scores[0, 3], 2 * p[4, 3]) and torch.allclose(scores[0, 4], p[4:, 4].mean() * 2)
+
+
+@pytest.mark.parametrize("chunk", [2, 128])
+def test_queries_of_kept_tokens_over_all_keys_equal_one_full_matrix(monkeypatch, chunk):
+    """Keys that all queries of a chunk see are not masked; each query still says the same of each."""
+    monkeypatch.setattr(scoring, "SCORE_CHUNK", chunk)
+    draw = torch.Generator().manual_seed(1)
+    slots = torch.tensor([[0, 3, 4, 7, 8], [1, 2, 3, 5, 8]])
+    queries, keys = Tokens(slots, torch.ones_like(slots, dtype=torch.bool), True), everyone(9, 2)
+    q, k = torch.randn(2, 4, 5, 8, generator=draw), torch.randn(2, 2, 9, 8, generator=draw)
+    visible = slots[:, :, None] >= torch.arange(9)
+    logits = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(~visible[:, None], -torch.inf)
+    said = logits.softmax(-1).mean(1) * visible.sum(-1, keepdim=True)
+    tapped = Tapped(q, k, 8**-0.5, None, None)
+    each, seen = received_by_query(tapped, queries, keys)
+    assert torch.equal(seen, visible) and torch.allclose(each, said, atol=1e-6)
+    for last, first in ((None, 0), (3, 2)):
+        score, seen = received_attention(tapped, queries, keys, last)
+        count = visible[:, first:].sum(1)
+        assert torch.equal(seen, count > 0)
+        assert torch.allclose(score, said[:, first:].sum(1) / count.clamp(min=1), atol=1e-6)

@@ -70,7 +70,7 @@ class BlockClock:
 
         handle = self.block.register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            self.model(**self.prompts.last(tokens).arguments, use_cache=False, logits_to_keep=1)
+            self.model(**self.prompts.last(tokens).arguments, use_cache=False)
         except _Caught as caught:
             args, kwargs = caught.args
         finally:

@@ -27,6 +27,15 @@ class Prompts:
         """(B, T)."""
         return tuple(self.ids.shape)
 
+    @property
+    def last_place(self) -> Tensor:
+        """The `logits_to_keep` that asks for the last token's logits alone, by its index.
+
+        Asked by number (1), the model takes a slice, and a bfloat16 head on a CPU copies all its weights to multiply a
+        slice: 60 ms of a 0.9 s prefill of the 110 M shape, stock and pruned alike, that no pruner can save.
+        """
+        return self.ids.new_tensor([-1])
+
     def last(self, tokens: int) -> Prompts:
         """The last `tokens` columns."""
         return Prompts(self.ids[:, -tokens:], None if self.mask is None else self.mask[:, -tokens:])

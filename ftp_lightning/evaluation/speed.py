@@ -56,7 +56,7 @@ def prefill_seconds(model, prompts: Prompts) -> float:
 
 def prefill(model, prompts: Prompts) -> Any:
     """The model's output: cache of the prompt, logits (B, 1, vocabulary) of its last token."""
-    return model(**prompts.arguments, use_cache=True, logits_to_keep=1)
+    return model(**prompts.arguments, use_cache=True, logits_to_keep=prompts.last_place)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> Ro
     routed, table = state.part, None if state.table is None else state.table.own
     return RoutingContext(
         index, schedule[index], routed.real, routed.position, state.lengths, state.kept[index][:, None], table, hidden,
-        schedule=schedule, part=part, memo=state.memo,
+        schedule=schedule, part=part, padded=state.padded, memo=state.memo,
     )  # fmt: skip
 
 
@@ -121,5 +121,5 @@ def _continuation_context(engine: Engine, index: int, hidden: Tensor, part: str)
     own, rank = (None, None) if state.table is None else (state.table.own, state.table.rank)
     return RoutingContext(
         index, schedule[index], state.real, state.position, lengths, torch.tensor(kept, device=hidden.device), own,
-        hidden, rank=rank, schedule=schedule, part=part, memo=state.memo,
+        hidden, rank=rank, schedule=schedule, part=part, padded=state.padded, memo=state.memo,
     )  # fmt: skip

@@ -63,8 +63,16 @@ def received_by_query(tapped: Tapped, queries: Tokens, keys: Tokens) -> tuple[Te
         said = _probabilities(tapped, chunk).mean(1) * chunk.counts[..., None]
         more = keys.slots.shape[1] - chunk.keys  # later than every query of the chunk
         scores.append(torch.nn.functional.pad(said, (0, more)))
-        seen.append(torch.nn.functional.pad(chunk.visible, (0, more)))
+        visible = torch.nn.functional.pad(chunk.visible, (chunk.open, 0), value=True)
+        seen.append(torch.nn.functional.pad(visible, (0, more)))
     return torch.cat(scores, 1), torch.cat(seen, 1)
+
+
+def _seen_by_all(queries: Tokens, keys: Tokens, start: int, before: int) -> int:
+    """How many keys are certainly no later than query `start` of any row. On a CPU the slots themselves are at hand."""
+    if keys is queries or keys.slots.device.type != "cpu" or torch.compiler.is_compiling():
+        return before + start
+    return int((keys.slots <= queries.slots[:, start : start + 1]).sum(1).min())
 
 
 @dataclass
@@ -96,7 +104,7 @@ def _query_chunks(tapped: Tapped, queries: Tokens, keys: Tokens, last: int | Non
         bounded = tapped.window is not None or not keys.all_valid
         for start in range(n - wanted, n, SCORE_CHUNK):
             stop = min(start + SCORE_CHUNK, n)
-            low, high = 0 if bounded else before + start, stored - n + stop
+            low, high = 0 if bounded else _seen_by_all(queries, keys, start, before), stored - n + stop
             rest = Tokens(keys.slots[:, low:high], keys.valid[:, low:high], keys.all_valid)
             visible = visible_keys(queries.slots[:, start:stop], rest, tapped.window)
             counts = visible.sum(-1, dtype=torch.float32) + low

@@ -39,7 +39,9 @@ class RoutingContext:
         schedule: the sparsity of all blocks.
         part: one of PARTS.
         memo: scratch of one forward, shared by the contexts of all its blocks; a router keeps what it carries from
-            block to block under itself (`memo[self]`), so that two routers may look at one forward.
+            block to block under itself (`memo[self]`), so that two routers may look at one forward, and a factor that
+            is the same in all blocks stays under its function.
+        padded: False promises that `real` is all True.
     """
 
     block: int
@@ -54,6 +56,7 @@ class RoutingContext:
     schedule: tuple[float, ...] = ()
     part: str = "block"
     memo: dict = field(default_factory=dict)
+    padded: bool = True
 
 
 class Router(nn.Module):

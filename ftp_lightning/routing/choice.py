@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class RoutedPart:
         counts = tuple(min(n, 2 if start else 1) for n, start in zip(lengths, starts))
         return RoutedPart(real, position, lengths, reserved, counts, padded)
 
+    @cached_property
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """Where no score is asked (B, T) bool, and what stands for it: the reserved come first, padding last."""
+        return self.reserved | ~self.real, torch.where(self.reserved, torch.inf, -torch.inf)
+
     def kept(self, sparsity: float) -> tuple[int, ...]:
         """Tokens of each row that enter a block of this sparsity."""
         return tuple(kept_tokens(n, sparsity, r) for n, r in zip(self.lengths, self.reserved_counts))
@@ -64,8 +70,8 @@ def choose_topk(score: Tensor, part: RoutedPart, kept: tuple[int, ...], counts: 
     Args: score (B, T); counts (B, 1): `kept` where it is on the device already. Returns keep (B, T) bool.
     Invariant: keep.sum(1) == kept, keep <= real.
     """
-    ranked = score.masked_fill(part.reserved, torch.inf).masked_fill(~part.real, -torch.inf)
-    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    where, rank = part.settled
+    order = torch.where(where, rank, score).sort(dim=1, descending=True, stable=True).indices
     if len(set(kept)) == 1:
         return torch.zeros_like(part.real).scatter(1, order[:, : kept[0]], True)
     rank = torch.arange(score.shape[1], device=score.device).expand_as(order)

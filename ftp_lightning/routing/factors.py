@@ -15,9 +15,12 @@ TIE = 1e-6
 def position_factor(context: RoutingContext) -> Tensor:
     """i / (T-1) with T the row's real length; a single token has position 1, as has every continuation token. (B,
     T)."""
-    last = (context.lengths - 1).to(torch.float32)
-    fraction = context.position.to(torch.float32) / last.clamp(min=1)
-    return torch.where(last > 0, fraction, torch.ones_like(fraction))
+    known = context.memo.get(position_factor)
+    if known is None:  # the same in all blocks
+        last = (context.lengths - 1).to(torch.float32)
+        fraction = context.position.to(torch.float32) / last.clamp(min=1)
+        known = context.memo[position_factor] = torch.where(last > 0, fraction, torch.ones_like(fraction))
+    return known
 
 
 def attention_factor(context: RoutingContext) -> Tensor:
@@ -33,7 +36,7 @@ def rank_factor(context: RoutingContext) -> Tensor:
     """
     if context.rank is not None:
         return context.rank
-    rank = average_rank(context.attention, context.real)
+    rank = average_rank(context.attention, context.real if context.padded else None)
     return rank / (context.lengths - 1).clamp(min=1).to(torch.float32)
 
 
@@ -48,15 +51,17 @@ _FACTOR = {"position": position_factor, "attention": attention_factor, "rank": r
 def factors(context: RoutingContext, names: tuple[str, ...] = FACTORS) -> Tensor:
     """(B, T, len(names)) float32; padding holds zeros, so that nothing undefined reaches the router."""
     stacked = torch.stack([_FACTOR[name](context) for name in names], dim=-1)
-    return stacked.masked_fill(~context.real[..., None], 0.0)
+    return stacked.masked_fill(~context.real[..., None], 0.0) if context.padded else stacked
 
 
-def average_rank(values: Tensor, real: Tensor) -> Tensor:
+def average_rank(values: Tensor, real: Tensor | None) -> Tensor:
     """Ascending ranks 0 .. n-1 of the real entries of each row; neighbours within TIE share the mean of their ranks.
 
-    Args: values (B, T) float; real (B, T) bool. Returns (B, T) float32; entries of padding are meaningless.
+    Args: values (B, T) float; real (B, T) bool, None = all. Returns (B, T) float32; entries of padding are
+    meaningless.
     """
-    ordered, order = values.masked_fill(~real, torch.inf).sort(dim=1, stable=True)
+    values = values if real is None else values.masked_fill(~real, torch.inf)
+    ordered, order = values.sort(dim=1, stable=True)
     step = ordered.diff(dim=1) > TIE  # inf - inf is nan, and nan > TIE is False: padding forms one group at the end
     group = torch.cat([torch.zeros_like(order[:, :1]), step.to(order.dtype).cumsum(1)], dim=1)
     index = torch.arange(values.shape[1], device=values.device, dtype=torch.float32).expand_as(values)
