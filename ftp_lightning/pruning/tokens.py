@@ -61,7 +61,8 @@ class Rows:
     def index(self) -> Tensor:
         """(B, K) int64, places in the row."""
         if self.even and self.keep.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self.keep.nonzero()[:, 1].view(len(self.keep), self.width)  # elsewhere this would wait for the device
+            # elsewhere this would wait for the device
+            return self.keep.nonzero()[:, 1].view(len(self.keep), self.width)
         tokens = self.keep.shape[1]
         order = self.keep.to(torch.uint8).sort(dim=1, stable=True).indices
         return order[:, tokens - self.width :]
