@@ -5,10 +5,10 @@ SETUP := $(VENV)/.installed
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report bench test check
+.PHONY: help setup demo report bench ablation-allocation test check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## make .venv with the pinned requirements and this package
 
@@ -28,6 +28,9 @@ report: $(SETUP)  ## write the report of RUN (runs/demo) anew
 
 bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense and pruned
 	$(PYTHON) -m ftp_lightning benchmark --config experiments/benchmark_cpu.yaml
+
+ablation-allocation: $(SETUP)  ## compare ways to a schedule at equal forward tokens (hours)
+	$(PYTHON) experiments/schedules.py
 
 test: $(SETUP)  ## the fast tests, offline
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"

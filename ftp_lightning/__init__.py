@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         make_router,
     )
     from ftp_lightning.schedule import Schedule
+    from ftp_lightning.schedule_family import ScheduleFamily
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Schedule": "ftp_lightning.schedule",
+    "ScheduleFamily": "ftp_lightning.schedule_family",
     "TokenPruner": "ftp_lightning.pruning",
     "FixedRouter": "ftp_lightning.routing",
     "StaticRouter": "ftp_lightning.routing",
@@ -55,6 +57,7 @@ __all__ = [
     "RandomRouter",
     "RecurrentRouter",
     "Schedule",
+    "ScheduleFamily",
     "StaticRouter",
     "TokenPruner",
     "UserError",

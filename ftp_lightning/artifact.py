@@ -80,6 +80,15 @@ class StageFolder:
             self._files.append(name)
         return self.path / name
 
+    @property
+    def files(self) -> list[str]:
+        """Names of what was written so far."""
+        return list(self._files)
+
+    def adopt(self, names: list[str]) -> None:
+        """Files that another process wrote here through its copy of this object."""
+        self._files = list(dict.fromkeys([*self._files, *names]))
+
     def save_state(self, state: Any) -> None:
         """What an interrupted stage resumes from; gone when it is finished."""
         if not self._files:

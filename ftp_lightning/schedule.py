@@ -54,14 +54,7 @@ class Schedule:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedule as JSON, whole or not at all."""
-        path = Path(path)
-        record = {"format": FORMAT, "version": VERSION, "sparsity": list(self.sparsity)}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_record(Path(path), {"format": FORMAT, "version": VERSION, "sparsity": list(self.sparsity)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Schedule:
@@ -80,6 +73,16 @@ class Schedule:
         except (ValueError, TypeError) as error:
             reason = str(error)
         raise UserError(f"{path} is not a schedule: {reason}\nMake one with `ftp-lightning search` or Schedule.save.")
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def kept_tokens(length: int, sparsity: float, reserved: int) -> int:

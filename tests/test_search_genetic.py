@@ -8,26 +8,30 @@ import pytest
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search import allocations
+from ftp_lightning.search.family import NEIGHBOUR, search_family
 from ftp_lightning.search.fitness import MemoFitness
-from ftp_lightning.search.genetic import genetic_search, stage_indices
+from ftp_lightning.search.genetic import enough_chunks, genetic_search
+from ftp_lightning.search.processes import Processes
 from ftp_lightning.search.settings import SearchSettings
 
 BLOCKS, BUDGET = 8, 0.4
-KINDS = ["plain", "recall"] * 6
+SIZES = [2] * 6
+"""Windows of each chunk: twelve in all."""
 TARGET = allocations.ramp(BLOCKS, BUDGET)
 
 
 class Distance(MemoFitness):
-    """Squared distance from a hidden schedule; windows differ by a little noise, so minibatches rank imperfectly."""
+    """Squared distance from a hidden schedule; chunks differ by a little noise, so minibatches rank imperfectly."""
 
-    def __init__(self):
-        super().__init__(KINDS)
+    def __init__(self, sizes=SIZES, **options):
+        super().__init__(sizes, **options)
 
-    def measure(self, schedule, indices):
-        self.forward_tokens += 10 * len(indices)
+    def cost(self, schedule, chunk):
+        return 10 * self.sizes[chunk]
+
+    def measure(self, schedule, chunk):
         distance = sum((a - b) ** 2 for a, b in zip(schedule.sparsity, TARGET.sparsity))
-        noise = sum(random.Random(f"{schedule.key()}/{i}").random() for i in indices) / len(indices)
-        return distance * (1 + 0.1 * noise)
+        return distance * (1 + 0.1 * random.Random(f"{schedule.key()}/{chunk}").random())
 
 
 def seeds():
@@ -74,27 +78,83 @@ def test_the_best_never_gets_worse_and_the_log_is_complete():
     assert [entry["children"] for entry in result.generations] == [0] + [12] * 8
 
 
-def test_the_cost_is_the_minibatch_for_children_and_all_windows_for_survivors():
+def test_children_cost_their_minibatch_and_survivors_what_is_left_of_all_windows():
     fitness = Distance()
-    one = settings(generations=1, offspring=10, survivors=3, stage_windows=4)
+    one = settings(generations=1, offspring=10, survivors=(3,), stage_windows=(4,))
     result = genetic_search(fitness, BLOCKS, one, seeds())
     first, second = result.generations
-    assert second["forward_tokens"] - first["forward_tokens"] == 10 * (10 * 4 + 3 * len(KINDS))
-    assert second["evaluations"] - first["evaluations"] == 13
+    assert second["evaluations"] - first["evaluations"] == 10 * 2 + 3 * 4
+    assert second["forward_tokens"] - first["forward_tokens"] == 10 * 2 * (10 * 2 + 3 * 4)
 
 
-def test_children_of_a_generation_share_one_minibatch():
-    asked = []
+def test_without_a_memo_everything_is_measured_again():
+    one = settings(generations=1, offspring=10, survivors=(3,), stage_windows=(4,))
+    result = genetic_search(Distance(memo=False), BLOCKS, one, seeds())
+    assert result.generations[1]["evaluations"] - result.generations[0]["evaluations"] == 10 * 2 + 3 * 6
+    assert result.generations[1]["memo_hits"] == 0
+    assert result.schedule == genetic_search(Distance(), BLOCKS, one, seeds()).schedule
 
-    class Listening(Distance):
-        def __call__(self, schedule, indices=None):
-            asked.append(indices)
-            return super().__call__(schedule, indices)
 
-    genetic_search(Listening(), BLOCKS, settings(generations=2, offspring=6, stage_windows=4), seeds())
-    minibatches = [indices for indices in asked if indices is not None]
-    assert len(minibatches) == 12 and len(set(minibatches[:6])) == len(set(minibatches[6:])) == 1
-    assert minibatches[0] != minibatches[6]
+class Listening(Distance):
+    """Remembers which schedules were scored on which chunks together."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def scores(self, schedules, chunks=None, map_function=map):
+        self.asked.append((len(schedules), chunks))
+        return super().scores(schedules, chunks, map_function)
+
+
+def test_stage_by_stage_fewer_children_share_a_growing_minibatch():
+    fitness = Listening()
+    stages = {"stage_windows": (2, 6), "survivors": (4, 2)}
+    genetic_search(fitness, BLOCKS, settings(generations=2, offspring=8, **stages), seeds())
+    first, second = fitness.asked[2:5], fitness.asked[5:8]
+    for (children, few), (some, more), (survivors, everything) in (first, second):
+        assert (children, some, survivors) == (8, 4, 2) and everything is None
+        assert len(few) == 1 and len(more) == 3 and set(few) < set(more)
+    assert first[1] != second[1]
+
+
+def test_without_stages_children_are_measured_on_all_windows():
+    fitness = Listening()
+    genetic_search(fitness, BLOCKS, settings(generations=1, stage_windows=(), survivors=()), seeds())
+    assert fitness.asked[2:] == [(12, None)]
+
+
+def test_a_stage_of_more_windows_than_there_are_is_refused():
+    with pytest.raises(UserError, match="asks for 13 calibration windows, there are 12"):
+        genetic_search(Distance(), BLOCKS, settings(stage_windows=(13,)), seeds())
+
+
+def test_a_tournament_prefers_the_better_parent():
+    tried = settings(generations=12, parents=8, tournament=4, crossover=0.5)
+    assert genetic_search(Distance(), BLOCKS, tried, seeds()).value < 0.5 * Distance()(seeds()["uniform"])
+
+
+def test_bounds_hold_for_every_block():
+    lower, upper = (0.0,) * 4 + (0.2,) * 4, (0.3,) * 4 + (0.9,) * 4
+    bounded = settings(min_sparsity=lower, max_sparsity=upper, generations=20)
+    start = {"project": allocations.project([0.4] * BLOCKS, BUDGET, lower, upper)}
+    tried = []
+
+    class Watched(Distance):
+        def measure(self, schedule, chunk):
+            tried.append(schedule)
+            return super().measure(schedule, chunk)
+
+    found = genetic_search(Watched(), BLOCKS, bounded, start).schedule
+    assert len(set(tried)) > 50 and abs(found.budget - BUDGET) <= 1e-9
+    for schedule in tried:
+        assert abs(schedule.budget - BUDGET) <= 1e-9
+        assert all(low - 1e-9 <= s <= high + 1e-9 for low, s, high in zip(lower, schedule.sparsity, upper))
+
+
+def test_bounds_of_another_number_of_blocks_are_refused():
+    with pytest.raises(UserError, match="7 values were given for 8 blocks"):
+        genetic_search(Distance(), BLOCKS, settings(max_sparsity=(1.0,) * 7), seeds())
 
 
 def test_the_same_seed_gives_the_same_search_and_another_another():
@@ -110,7 +170,9 @@ def test_interrupted_equals_uninterrupted(stop):
     whole = genetic_search(Distance(), BLOCKS, settings(), seeds(), on_generation=states.append)
     assert len(states) == 9
     state = json.loads(json.dumps(states[stop]))
-    assert genetic_search(Distance(), BLOCKS, settings(), seeds(), resume=state) == whole
+    fitness = Distance()
+    assert genetic_search(fitness, BLOCKS, settings(), seeds(), resume=state) == whole
+    assert fitness.forward_tokens == whole.generations[-1]["forward_tokens"]
 
 
 def test_a_state_of_another_search_is_refused():
@@ -118,25 +180,34 @@ def test_a_state_of_another_search_is_refused():
     genetic_search(Distance(), BLOCKS, settings(generations=1), seeds(), on_generation=states.append)
     with pytest.raises(UserError, match="other settings"):
         genetic_search(Distance(), BLOCKS, settings(generations=1, seed=9), seeds(), resume=states[0])
+    with pytest.raises(UserError, match="other fitness"):
+        genetic_search(Distance([3] * 4), BLOCKS, settings(generations=1), seeds(), resume=states[0])
     with pytest.raises(UserError, match="other seeds"):
         genetic_search(Distance(), BLOCKS, settings(generations=1), {"target": TARGET}, resume=states[0])
 
 
-def test_patience_stops_a_search_that_stands_still():
-    result = genetic_search(Distance(), BLOCKS, settings(generations=50, patience=2), {"target": TARGET})
-    assert result.generations[-1]["generation"] == 2
+def test_the_rule_that_stops_a_search_is_told():
+    still = genetic_search(Distance(), BLOCKS, settings(generations=50, patience=2), {"target": TARGET})
+    assert still.generations[-1]["generation"] == 2 and still.stopped == "patience"
+    assert genetic_search(Distance(), BLOCKS, settings(generations=2), seeds()).stopped == "generations"
+    dear = genetic_search(Distance(), BLOCKS, settings(max_forward_tokens=2000), seeds())
+    assert dear.stopped == "max_forward_tokens"
+    *before, last = (entry["forward_tokens"] for entry in dear.generations)
+    assert before[-1] < 2000 <= last
+    assert genetic_search(Distance(), BLOCKS, settings(max_seconds=1e-9), seeds()).stopped == "max_seconds"
 
 
 def test_the_map_is_a_seam():
     """A map that works backwards, as processes might, changes nothing."""
     calls = []
 
-    def backwards(function, items):
-        calls.append(len(items))
-        return [function(item) for item in reversed(items)][::-1]
+    class Backwards(Processes):
+        def map(self, function, items):
+            calls.append(len(items))
+            return [function(item) for item in reversed(items)][::-1]
 
     plain = genetic_search(Distance(), BLOCKS, settings(), seeds())
-    assert genetic_search(Distance(), BLOCKS, settings(), seeds(), map_function=backwards) == plain
+    assert genetic_search(Distance(), BLOCKS, settings(), seeds(), processes=Backwards()) == plain
     assert sum(calls) > 100
 
 
@@ -144,19 +215,32 @@ def test_a_space_without_room_ends_quietly():
     one = {"uniform": Schedule([0.4])}
 
     class Flat(MemoFitness):
-        def measure(self, schedule, indices):
+        def measure(self, schedule, chunk):
             return 1.0
 
-    assert genetic_search(Flat(KINDS), 1, settings(), one).schedule == one["uniform"]
+        def cost(self, schedule, chunk):
+            return 1
+
+    assert genetic_search(Flat(SIZES), 1, settings(), one).schedule == one["uniform"]
 
 
-def test_minibatches_are_balanced_and_seeded():
-    kinds = ["plain"] * 10 + ["recall"] * 3
-    chosen = stage_indices(kinds, 6, random.Random(0))
-    assert len(set(chosen)) == 6 and sum(i >= 10 for i in chosen) == 3 and list(chosen) == sorted(chosen)
-    assert sum(i >= 10 for i in stage_indices(kinds, 9, random.Random(0))) == 3
-    assert stage_indices(kinds, 99, random.Random(0)) == tuple(range(13))
-    assert chosen == stage_indices(kinds, 6, random.Random(0)) != stage_indices(kinds, 6, random.Random(1))
+def test_a_stage_is_the_fewest_whole_chunks_that_hold_its_windows():
+    assert enough_chunks([4, 4, 4, 2], [3, 1, 0, 2], 1) == [3]
+    assert enough_chunks([4, 4, 4, 2], [3, 1, 0, 2], 6) == [1, 3]
+    assert enough_chunks([4, 4, 4, 2], [3, 1, 0, 2], 7) == [0, 1, 3]
+    assert enough_chunks([4, 4, 4, 2], [3, 1, 0, 2], 99) == [0, 1, 2, 3]
+
+
+def test_a_family_warm_starts_each_budget_and_resumes_between_and_within_them():
+    ask = {budget: {"uniform": Schedule.uniform(BLOCKS, budget)} for budget in (0.6, 0.2, 0.4)}
+    states = []
+    whole = search_family(Distance(), BLOCKS, settings(generations=3), ask, states.append)
+    assert list(whole) == [0.2, 0.4, 0.6] and len(states) == 12
+    assert [abs(found.schedule.budget - budget) <= 1e-9 for budget, found in whole.items()] == [True] * 3
+    assert [list(found.allocations) for found in whole.values()] == [["uniform"], *[["uniform", NEIGHBOUR]] * 2]
+    for stop in (1, 3, 5, 10):
+        state = json.loads(json.dumps(states[stop]))
+        assert search_family(Distance(), BLOCKS, settings(generations=3), ask, resume=state) == whole
 
 
 @pytest.mark.parametrize(
@@ -164,7 +248,16 @@ def test_minibatches_are_balanced_and_seeded():
     [
         ({"budget": 1.0}, "budget"),
         ({"budget": -0.1}, "budget"),
-        ({"budget": 0.6, "max_sparsity": 0.5}, "budget"),
+        ({"budget": 0.6, "max_sparsity": (0.5,)}, "allow 0 to 0.5"),
+        ({"budget": 0.1, "min_sparsity": (0.2,)}, "allow 0.2 to 1"),
+        ({"min_sparsity": (0.0, 0.9), "max_sparsity": (1.0, 0.5)}, "block 1"),
+        ({"min_sparsity": (0.0, 0.1), "max_sparsity": (1.0, 0.5, 0.6)}, "min_sparsity has 2 blocks"),
+        ({"stage_windows": (8, 4), "survivors": (3, 2)}, "more windows"),
+        ({"stage_windows": (4, 8), "survivors": (3, 4)}, "fewer children"),
+        ({"stage_windows": (4, 8)}, "one number for each stage"),
+        ({"stage_windows": (0,)}, "at least 1"),
+        ({"tournament": 0}, "tournament"),
+        ({"max_forward_tokens": 0}, "max_forward_tokens"),
         ({"offspring": 0}, "offspring"),
         ({"patience": 0}, "patience"),
         ({"crossover": 1.5}, "crossover"),

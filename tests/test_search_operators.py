@@ -14,6 +14,7 @@ from ftp_lightning.search.operators import (
     to_levels,
     to_schedule,
     top_level,
+    tournament,
 )
 
 seeds = st.integers(0, 2**32)
@@ -111,3 +112,38 @@ def test_the_lower_loss_is_the_fitter():
     a, b = Individual([1]), Individual([2])
     a.fitness.values, b.fitness.values = (0.1,), (0.2,)
     assert a.fitness > b.fitness and a.loss == 0.1
+
+
+@given(st.integers(1, 12), st.floats(0.05, 0.3), seeds)
+def test_bounds_of_each_block_hold_and_the_sum_stays(num_blocks, step, seed):
+    rng = random.Random(seed)
+    lower = [rng.choice([0.0, 0.1, 0.35]) for _ in range(num_blocks)]
+    upper = [low + rng.uniform(0.0, 1.0 - low) for low in lower]
+    room = sum(upper) - sum(lower)
+    tops = [top_level(step, high, low) for low, high in zip(lower, upper)]
+    total = min(sum(tops), int(rng.random() * room / step))
+    levels = [0] * num_blocks
+    for _ in range(total):
+        open_blocks = [block for block in range(num_blocks) if levels[block] < tops[block]]
+        levels[rng.choice(open_blocks)] += 1
+    for _ in range(10):
+        levels = level_switch(levels, rng, tops, 3)
+    schedule = to_schedule(levels, step, upper, lower)
+    assert sum(levels) == total and abs(sum(schedule.sparsity) - sum(lower) - step * total) <= 1e-8
+    assert all(low - 1e-9 <= s <= high + 1e-9 for low, s, high in zip(lower, schedule.sparsity, upper))
+    again = to_levels(schedule, step, tops, lower)
+    assert sum(again) == total
+
+
+def test_bounds_of_another_number_of_blocks_are_refused():
+    with pytest.raises(ValueError, match="2 values were given for 3 blocks"):
+        to_schedule([1, 1, 1], 0.1, (1.0, 1.0))
+
+
+def test_a_tournament_takes_the_best_of_those_drawn():
+    population = [Individual([n]) for n in range(10)]
+    for loss, individual in enumerate(population):
+        individual.fitness.values = (float(loss),)
+    picks = [tournament(population, random.Random(seed), 4).loss for seed in range(200)]
+    assert sum(picks) / 200 < 2.5 and max(picks) > 3
+    assert {tournament(population, random.Random(seed), 1).loss for seed in range(99)} == set(range(10))

@@ -99,6 +99,19 @@ def run_tasks(
     return summaries(results, list(tasks), lm.accounts[before:] if hasattr(lm, "accounts") else ()) if results else {}
 
 
+def load_tasks(files: Mapping[str, str | Path | None]) -> list:
+    """lm-eval's task objects, groups taken apart; files as in `run_tasks`.
+
+    UserError: unknown task, broken file, Hub out of reach.
+    """
+    with tempfile.TemporaryDirectory() as cache, _quiet():
+        definitions = [_definition(name, file, cache) for name, file in files.items()]
+        try:
+            return list(_task_manager(definitions).load(definitions)["tasks"].values())
+        except ConnectionError as error:
+            raise _unreachable(files, error) from None
+
+
 def _definition(name: str, files, cache_dir: str) -> str | dict:
     if files is None:
         if name in EMBEDDED:

@@ -1,57 +1,99 @@
-"""What the search minimises: the mean KL(dense || pruned) per continuation token, remembered once measured."""
+"""What the search minimises: a loss of a schedule on chunks of windows, each remembered once it is measured."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftp_lightning.data.windows import Windows
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token
+from ftp_lightning.evaluation.continuation import continuation_logits
+from ftp_lightning.models import model_identity
+from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.pruning.prefix import BlockStates, capture, first_needed_block, resume_from
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.search.criteria import Criterion, KLDivergence, entering_head
 
-FLOAT32_LIMIT = 2 << 30  # bytes of teacher log-probabilities up to which they are kept in float32
+STATES_LIMIT = 256 << 20
+"""Bytes of the dense model's hidden states that are kept, so that dense first blocks are computed once [ours]."""
 
 
 class MemoFitness:
-    """A deterministic loss of a schedule on some of `kinds` windows, measured at most once.
+    """A deterministic loss of a schedule on chunks of windows, each measured at most once.
 
-    Subclasses define `measure(schedule, indices) -> float`. The state (memo and counters) is JSON-able, so that a
-    resumed search counts and remembers as an uninterrupted one.
+    A chunk is the same few windows in the same forward, always: its loss depends on nothing but the schedule, so that
+    processes, interruptions and neighbours in a population change no digit.
+
+    Subclasses define `measure(schedule, chunk)` and `cost(schedule, chunk)`. The state (memo and counters) is
+    JSON-able, so that a resumed search counts and remembers as an uninterrupted one.
+
+    Args:
+        sizes: how many windows each chunk holds.
+        memo: False measures everything anew, as searches without a memo do (for comparison).
 
     Attributes:
-        kinds: the kind of each window ("plain" or "recall").
-        evaluations, memo_hits: calls that were measured, calls that were remembered.
-        forward_tokens: tokens of the windows pushed through the model so far.
+        evaluations, memo_hits: (schedule, chunk) that were measured, that were remembered.
+        forward_tokens: tokens pushed through the model so far, in this process and those it works with.
     """
 
-    def __init__(self, kinds: Sequence[str]):
-        if not kinds:
-            raise ValueError("a fitness needs at least one window")
-        self.kinds = list(kinds)
+    def __init__(self, sizes: Sequence[int], memo: bool = True):
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"a fitness needs chunks of at least one window, got {list(sizes)}")
+        self.sizes, self.remembers = tuple(sizes), memo
         self.evaluations = self.memo_hits = self.forward_tokens = 0
         self._memo: dict[str, float] = {}
 
-    def measure(self, schedule: Schedule, indices: tuple[int, ...]) -> float:
+    def measure(self, schedule: Schedule, chunk: int) -> float:
+        """Mean loss over the windows of a chunk. Touches no state: other processes may measure other chunks."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it measures a schedule")
 
-    def __call__(self, schedule: Schedule, indices: Sequence[int] | None = None) -> float:
-        """The loss on the windows `indices` (default: all). UserError where it is not finite: it has no rank."""
-        rows = tuple(range(len(self.kinds))) if indices is None else tuple(indices)
-        key = f"{schedule.key()}:{','.join(map(str, rows))}"
-        if key in self._memo:
-            self.memo_hits += 1
-            return self._memo[key]
-        value = self.measure(schedule, rows)
-        if not math.isfinite(value):
-            raise UserError(f"the loss of {schedule} is {value}\nGive another --dtype, or check the model.")
-        self.evaluations += 1
-        self._memo[key] = value
-        return value
+    def cost(self, schedule: Schedule, chunk: int) -> int:
+        """Tokens that `measure` pushes through the model."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a measurement costs")
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: what else must be equal for equal losses (windows, router, ...)."""
+        return {"sizes": list(self.sizes)}
+
+    def __call__(self, schedule: Schedule, chunks: Sequence[int] | None = None) -> float:
+        """The mean loss on the windows of `chunks` (default: all)."""
+        return self.scores([schedule], chunks)[0]
+
+    def scores(
+        self,
+        schedules: Sequence[Schedule],
+        chunks: Sequence[int] | None = None,
+        map_function: Callable[[Callable, list], Iterable[float]] = map,
+    ) -> list[float]:
+        """Mean losses on the windows of `chunks` (default: all); what is not known yet is measured through
+        `map_function`, which may spread it over processes. UserError where a loss is not finite: it has no rank."""
+        rows = range(len(self.sizes)) if chunks is None else chunks
+        asked = [(schedule, chunk) for schedule in schedules for chunk in rows]
+        known = self._memo if self.remembers else {}
+        wanted = {_key(*task): task for task in asked if _key(*task) not in known}
+        values = dict(zip(wanted, map_function(self._measure_task, list(wanted.values()))))
+        for key, (schedule, chunk) in wanted.items():
+            if not math.isfinite(values[key]):
+                raise UserError(f"the loss of {schedule} is {values[key]}\nGive another --dtype, or check the model.")
+            self.forward_tokens += self.cost(schedule, chunk)
+        self.evaluations += len(wanted)
+        self.memo_hits += len(asked) - len(wanted)
+        if self.remembers:
+            self._memo.update(values)
+        found, windows = known | values, sum(self.sizes[chunk] for chunk in rows)
+        return [
+            math.fsum(self.sizes[chunk] * found[_key(schedule, chunk)] for chunk in rows) / windows
+            for schedule in schedules
+        ]
+
+    def _measure_task(self, task: tuple[Schedule, int]) -> float:
+        return self.measure(*task)
 
     def state_dict(self) -> dict:
         names = ("evaluations", "memo_hits", "forward_tokens")
@@ -64,16 +106,21 @@ class MemoFitness:
 
 
 class ContinuationFitness(MemoFitness):
-    """Mean KL(dense || pruned), nats per continuation token, in the deployed computation [ours: method.md, section 8].
+    """A criterion (KL by default) of the continuation in the deployed computation [ours: method.md, section 8].
 
-    The dense log-probabilities (n, C, V) are computed once, here, and lie on the CPU: float32 up to 2 GiB, beyond
-    that float16, normalised again when read. The model must have nothing attached and be in eval mode.
+    What the criterion needs of the dense model is computed once, here, and lies on the CPU. A schedule whose first
+    blocks are dense starts at the first that is not, from hidden states of the dense model that are kept as far as
+    `STATES_LIMIT` goes; `forward_tokens` counts the blocks that ran. The model must have nothing attached and be in
+    eval mode.
 
     Args:
         model: a Hugging Face causal LM.
         windows: rows of P prompt and C continuation tokens.
         make_pruner: Schedule -> TokenPruner, put in force as `with make_pruner(schedule)(model)`.
-        batch_size: windows per forward; part of the result's last digits, hence of what must be equal to reproduce it.
+        chunk: windows per forward; part of the result's last digits, hence of what must be equal to reproduce it.
+        criterion: what is lost; `criteria.KLDivergence()` by default.
+        memo: see `MemoFitness`.
+        share_prefix: False computes dense first blocks again each time (for comparison).
     """
 
     def __init__(
@@ -81,40 +128,93 @@ class ContinuationFitness(MemoFitness):
         model: torch.nn.Module,
         windows: Windows,
         make_pruner: Callable[[Schedule], TokenPruner],
-        batch_size: int = 8,
+        chunk: int = 8,
+        criterion: Criterion | None = None,
+        memo: bool = True,
+        share_prefix: bool = True,
     ):
-        super().__init__(windows.kinds)
-        self.model, self.windows, self.make_pruner, self.batch_size = model, windows, make_pruner, batch_size
-        self.teacher = self._dense_logprobs()
+        starts = range(0, len(windows), chunk)
+        starts = range(0, len(windows), chunk)
+        super().__init__([min(chunk, len(windows) - start) for start in starts], memo)
+        self.model, self.windows, self.make_pruner = model, windows, make_pruner
+        self.criterion = criterion or KLDivergence()
+        self._rows = [slice(start, start + chunk) for start in starts]
+        self._boundaries = self._affordable() if share_prefix else []
+        self._states: list[dict[int, Tensor]] = []
+        self._teacher = [self._observe(chunk) for chunk in range(len(starts))]
 
     @torch.no_grad()
-    def measure(self, schedule: Schedule, indices: tuple[int, ...]) -> float:
-        pruner, rows_kl = self.make_pruner(schedule), []
-        with pruner(self.model):
-            for rows in self._batches(indices):
-                logits = self._logits(rows)
-                rows_kl.append(kl_per_token(self._teacher(rows, logits), logits).double().mean(dim=1).cpu())
-        return torch.cat(rows_kl).mean().item()
+    def measure(self, schedule: Schedule, chunk: int) -> float:
+        pruner, ids, start = self.make_pruner(schedule), self._ids(chunk), self._start(schedule)
+        with resume_from(self.model, start, self._dense_states(chunk, start)), pruner(self.model):
+            logits, hidden = self._forward(ids)
+        teacher = {name: kept.to(logits.device) for name, kept in self._teacher[chunk].items()}
+        return self.criterion.loss(teacher, logits, hidden, ids[:, self.windows.prompt_tokens :]).double().mean().item()
 
-    def _dense_logprobs(self) -> Tensor:
-        first, *others = self._batches(range(len(self.windows)))
-        with torch.no_grad():
-            logits = self._logits(first)
-            size = len(self.windows) * logits[0].numel() * 4
-            dtype = torch.float16 if size > FLOAT32_LIMIT else logits.dtype
-            parts = [logits.log_softmax(-1).to("cpu", dtype)]
-            parts += [self._logits(rows).log_softmax(-1).to("cpu", dtype) for rows in others]
-        return torch.cat(parts)
+    def cost(self, schedule: Schedule, chunk: int) -> int:
+        """Tokens, those of dense blocks that were not run left out: rows * (P + C) * (N - first) / N, rounded."""
+        tokens = self.sizes[chunk] * self.windows.input_ids.shape[1]
+        return round(tokens * (1 - self._start(schedule) / schedule.num_blocks))
 
-    def _teacher(self, rows: list[int], logits: Tensor) -> Tensor:
-        teacher = self.teacher[rows].to(logits.device, logits.dtype)
-        return teacher.log_softmax(-1) if self.teacher.dtype == torch.float16 else teacher
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {
+            "windows": self.windows.hash(),
+            "criterion": repr(self.criterion),
+            "model": model_identity(self.model),
+            "pruner": pruner_identity(self.model, self.make_pruner),
+        }
 
-    def _logits(self, rows: list[int]) -> Tensor:
-        ids = self.windows.input_ids[rows].to(self.model.device)
+    @torch.no_grad()
+    def _observe(self, chunk: int) -> dict[str, Tensor]:
+        """What the criterion wants to know of the dense model; on the way its hidden states, as far as they fit."""
+        ids = self._ids(chunk)
+        with capture(self.model) as states:
+            logits, hidden = self._forward(ids)
+        self._states.append({block: states.entering(block).cpu() for block in self._boundaries})
         self.forward_tokens += ids.numel()
-        return continuation_logits(self.model, ids, self.windows.prompt_tokens)
+        return {name: kept.cpu() for name, kept in self.criterion.remember(logits, hidden).items()}
 
-    def _batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        for start in range(0, len(indices), self.batch_size):
-            yield list(indices[start : start + self.batch_size])
+    def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, V) and the states that gave them (B, C, D)."""
+        with entering_head(self.model) as seen:
+            logits = continuation_logits(self.model, ids, self.windows.prompt_tokens)
+        return logits, torch.cat(seen, 1)
+
+    def _ids(self, chunk: int) -> Tensor:
+        return self.windows.input_ids[self._rows[chunk]].to(self.model.device)
+
+    # ---------------------------------------------------------------- dense first blocks, computed once
+
+    def _affordable(self) -> list[int]:
+        """Blocks in front of which states are kept: all but the first, or evenly spread ones within STATES_LIMIT."""
+        blocks, numbers = len(find_blocks(self.model)), self.windows.input_ids.numel()
+        size = numbers * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+        count = min(blocks - 1, STATES_LIMIT // size)
+        return sorted({round(blocks * (place + 1) / (count + 1)) for place in range(count)})
+
+    def _start(self, schedule: Schedule) -> int:
+        """The first block that runs: no later than a router needs, and one whose input is kept."""
+        pruned = next((block for block, s in enumerate(schedule.sparsity) if s > 0), schedule.num_blocks - 1)
+        router = self.make_pruner(schedule).router
+        needed = first_needed_block(self.model, pruned, router.needs_attention, router.one_pass)
+        return max((block for block in self._boundaries if block <= needed), default=0)
+
+    def _dense_states(self, chunk: int, block: int) -> BlockStates:
+        if block == 0:
+            return BlockStates()
+        passes: list[list[Tensor]] = [[] for _ in range(block)]
+        return BlockStates([*passes, [self._states[chunk][block].to(self.model.device)]])
+
+
+def pruner_identity(model: torch.nn.Module, make_pruner: Callable[[Schedule], TokenPruner]) -> dict[str, Any]:
+    """JSON-able: settings, kind and weights of the router that a search measures with."""
+    pruner = make_pruner(Schedule.uniform(len(find_blocks(model)), 0.0))
+    weights = hashlib.sha256()
+    for name, value in sorted(pruner.router.state_dict().items()):
+        weights.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    router = [type(pruner.router).__name__, pruner.router.config(), weights.hexdigest()[:16]]
+    return pruner.settings() | {"router": router}
+
+
+def _key(schedule: Schedule, chunk: int) -> str:
+    return f"{schedule.key()}:{chunk}"

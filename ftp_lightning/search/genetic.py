@@ -2,13 +2,14 @@
 
 The paper's scheduler searches with a genetic algorithm (Section 4.2). From EvoPress (Sieberling et al. 2024): level
 switches that keep the budget, one shared minibatch per stage, multi-step selection. Ours: seeds from closed-form
-allocations, a memo, resume.
+allocations, a memo, resume, processes, stop rules.
 """
 
 from __future__ import annotations
 
-import functools
+import json
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,16 @@ from dataclasses import asdict, dataclass
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule, level_step
 from ftp_lightning.search.fitness import MemoFitness
-from ftp_lightning.search.operators import Individual, budget_crossover, level_switch, to_levels, to_schedule, top_level
+from ftp_lightning.search.operators import (
+    Individual,
+    budget_crossover,
+    level_switch,
+    to_levels,
+    to_schedule,
+    top_level,
+    tournament,
+)
+from ftp_lightning.search.processes import Processes
 from ftp_lightning.search.settings import SearchSettings
 from ftp_lightning.search.state import SearchState, population_hash
 
@@ -27,63 +37,88 @@ ATTEMPTS = 20  # draws per child until it is one not seen in this generation
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best schedule, its loss on all windows, the log per generation, and the loss of every seed allocation."""
+    """The best schedule, its loss on all windows, the log per generation, and the loss of every seed allocation.
+
+    `stopped`: which rule ended the search: generations, patience, max_forward_tokens or max_seconds.
+    """
 
     schedule: Schedule
     value: float
     generations: list[dict]
     allocations: dict[str, float]
+    stopped: str = "generations"
 
 
 class _Search:
     """One search: the settings made concrete for N blocks, and DEAP's toolbox over them."""
 
-    def __init__(self, fitness: MemoFitness, num_blocks: int, settings: SearchSettings, map_function: Callable):
+    def __init__(self, fitness: MemoFitness, num_blocks: int, settings: SearchSettings, processes: Processes):
         from deap import base, tools
 
-        self.fitness, self.settings = fitness, settings
-        self.step = level_step(num_blocks, settings.budget, settings.step)
-        self.top = top_level(self.step, settings.max_sparsity)
+        self.fitness, self.settings, self.processes = fitness, settings, processes
+        self.lower, self.upper = settings.bounds(num_blocks)
+        free = max(0.0, settings.budget - math.fsum(self.lower) / num_blocks)  # what the lower bounds leave to spread
+        self.step = level_step(num_blocks, free, settings.step)
+        self.tops = [top_level(self.step, high, low) for low, high in zip(self.lower, self.upper)]
         self.toolbox = base.Toolbox()
-        self.toolbox.register("evaluate", self.evaluate)
         self.toolbox.register("mate", budget_crossover)
-        self.toolbox.register("mutate", level_switch, max_level=self.top, switches=settings.switches)
+        self.toolbox.register("mutate", level_switch, max_level=self.tops, switches=settings.switches)
+        self.toolbox.register("pick", tournament, size=settings.tournament)
         self.toolbox.register("select", tools.selBest)
-        self.toolbox.register("map", map_function)
-
-    def evaluate(self, individual: Individual, indices: tuple[int, ...] | None = None) -> float:
-        return self.fitness(self.schedule(individual), indices)
+        self.toolbox.register("map", processes.map)
 
     def schedule(self, individual: Individual) -> Schedule:
-        return to_schedule(individual, self.step, self.settings.max_sparsity)
+        return to_schedule(individual, self.step, self.upper, self.lower)
 
-    def score(self, individuals: list[Individual], indices: tuple[int, ...] | None = None) -> None:
-        """Put the loss on the windows `indices` (default: all) into every individual; `map` may be many processes."""
-        values = self.toolbox.map(functools.partial(self.toolbox.evaluate, indices=indices), individuals)
-        for individual, value in zip(individuals, values):
+    def losses(self, schedules: Sequence[Schedule], chunks: Sequence[int] | None = None) -> list[float]:
+        return self.fitness.scores(schedules, chunks, self.toolbox.map)
+
+    def score(self, individuals: list[Individual], chunks: Sequence[int] | None = None) -> None:
+        """Put the loss on the windows of `chunks` (default: all) into every individual."""
+        for individual, value in zip(individuals, self.losses([self.schedule(one) for one in individuals], chunks)):
             individual.fitness.values = (value,)
 
     def begin(self, seeds: dict[str, Schedule]) -> SearchState:
         """Score the seed allocations as they are, then rounded to levels as the first population."""
-        schedules = list(seeds.values())
-        allocations = dict(zip(seeds, self.toolbox.map(self.fitness, schedules)))
+        schedules, before = list(seeds.values()), self.fitness.forward_tokens
+        allocations = dict(zip(seeds, self.losses(schedules)))
         best = min(seeds, key=allocations.get)
-        population = _distinct([to_levels(schedule, self.step, self.top) for schedule in schedules])
-        self.score(population)
+        population = _distinct([to_levels(schedule, self.step, self.tops, self.lower) for schedule in schedules])
+        known = dict(zip(schedules, allocations.values()))  # a seed on the grid of levels is not measured again
+        for individual in population:
+            individual.fitness.values = (known.get(self.schedule(individual), math.nan),)
+        self.score([individual for individual in population if math.isnan(individual.loss)])
         state = SearchState(random.Random(self.settings.seed), seeds[best], allocations[best], allocations, [])
+        state.tokens_before = before
         self._conclude(state, population, children=0)
         state.stale = 0  # no generation has been tried yet
         return state
 
     def advance(self, state: SearchState) -> None:
-        """One generation: children on a minibatch, the survivors with the parents on all windows, the best go on."""
-        settings = self.settings
+        """One generation: children on few windows, fewer of them on more, the last with the parents on all."""
+        settings, sizes = self.settings, self.fitness.sizes
         state.generation += 1
         children = self.children(state.parents, state.rng)
-        self.score(children, stage_indices(self.fitness.kinds, settings.stage_windows, state.rng))
-        survivors = self.toolbox.select(children, settings.survivors)
+        survivors, order = children, state.rng.sample(range(len(sizes)), len(sizes))
+        for windows, count in zip(settings.stage_windows, settings.survivors):
+            self.score(survivors, enough_chunks(sizes, order, windows))
+            survivors = self.toolbox.select(survivors, count)
         self.score(survivors)
         self._conclude(state, _distinct(state.parents + survivors), len(children))
+
+    def stopped_by(self, state: SearchState) -> str | None:
+        """The stop rule that holds now; the clock is that of the first process."""
+        settings = self.settings
+        if state.generation >= settings.generations:
+            return "generations"
+        if settings.patience is not None and state.stale >= settings.patience:
+            return "patience"
+        spent = self.fitness.forward_tokens - state.tokens_before
+        if settings.max_forward_tokens is not None and spent >= settings.max_forward_tokens:
+            return "max_forward_tokens"
+        if settings.max_seconds is not None and self.processes.from_first(state.seconds) >= settings.max_seconds:
+            return "max_seconds"
+        return None
 
     def children(self, parents: list[Individual], rng: random.Random) -> list[Individual]:
         """`offspring` mutants, mixed first with probability `crossover`; all new, fewer where no new one is drawn."""
@@ -99,8 +134,10 @@ class _Search:
 
     def _origin(self, parents: list[Individual], rng: random.Random) -> Individual:
         if len(parents) > 1 and rng.random() < self.settings.crossover:
-            return self.toolbox.mate(*rng.sample(parents, 2), rng)
-        return rng.choice(parents)
+            if self.settings.tournament == 1:
+                return self.toolbox.mate(*rng.sample(parents, 2), rng)
+            return self.toolbox.mate(self.toolbox.pick(parents, rng), self.toolbox.pick(parents, rng), rng)
+        return self.toolbox.pick(parents, rng)
 
     def _conclude(self, state: SearchState, population: list[Individual], children: int) -> None:
         """Select the next parents from a population scored on all windows, remember the best, write the log entry."""
@@ -130,50 +167,51 @@ def genetic_search(
     seeds: dict[str, Schedule],
     on_generation: Callable[[dict], None] | None = None,
     resume: dict | None = None,
-    map_function: Callable = map,
+    processes: Processes | None = None,
 ) -> SearchResult:
     """Search the schedule of least loss on all windows among those whose mean is the budget.
 
     The result is never worse than the best seed. Each log entry holds: `best` so far and `mean` over the candidates,
     both on all windows; children; evaluations, memo_hits and forward_tokens since the beginning; population_hash,
-    equal on all ranks. No times.
+    which is compared over all processes. No times.
 
     Args:
         seeds: allocations by name, each of `num_blocks` blocks and the settings' budget.
         on_generation: receives the JSON-able state after the seeds (generation 0) and after every generation.
         resume: such a state; the search goes on from it to the result it would have had, `seeds` being the same.
-        map_function: like `map`; the seam for many processes.
+        processes: those that share the measurements; every one of them calls this function with equal arguments.
 
-    UserError for seeds of another shape or budget, and for a state of another search.
+    UserError for seeds of another shape or budget, a state of another search, a stage of more windows than there are,
+    and processes that differ.
     """
+    processes = processes or Processes()
     _check_seeds(seeds, num_blocks, settings)
-    identity = {"settings": asdict(settings), "seeds": {name: seed.key() for name, seed in seeds.items()}}
-    search = _Search(fitness, num_blocks, settings, map_function)
+    _check_stages(settings, fitness)
+    seed_keys = {name: seed.key() for name, seed in seeds.items()}
+    identity = json.loads(json.dumps({"settings": asdict(settings), "seeds": seed_keys, "fitness": fitness.identity()}))
+    processes.check_equal("what is searched", identity)
+    search, started = _Search(fitness, num_blocks, settings, processes), time.monotonic()
     if resume is None:
         state = search.begin(seeds)
-        _report(state, search, identity, on_generation)
+        _report(state, search, identity, on_generation, started)
     else:
         state = _resumed(resume, identity, fitness)
-    while state.generation < settings.generations and (settings.patience is None or state.stale < settings.patience):
+        log.info("going on after generation %d", state.generation)
+    while (stopped := search.stopped_by(state)) is None:
         started = time.monotonic()
         search.advance(state)
-        _report(state, search, identity, on_generation, time.monotonic() - started)
-    return SearchResult(state.best, state.best_value, state.entries, state.allocations)
+        _report(state, search, identity, on_generation, started)
+    return SearchResult(state.best, state.best_value, state.entries, state.allocations, stopped)
 
 
-def stage_indices(kinds: Sequence[str], count: int, rng: random.Random) -> tuple[int, ...]:
-    """`count` random windows (all where there are fewer), ascending, of each kind equally many as far as they go."""
-    queues = [[i for i, kind in enumerate(kinds) if kind == name] for name in sorted(set(kinds))]
-    for queue in queues:
-        rng.shuffle(queue)
-    rng.shuffle(queues)  # which kind has one more where `count` does not divide
-    chosen = []
-    while len(chosen) < min(count, len(kinds)):
-        queue = queues.pop(0)
-        if queue:
-            chosen.append(queue.pop())
-            queues.append(queue)
-    return tuple(sorted(chosen))
+def enough_chunks(sizes: Sequence[int], order: Sequence[int], windows: int) -> list[int]:
+    """The first chunks of `order` that together hold at least `windows` windows (all where they do not), ascending."""
+    chosen: list[int] = []
+    for chunk in order:
+        if sum(sizes[other] for other in chosen) >= windows:
+            break
+        chosen.append(chunk)
+    return sorted(chosen)
 
 
 def _distinct(population: list[Individual]) -> list[Individual]:
@@ -184,30 +222,45 @@ def _distinct(population: list[Individual]) -> list[Individual]:
 def _check_seeds(seeds: dict[str, Schedule], num_blocks: int, settings: SearchSettings) -> None:
     if not seeds:
         raise UserError("a search needs at least one seed allocation")
+    lower, upper = settings.bounds(num_blocks)
     for name, seed in seeds.items():
         if seed.num_blocks != num_blocks or abs(seed.budget - settings.budget) > 1e-9:
             raise UserError(
                 f"seed {name} has {seed.num_blocks} blocks and budget {seed.budget}, "
                 f"the search {num_blocks} blocks and budget {settings.budget}"
             )
-        if max(seed.sparsity) > settings.max_sparsity:
-            raise UserError(
-                f"seed {name} has a block of sparsity {max(seed.sparsity)}, max_sparsity is {settings.max_sparsity}"
-            )
+        for block, (s, low, high) in enumerate(zip(seed.sparsity, lower, upper)):
+            if not low - 1e-9 <= s <= high + 1e-9:
+                raise UserError(f"seed {name} has sparsity {s} in block {block}, which is to have {low} to {high}")
 
 
-def _report(state: SearchState, search: _Search, identity: dict, on_generation, seconds: float | None = None) -> None:
-    entry, took = state.entries[-1], "" if seconds is None else f", {seconds:.1f} s"
-    log.info("generation %d: best %.6f, mean %.6f%s", entry["generation"], entry["best"], entry["mean"], took)
+def _check_stages(settings: SearchSettings, fitness: MemoFitness) -> None:
+    """A stage that asks for more windows than there are would be no stage."""
+    windows, asked = sum(fitness.sizes), max(settings.stage_windows, default=0)
+    if asked > windows:
+        raise UserError(
+            f"a stage asks for {asked} calibration windows, there are {windows}\n"
+            "Give more --windows or fewer --stage_windows."
+        )
+
+
+def _report(state: SearchState, search: _Search, identity: dict, on_generation, started: float) -> None:
+    entry, took = state.entries[-1], time.monotonic() - started
+    state.seconds += took
+    search.processes.check_equal(f"the population of generation {state.generation}", entry["population_hash"])
+    log.info(
+        "generation %d: best %.6f, mean %.6f, %d forward tokens, %.1f s",
+        entry["generation"], entry["best"], entry["mean"], entry["forward_tokens"], took,
+    )  # fmt: skip
     if on_generation is not None:
-        on_generation({**identity, **state.record(), "fitness": search.fitness.state_dict()})
+        on_generation({**identity, **state.record(), "memo": search.fitness.state_dict()})
 
 
 def _resumed(record: dict, identity: dict, fitness: MemoFitness) -> SearchState:
     for name, value in identity.items():
-        if record[name] != value:
+        if record.get(name) != value:
             raise UserError(
-                f"the search to resume had other {name}: {record[name]}\nnow: {value}\nStart anew, or use the same."
+                f"the search to resume had other {name}: {record.get(name)}\nnow: {value}\nStart anew, or use the same."
             )
-    fitness.load_state_dict(record["fitness"])
+    fitness.load_state_dict(record["memo"])
     return SearchState.restore(record)

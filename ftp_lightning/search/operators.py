@@ -1,7 +1,8 @@
 """Integer levels and the operators that move them: the sum of the levels, hence the budget, never changes.
 
-An individual is a list of N levels g_l in {0, ..., G}; block l has sparsity g_l * step. Every function here is pure:
-it returns a new individual and draws from the `random.Random` it is given.
+An individual is a list of N levels g_l in {0, ..., G_l}; block l has sparsity lower_l + g_l * step, at most upper_l.
+Every function here is pure: it returns a new individual and draws from the `random.Random` it is given. Bounds are one
+number for all blocks, or one per block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Sequence
 from deap import base
 
 from ftp_lightning.schedule import Schedule
+
+PerBlock = float | Sequence[float]
+"""One number for all blocks, or one per block."""
 
 
 class Loss(base.Fitness):
@@ -33,60 +37,75 @@ class Individual(list):
         return self.fitness.values[0]
 
 
-def top_level(step: float, max_sparsity: float = 1.0) -> int:
-    """The lowest level G with G * step >= max_sparsity; `to_schedule` cuts off what lies beyond."""
-    return math.ceil(max_sparsity / step - 1e-9)
+def per_block(values: PerBlock, num_blocks: int) -> tuple:
+    """One value per block. ValueError where there are neither one nor `num_blocks` of them."""
+    listed = tuple(values) if isinstance(values, Sequence) else (values,)
+    if len(listed) not in (1, num_blocks):
+        raise ValueError(f"{len(listed)} values were given for {num_blocks} blocks")
+    return listed * num_blocks if len(listed) == 1 else listed
 
 
-def to_levels(schedule: Schedule, step: float, max_level: int) -> Individual:
-    """The levels nearest a schedule whose sum is round(sum(s) / step): largest remainders are rounded up first.
+def top_level(step: float, max_sparsity: float = 1.0, min_sparsity: float = 0.0) -> int:
+    """The lowest level G with min + G * step >= max; `to_schedule` cuts off what lies beyond."""
+    return math.ceil((max_sparsity - min_sparsity) / step - 1e-9)
+
+
+def to_levels(schedule: Schedule, step: float, max_level: PerBlock, lower: PerBlock = 0.0) -> Individual:
+    """The levels nearest a schedule whose sum is round(sum(s - lower) / step), the largest remainders rounded up first.
 
     ValueError where `max_level` in every block is less than that sum.
     """
-    exact = [s / step for s in schedule.sparsity]
+    blocks = schedule.num_blocks
+    tops = per_block(max_level, blocks)
+    exact = [max(0.0, s - low) / step for s, low in zip(schedule.sparsity, per_block(lower, blocks))]
     total = round(math.fsum(exact))
-    if total > max_level * len(exact):
-        raise ValueError(f"a level sum of {total} does not fit {len(exact)} blocks of at most {max_level}")
-    levels = [min(math.floor(x), max_level) for x in exact]
+    if total > sum(tops):
+        raise ValueError(f"a level sum of {total} does not fit {blocks} blocks of at most {max_level}")
+    levels = [min(math.floor(x), top) for x, top in zip(exact, tops)]
     while sum(levels) < total:
-        open_blocks = [block for block, level in enumerate(levels) if level < max_level]
+        open_blocks = [block for block, level in enumerate(levels) if level < tops[block]]
         levels[max(open_blocks, key=lambda block: exact[block] - levels[block])] += 1
     return Individual(levels)
 
 
-def to_schedule(levels: Sequence[int], step: float, max_sparsity: float = 1.0) -> Schedule:
-    """s_l = min(g_l * step, max_sparsity); what the bound cuts off is carried by the block with the most room.
+def to_schedule(
+    levels: Sequence[int], step: float, max_sparsity: PerBlock = 1.0, min_sparsity: PerBlock = 0.0
+) -> Schedule:
+    """s_l = min(lower_l + g_l * step, upper_l); what the bound cuts off is carried by the block with the most room.
 
-    The mean is step * sum(g) / N to 1e-9. ValueError where there is not enough room in all blocks together.
+    The sum is sum(lower) + step * sum(g) to 1e-9 a block. ValueError where there is not enough room in all blocks
+    together.
     """
-    sparsity = [min(round(level * step, 12), max_sparsity) for level in levels]
-    missing = step * sum(levels) - math.fsum(sparsity)
+    lower, upper = per_block(min_sparsity, len(levels)), per_block(max_sparsity, len(levels))
+    sparsity = [min(round(low + level * step, 12), high) for level, low, high in zip(levels, lower, upper)]
+    missing = math.fsum(lower) + step * sum(levels) - math.fsum(sparsity)
     while missing > 1e-10 * len(sparsity):
-        carrier = min(range(len(sparsity)), key=lambda block: sparsity[block])
-        share = min(missing, max_sparsity - sparsity[carrier])
+        carrier = max(range(len(sparsity)), key=lambda block: upper[block] - sparsity[block])
+        share = min(missing, upper[carrier] - sparsity[carrier])
         if share <= 0.0:
-            raise ValueError(f"a mean of {step * sum(levels) / len(levels)} does not fit below {max_sparsity}")
-        sparsity[carrier] = min(sparsity[carrier] + share, max_sparsity)
+            mean = (math.fsum(lower) + step * sum(levels)) / len(levels)
+            raise ValueError(f"a mean of {mean} does not fit below {max_sparsity}")
+        sparsity[carrier] = min(sparsity[carrier] + share, upper[carrier])
         missing -= share
     return Schedule(sparsity)
 
 
-def level_switch(levels: Sequence[int], rng: random.Random, max_level: int, switches: int) -> Individual:
+def level_switch(levels: Sequence[int], rng: random.Random, max_level: PerBlock, switches: int) -> Individual:
     """Mutation of EvoPress (Sieberling et al. 2024): one block down, another up, so the sum stays.
 
     The number of switches is the smaller of two draws from 1..switches: mostly few [EvoPress]. A switch moves one
     level, with probability 1/2 two, 1/4 four, ..., as far as both blocks allow [ours: a fine step would otherwise
     creep].
     """
-    child = Individual(levels)
+    child, tops = Individual(levels), per_block(max_level, len(levels))
     for _ in range(min(rng.randint(1, switches), rng.randint(1, switches))):
         givers = [block for block, level in enumerate(child) if level > 0]
-        takers = [block for block, level in enumerate(child) if level < max_level]
+        takers = [block for block, level in enumerate(child) if level < tops[block]]
         pairs = [(giver, taker) for giver in givers for taker in takers if giver != taker]
         if not pairs:
             break
         giver, taker = rng.choice(pairs)
-        amount = min(_doubling(rng), child[giver], max_level - child[taker])
+        amount = min(_doubling(rng), child[giver], tops[taker] - child[taker])
         child[giver] -= amount
         child[taker] += amount
     return child
@@ -115,3 +134,8 @@ def _doubling(rng: random.Random) -> int:
     while rng.random() < 0.5:
         amount *= 2
     return amount
+
+
+def tournament(population: Sequence[Individual], rng: random.Random, size: int) -> Individual:
+    """The best of `size` random individuals. DEAP's own draws from the global generator, which resuming cannot mend."""
+    return min((rng.choice(population) for _ in range(size)), key=lambda individual: individual.loss)

@@ -13,7 +13,11 @@ from ftp_lightning.search.operators import Individual
 
 @dataclass
 class SearchState:
-    """All that changes during a search; `record` makes it JSON-able, `restore` reads that."""
+    """All that changes during a search; `record` makes it JSON-able, `restore` reads that.
+
+    seconds: how long the generations took, interruptions not counted; no product holds it. tokens_before: forward
+    tokens of the fitness before this search.
+    """
 
     rng: random.Random
     best: Schedule
@@ -22,6 +26,8 @@ class SearchState:
     parents: list[Individual]
     generation: int = 0
     stale: int = 0
+    seconds: float = 0.0
+    tokens_before: int = 0
     entries: list[dict] = field(default_factory=list)
 
     def record(self) -> dict:
@@ -29,6 +35,8 @@ class SearchState:
         return {
             "generation": self.generation,
             "stale": self.stale,
+            "seconds": self.seconds,
+            "tokens_before": self.tokens_before,
             "rng": [version, list(numbers), gauss],
             "best": {"sparsity": list(self.best.sparsity), "value": self.best_value},
             "allocations": dict(self.allocations),
@@ -43,8 +51,9 @@ class SearchState:
         rng.setstate((version, tuple(numbers), gauss))
         parents = [_individual(**p) for p in record["parents"]]
         best = record["best"]
-        rest = record["generation"], record["stale"], list(record["log"])
-        return SearchState(rng, Schedule(best["sparsity"]), best["value"], dict(record["allocations"]), parents, *rest)
+        rest = {name: record[name] for name in ("generation", "stale", "seconds", "tokens_before")}
+        found = Schedule(best["sparsity"]), best["value"], dict(record["allocations"])
+        return SearchState(rng, *found, parents, **rest, entries=list(record["log"]))
 
 
 def population_hash(population: list[Individual]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import hash_path
+from ftp_lightning.schedule_family import is_family
 from ftp_lightning.stages.option import check_bounds, check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
@@ -154,11 +156,20 @@ class PrunedSettings(BudgetSettings, StageSettings):
     )
 
     def check(self) -> None:
-        if self.budget is not None and (self.pruned or self.schedule):
+        one_schedule = self.pruned if self.schedule is None else not holds_family(self.schedule)
+        if self.budget is not None and one_schedule:
             raise UserError(
                 "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
             )
         super().check()
+
+
+def holds_family(path: str) -> bool:
+    """Whether a file is a schedules.json, which needs a budget to say which; False where it cannot be read."""
+    try:
+        return is_family(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def picked(settings_class: type, settings: Settings) -> Any:

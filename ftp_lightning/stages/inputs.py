@@ -18,18 +18,26 @@ from ftp_lightning.pruning.budget import solve_budget
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.stages.base import BudgetSettings, ModelSettings, PrunedSettings
+from ftp_lightning.schedule_family import ScheduleFamily
+from ftp_lightning.stages.base import BudgetSettings, ModelSettings, PrunedSettings, holds_family
 from ftp_lightning.stages.option import check_reachable
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BUDGET = 0.3
 
 
-def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The stage's model and tokenizer; UserError also where a window does not fit the model."""
-    place = {"dtype": settings.dtype, "device": settings.device, "revision": settings.revision}
+def load_model(
+    settings: ModelSettings, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The stage's model and tokenizer; UserError also where a window does not fit the model.
+
+    device: another than the settings'.
+    """
+    where = settings.device if device is None else str(device)
+    place = {"dtype": settings.dtype, "device": where, "revision": settings.revision}
     model, tokenizer = models.load(settings.model, **place, seed=settings.seed)
     check_positions(model.config, settings.prompt_tokens + settings.continuation_tokens)
     return model, tokenizer
@@ -94,17 +102,31 @@ def num_blocks(model: PreTrainedModel) -> int:
         raise UserError(f"{error}\nGive another --model.") from None
 
 
-def load_schedule(path: str, model: PreTrainedModel) -> Schedule:
-    """The schedule in a file; UserError where it was made for another number of blocks."""
-    schedule = Schedule.load(Path(path).expanduser())
+def load_schedule(path: str, model: PreTrainedModel, budget: float | None = None) -> Schedule:
+    """The schedule in a file, of a family the one of `budget`; UserError where it is for another number of blocks."""
+    schedule = read_schedule(path, budget)
     check_blocks(schedule, path, num_blocks(model))
     return schedule
+
+
+def read_schedule(path: str, budget: float | None = None) -> Schedule:
+    """The schedule in a file; of a family (schedules.json) the one of `budget`. UserError where that is not said."""
+    file = Path(path).expanduser()
+    if not holds_family(path):
+        return Schedule.load(file)
+    family = ScheduleFamily.load(file)
+    if budget is None:
+        held = ", ".join(f"{one:.4g}" for one in family.budgets)
+        raise UserError(
+            f"{path} holds schedules for the budgets {held}\nSay which by --budget; any between them will do."
+        )
+    return family.at(budget)
 
 
 def schedule_or_uniform(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
     """The schedule in a file, else the uniform one of the budget."""
     if path:
-        return load_schedule(path, model)
+        return load_schedule(path, model, budget)
     return Schedule.uniform(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
 
 
@@ -142,7 +164,7 @@ def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
 def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPruner:
     """What --pruned, --schedule, --budget, --kv and --decode say: a stored pruner, else the static router."""
     if settings.pruned:
-        schedule = load_schedule(settings.schedule, model) if settings.schedule else None
+        schedule = load_schedule(settings.schedule, model, settings.budget) if settings.schedule else None
         pruner = load_pruner(settings.pruned, model)
         asked = {"kv": settings.kv, "decode": settings.decode}
         changes = {name: value for name, value in asked.items() if value != "auto"}

@@ -40,7 +40,9 @@ def _baseline(name: str, settings: EvaluateStage, chosen: TokenPruner, model: An
         influence = load_sensitivity(settings.sensitivity, blocks)["block_influence"]
         return TokenPruner(StaticRouter(), allocations.from_importance(influence, schedule.budget), kv=chosen.kv)
     return TokenPruner(
-        StaticRouter(), load_schedule(settings.static_schedule or settings.schedule, model), kv=chosen.kv
+        StaticRouter(),
+        load_schedule(settings.static_schedule or settings.schedule, model, schedule.budget),
+        kv=chosen.kv,
     )
 
 

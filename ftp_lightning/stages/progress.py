@@ -38,6 +38,10 @@ class Progress:
         self.started = now() if started is None else started
         self._last_shown, self._drawn = -float("inf"), 0
 
+    def place(self) -> dict:
+        """What another process needs to go on telling: `Progress(**place)`."""
+        return {"label": self.label, "before": self.before, "share": self.share, "started": self.started}
+
     def say(self, text: str) -> None:
         """A line that stays."""
         self._clear()

@@ -68,7 +68,7 @@ def recall_rows(settings: EvaluateStage, tokenizer: Any, count: int) -> list[cho
 
 def local_files(settings: EvaluateStage) -> dict[str, Path | None]:
     """Task -> its file in --task_data, or None, for the tasks that are not ours. UserError where one is not there."""
-    return {task: _local_file(task, settings.task_data) for task in settings.tasks if task not in OUR_TASKS}
+    return {task: local_file(task, settings.task_data) for task in settings.tasks if task not in OUR_TASKS}
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def check_tasks(names: Sequence[str]) -> None:
         raise UserError(f"unknown task {', '.join(unknown)}\n{ours}")
 
 
-def _local_file(task: str, folder: str | None) -> Path | None:
+def local_file(task: str, folder: str | None) -> Path | None:
     if folder is None:
         return None
     path = Path(folder).expanduser() / f"{task}.jsonl"

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings, picked
+from ftp_lightning.stages.base import StageSettings, holds_family, picked
 from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
@@ -34,7 +34,7 @@ class TrainStage(StageSettings):
     validation_windows: int = option(16, "windows it is measured on", least=1)
 
     def check(self) -> None:
-        if self.schedule and self.budget is not None:
+        if self.schedule and self.budget is not None and not holds_family(self.schedule):
             raise UserError("budget is given beside a schedule that has its own\nLeave --budget or --schedule out.")
         check_reachable(self.budget or 0.0, self.prompt_tokens)
 

@@ -1,0 +1,247 @@
+"""Which way of spreading a budget over the blocks keeps most, and what does each cost?  python experiments/schedules.py
+--help
+
+For every (kv, budget, seed), with the static router: the closed-form allocations, greedy, best-of-N random, a plain
+genetic algorithm as in the paper (population 32, all calibration windows for every candidate, 30 generations, no memo),
+EvoPress' published settings for non-uniform sparsity (64 children; 8, 2 and 1 survive on 1/32, 1/4 and all of the
+calibration tokens; no memo), both with our operators, and ours. All searches stop at the forward tokens that the plain
+one takes. Then every schedule is measured on test text and on questions that need something far back in the prompt, as
+experiments/budgets.py measures them.
+
+What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--tables` only writes
+tables and figure of what is finished.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import budgets as study
+
+SEARCHES = ("random", "plain GA", "EvoPress settings", "ours")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--calibration", default="embedded", help="text to search on; used whole unless embedded")
+    parser.add_argument("--test", action="append", metavar="NAME=SOURCE", help="test text, also of the questions")
+    parser.add_argument("--budgets", default="0.3,0.6")
+    parser.add_argument("--kv", default="keep,evict")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--calibration_windows", type=int, default=32)
+    parser.add_argument("--population", type=int, default=32, help="of the plain GA")
+    parser.add_argument("--generations", type=int, default=30, help="of the plain GA")
+    parser.add_argument("--items", type=int, default=700, help="recall questions per seed")
+    parser.add_argument("--windows", type=int, default=64, help="windows of test text per seed")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, default=Path("runs/schedules"))
+    parser.add_argument("--worker", default="0/1")
+    parser.add_argument("--tables", action="store_true")
+    return parser.parse_args()
+
+
+class Cell:
+    """One kv mode, budget and seed: the fitness and the searches on it."""
+
+    def __init__(self, args, kv, budget, seed):
+        from ftp_lightning.data.sources import load_documents
+        from ftp_lightning.data.windows import calibration_windows
+        from ftp_lightning.models import load
+
+        self.args, self.kv, self.budget, self.seed = args, kv, budget, seed
+        self.model, tokenizer = load(args.model, dtype=args.dtype)
+        self.blocks = self.model.config.num_hidden_layers
+        documents = load_documents(args.calibration, "calibration" if args.calibration == "embedded" else "all")
+        self.windows = calibration_windows(tokenizer, documents, 192, 64, args.calibration_windows, seed)
+        self.tokens = args.population * (args.generations + 1) * self.windows.input_ids.numel()
+
+    def make_pruner(self, schedule):
+        from ftp_lightning import StaticRouter, TokenPruner
+
+        return TokenPruner(StaticRouter(), schedule, kv=self.kv)
+
+    def fitness(self, chunk, ours=True):
+        from ftp_lightning.search.fitness import ContinuationFitness
+
+        return ContinuationFitness(self.model, self.windows, self.make_pruner, chunk, memo=ours, share_prefix=ours)
+
+    def settings(self, **changes):
+        from ftp_lightning.search.settings import SearchSettings
+
+        more = {"generations": 10**6, "max_forward_tokens": self.tokens, "seed": self.seed}
+        return SearchSettings(budget=self.budget, **more | changes)
+
+    def random_schedules(self, count):
+        from ftp_lightning.search.allocations import random_allocation
+
+        rng = random.Random(f"{self.seed}/schedules")
+        return [random_allocation(self.blocks, self.budget, rng) for _ in range(count)]
+
+    def best_of_random(self):
+        """As many random schedules as the plain GA measures candidates."""
+        fitness, best, curve = self.fitness(8, ours=False), (float("inf"), None), []
+        for schedule in self.random_schedules(self.args.population * (self.args.generations + 1)):
+            best = min(best, (fitness(schedule), schedule), key=lambda pair: pair[0])
+            curve.append((fitness.forward_tokens, best[0]))
+        return best[1], curve
+
+    def searched(self, name):
+        from ftp_lightning import Schedule
+        from ftp_lightning.search.genetic import genetic_search
+        from ftp_lightning.stages.seeds import allocations
+
+        size, count = self.args.population, self.args.calibration_windows
+        if name == "plain GA":
+            fitness = self.fitness(8, ours=False)
+            alone = {"stage_windows": (), "survivors": ()}
+            settings = self.settings(offspring=size, parents=size, tournament=3, crossover=0.6, switches=1, **alone)
+            seeds = {f"random {i}": one for i, one in enumerate(self.random_schedules(size))}
+        elif name == "EvoPress settings":
+            few, more = max(1, count // 32), max(2, count // 4)
+            fitness = self.fitness(few, ours=False)
+            stages = {"stage_windows": (few, more), "survivors": (8, 2)}
+            settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, **stages)
+            seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
+        else:
+            fitness, settings = self.fitness(8), self.settings()
+            seeds = allocations(self.blocks, self.budget, 1.0, self.sensitivity())
+        found = genetic_search(fitness, self.blocks, settings, seeds)
+        return found.schedule, [(entry["forward_tokens"], entry["best"]) for entry in found.generations]
+
+    def sensitivity(self):
+        from ftp_lightning.stages.sensitivity import SensitivityStage
+
+        folder = self.args.output / f"sensitivity-{self.kv}-{self.seed}"
+        whole = study.whole(self.args.calibration)
+        shared = {"model": self.args.model, "dtype": self.args.dtype, "device": "cpu", "tracking": "none", **whole}
+        SensitivityStage(**shared, kv=self.kv, windows=16, seed=self.seed, output=str(folder)).execute()
+        return json.loads((folder / "sensitivity.json").read_text())
+
+    def found(self):
+        """Name -> (schedule, [(forward tokens, best loss so far)])."""
+        from ftp_lightning.stages.seeds import allocations
+
+        fitness = self.fitness(8)
+        for name, schedule in allocations(self.blocks, self.budget, 1.0, self.sensitivity()).items():
+            yield name, schedule, [(self.windows.input_ids.numel(), fitness(schedule))]
+        for name in SEARCHES:
+            yield name, *(self.best_of_random() if name == "random" else self.searched(name))
+
+
+def run(args):
+    import torch
+
+    index, workers = map(int, args.worker.split("/"))
+    if workers > 1:
+        torch.set_num_threads(1)
+    cells = itertools.product(map(int, args.seeds.split(",")), map(float, args.budgets.split(",")), args.kv.split(","))
+    for seed, budget, kv in [cell for place, cell in enumerate(cells) if place % workers == index]:
+        target = args.output / f"{kv}-{budget}-{seed}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(target.read_text()) if target.exists() else {}
+        cell = Cell(args, kv, budget, seed)
+        source = next(iter(study.tests_of(args).values()))
+        test = study.Test(args, seed, source, recall=True)
+        for name, schedule, curve in cell.found() if set(SEARCHES) - set(known) else ():
+            if name not in known:
+                row = {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": curve[-1][1]}
+                known[name] = row | test.measure(cell.make_pruner(schedule))
+                study.write(target, known)
+                print(
+                    f"{kv} {budget:.0%} seed {seed} {name}: {curve[-1][1]:.5f}, test {known[name]['kl']:.5f}",
+                    flush=True,
+                )
+
+
+def table(args, kv, budget):
+    """Markdown: each method, mean and std over the seeds that are finished; ours against it, paired over passages."""
+    from ftp_lightning.evaluation.statistics import paired_bootstrap
+
+    cells = [json.loads(p.read_text()) for p in sorted(args.output.glob(f"{kv}-{budget}-*.json"))]
+    cells = [cell for cell in cells if "ours" in cell]
+    if not cells:
+        return
+    print(f"\n### {budget:.0%}, `{kv}`, {len(cells)} seeds\n")
+    print(
+        "| schedule | calibration KL | test KL | kept, % | ours - it: KL | ours - it: kept, points | forward tokens |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name in cells[0]:
+        rows = [cell[name] for cell in cells if name in cell]
+        shown = [study.mean_std([row[key] for row in rows], 4) for key in ("calibration", "kl")]
+        shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
+        kl = [a - b for cell in cells for a, b in zip(cell["ours"]["kl_rows"], cell[name]["kl_rows"])]
+        kept = [
+            100.0 * (a - b)
+            for cell in cells
+            for a, b, need in zip(cell["ours"]["right"], cell[name]["right"], cell[name]["need"])
+            if need
+        ]
+        for values, digits in ((kl, 4), (kept, 1)):
+            mean, low, high = paired_bootstrap(values, range(len(values)), random.Random(0))
+            shown.append("" if name == "ours" else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+        print(f"| {name} | {' | '.join(shown)} | {statistics.median(row['curve'][-1][0] for row in rows):,.0f} |")
+    for rival in ("plain GA", "EvoPress settings"):
+        shares = [share_of_tokens(cell["ours"]["curve"], cell[rival]["curve"]) for cell in cells]
+        print(f"\nForward tokens of ours to the final loss of {rival}, as a share of its own: {shares}")
+
+
+def share_of_tokens(ours, rival):
+    """Ours' tokens at the rival's final loss / the rival's when it got there; None where ours never did."""
+    final = rival[-1][1]
+    there = next(tokens for tokens, loss in rival if loss <= final)
+    own = next((tokens for tokens, loss in ours if loss <= final), None)
+    return None if own is None else round(own / there, 3)
+
+
+def figure(args):
+    """schedules.png: best calibration loss against forward tokens, and the schedules found, seed by seed."""
+    from ftp_lightning.report.style import CYCLE, canvas, freeze, house_style, to_png
+
+    grid = list(itertools.product(map(float, args.budgets.split(",")), args.kv.split(",")))
+    found = {
+        (b, kv): [json.loads(p.read_text()) for p in sorted(args.output.glob(f"{kv}-{b}-*.json"))] for b, kv in grid
+    }
+    shown = [cell for cell in grid if any("ours" in one for one in found[cell])]
+    if not shown:
+        return
+    with house_style("schedules"):
+        drawing, axes = canvas(3.2 * len(shown), 5.2, nrows=2, ncols=len(shown), squeeze=False)
+        for place, (budget, kv) in enumerate(shown):
+            top, bottom = axes[0][place], axes[1][place]
+            for color, name in zip(CYCLE, SEARCHES):
+                rows = [one[name] for one in found[budget, kv] if name in one]
+                for row in rows:
+                    label = name if row is rows[0] else None
+                    top.step(*zip(*row["curve"]), where="post", color=color, alpha=0.8, label=label)
+            top.set(xscale="log", yscale="log", title=f"{budget:.0%}, {kv}", xlabel="forward tokens")
+            blocks = range(1, len(rows[0]["sparsity"]) + 1)
+            for shift, (color, name) in enumerate(zip(CYCLE, SEARCHES)):
+                rows = [one[name]["sparsity"] for one in found[budget, kv] if name in one]
+                means = [statistics.mean(column) for column in zip(*rows)]
+                bottom.bar([block + 0.2 * (shift - 1.5) for block in blocks], means, 0.2, color=color)
+            bottom.set(xlabel="block", ylim=(0, 1))
+        axes[0][0].set_ylabel("best calibration KL")
+        axes[1][0].set_ylabel("sparsity, mean over seeds")
+        axes[0][0].legend()
+        freeze(drawing)
+        (args.output / "schedules.png").write_bytes(to_png(drawing))
+
+
+def main():
+    args = arguments()
+    if not args.tables:
+        run(args)
+    for budget, kv in itertools.product(map(float, args.budgets.split(",")), args.kv.split(",")):
+        table(args, kv, budget)
+    figure(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Schedules of one model for a list of budgets, and by interpolation for every budget between them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.schedule import Schedule, write_record
+
+FORMAT = "ftp-lightning/schedules"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScheduleFamily:
+    """One schedule per budget, ascending. ValueError for none, or schedules of different numbers of blocks.
+
+    >>> family = ScheduleFamily([Schedule([0.0, 0.4]), Schedule([0.2, 0.8])])
+    >>> family.at(0.35).sparsity
+    (0.1, 0.6)
+    """
+
+    schedules: tuple[Schedule, ...]
+
+    def __init__(self, schedules: Mapping[float, Schedule] | list[Schedule] | tuple[Schedule, ...]):
+        given = schedules.values() if isinstance(schedules, Mapping) else schedules
+        found = tuple(sorted(given, key=lambda schedule: schedule.budget))
+        if not found:
+            raise ValueError("a family needs at least one schedule, got none")
+        if len({schedule.num_blocks for schedule in found}) > 1:
+            raise ValueError(f"schedules of a family have {sorted({s.num_blocks for s in found})} blocks, must agree")
+        object.__setattr__(self, "schedules", found)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        return tuple(schedule.budget for schedule in self.schedules)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.schedules[0].num_blocks
+
+    def at(self, budget: float) -> Schedule:
+        """The schedule of mean `budget`, exactly: linear between the two neighbours, below the lowest towards dense.
+
+        s = (1 - t) a + t b with t = (budget - B_a) / (B_b - B_a) has mean `budget` because a and b have theirs, and
+        lies in [0, 1] as they do [ours]. UserError beyond the highest budget: nothing is known there.
+        """
+        if not 0.0 <= budget <= self.budgets[-1] + 1e-9:
+            raise UserError(
+                f"budget is {budget}; the family was searched for {', '.join(f'{b:.4g}' for b in self.budgets)}\n"
+                f"Give a budget of at most {self.budgets[-1]:.4g}, or search a higher one."
+            )
+        known = (Schedule.uniform(self.num_blocks, 0.0), *self.schedules)
+        above = next((place for place, one in enumerate(known) if one.budget >= budget - 1e-12), len(known) - 1)
+        low, high = known[max(above - 1, 0)], known[above]
+        if abs(high.budget - budget) <= 1e-12 or high.budget == low.budget:
+            return high
+        t = (budget - low.budget) / (high.budget - low.budget)
+        return Schedule([round((1 - t) * a + t * b, 15) for a, b in zip(low.sparsity, high.sparsity)])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the schedules as JSON, whole or not at all."""
+        rows = [{"budget": one.budget, "sparsity": list(one.sparsity)} for one in self.schedules]
+        write_record(Path(path), {"format": FORMAT, "version": VERSION, "schedules": rows})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ScheduleFamily:
+        """Read what `save` wrote. UserError where the file is missing, broken or something else."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not is_family(record) or record.get("version") != VERSION:
+                raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
+            return cls([Schedule(row["sparsity"]) for row in record["schedules"]])
+        except OSError as error:
+            reason = f"{error.strerror}"
+        except KeyError as error:
+            reason = f"it has no {error}"
+        except (ValueError, TypeError) as error:
+            reason = str(error)
+        raise UserError(f"{path} is no family of schedules: {reason}\nMake one with `ftp-lightning search --budgets`.")
+
+
+def is_family(record: object) -> bool:
+    """Whether a JSON value is what `ScheduleFamily.save` writes."""
+    return isinstance(record, dict) and record.get("format") == FORMAT

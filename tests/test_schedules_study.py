@@ -1,0 +1,57 @@
+"""The comparison of schedules: a tiny cell end to end, gone on with where it stopped, its tables and figure."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "schedules.py"
+TINY = """--budgets 0.5 --kv keep --seeds 0 --items 24 --windows 4 --calibration_windows 4 --population 3
+--generations 2"""
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("schedules", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(study, monkeypatch, folder, *more):
+    monkeypatch.setattr(sys, "argv", ["schedules.py", "--output", str(folder), *TINY.split(), *more])
+    study.main()
+
+
+@pytest.mark.slow
+def test_every_way_is_measured_once_at_equal_tokens(study, monkeypatch, tmp_path, capsys):
+    call(study, monkeypatch, tmp_path)
+    result = tmp_path / "keep-0.5-0.json"
+    found = json.loads(result.read_text())
+    assert {*study.SEARCHES, "uniform", "late", "sensitivity"} <= set(found)
+    limit = 3 * 3 * 4 * 256
+    for name in study.SEARCHES:
+        curve, sparsity = found[name]["curve"], found[name]["sparsity"]
+        assert sum(sparsity) / len(sparsity) == pytest.approx(0.5, abs=1e-9)
+        assert [loss for _, loss in curve] == sorted((loss for _, loss in curve), reverse=True)
+        assert curve[-1][0] >= limit and (len(curve) == 1 or curve[-2][0] < limit + 4 * 256)
+    assert found["ours"]["calibration"] <= min(found[n]["calibration"] for n in ("uniform", "late", "sensitivity"))
+    written = result.stat().st_mtime_ns
+    assert (tmp_path / "schedules.png").stat().st_size > 10_000
+    capsys.readouterr()
+    call(study, monkeypatch, tmp_path)
+    assert result.stat().st_mtime_ns == written
+    assert "### 50%, `keep`, 1 seeds" in capsys.readouterr().out
+
+
+def test_the_share_of_tokens_is_read_off_both_curves(study):
+    rival = [(100, 3.0), (200, 1.0), (300, 1.0)]
+    assert study.share_of_tokens([(10, 2.0), (20, 0.5)], rival) == 0.1
+    assert study.share_of_tokens([(10, 2.0)], rival) is None
+
+
+def test_tables_of_nothing_are_empty(study, monkeypatch, tmp_path, capsys):
+    call(study, monkeypatch, tmp_path, "--tables")
+    assert capsys.readouterr().out == ""
