@@ -1,13 +1,16 @@
 """Sensitivity by the short way (capture once, start above the dense blocks) equals the long way (full forwards)."""
 
+import itertools
 import json
+import math
 
 import lightning
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token
+from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token, nll_per_token
+from ftp_lightning.evaluation.redundancy import pooled_jaccard
 from ftp_lightning.lit.block_sensitivity import BlockSensitivity, Share
 from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.prefix import capture, first_needed_block, resume_from
@@ -48,6 +51,10 @@ def maker(router, kv):
     return lambda schedule: TokenPruner(ROUTERS[router], schedule, kv=kv)
 
 
+def measuring(model, make, *args, **kwargs):
+    return BlockSensitivity(model, {"only": make}, BLOCKS, LEVELS, *args, prompt_tokens=PROMPT, **kwargs)
+
+
 def alone(block, sparsity):
     return Schedule([sparsity if b == block else 0.0 for b in range(BLOCKS)])
 
@@ -80,7 +87,7 @@ def slow_kl(model, pruner, ids=IDS):
 def test_the_short_way_equals_the_long_way(build, router, kv):
     model, make = build(), maker(router, kv)
     slow = [[slow_kl(model, make(alone(block, level))) for level in LEVELS] for block in range(BLOCKS)]
-    kl = predict(BlockSensitivity(model, make, BLOCKS, LEVELS))["kl"]
+    kl = predict(measuring(model, make))["kl"]
     assert torch.allclose(torch.tensor(kl), torch.tensor(slow), atol=1e-5)
     assert max(max(row) for row in slow) > 0.05  # far above the tolerance
 
@@ -98,26 +105,133 @@ def slow_cosines(model):
 
 def test_influence_and_redundancy_are_those_of_the_prompt():
     model = llama()
-    summary = predict(BlockSensitivity(model, maker("static", "keep"), BLOCKS, LEVELS, thresholds=(0.5, 0.8)))
+    summary = predict(measuring(model, maker("static", "keep"), thresholds=(0.5, 0.8)))
     cosine = slow_cosines(model)
     assert summary["block_influence"] == pytest.approx((1 - cosine.mean((1, 2))).tolist(), abs=1e-6)
     for threshold in (0.5, 0.8):
         expected = (cosine > threshold).double().mean((1, 2)).tolist()
         assert summary["redundancy"][str(threshold)] == pytest.approx(expected, abs=1e-12)
+        counts = (cosine > threshold).double().sum(1)
+        jaccard = pooled_jaccard(counts, 6).tolist()
+        measured = summary["position"][str(threshold)]["jaccard"]
+        assert [x is None for x in measured] == [math.isnan(x) for x in jaccard]
+        assert measured == pytest.approx([None if math.isnan(x) else x for x in jaccard])
+    assert any(0 < x < 1 for x in measured if x is not None)
     assert summary["tokens"] == {"prompt": 6 * PROMPT, "continuation": 6 * CONTINUATION}
 
 
+def gated_nll(model, ids, gates):
+    """NLL of each row, block l adding gates[l] (B, P) times its update to the prompt; out of the blocks' own code."""
+    handles = []
+    for index, block in enumerate(find_blocks(model)):
+
+        def gate(module, args, output, index=index):
+            gated = args[0] + gates[index][..., None] * (output - args[0])
+            return gated if output.shape[1] == PROMPT else output
+
+        handles.append(block.register_forward_hook(gate))
+    nll = nll_per_token(continuation_logits(model, ids, PROMPT), ids[:, PROMPT:]).mean(1)
+    for handle in handles:
+        handle.remove()
+    return nll
+
+
+@pytest.mark.parametrize("build", [llama, gemma])
+def test_the_gradient_is_that_of_a_gate_on_every_update(build):
+    model = build()
+    gates = torch.ones(BLOCKS, len(IDS), PROMPT, requires_grad=True)
+    (slopes,) = torch.autograd.grad(gated_nll(model, IDS, gates).sum(), gates)
+    found = predict(measuring(model, maker("static", "keep")))["gradient"]
+    assert found == pytest.approx(slopes.abs().mean((1, 2)).tolist(), rel=1e-4)
+    assert min(found) > 1e-4  # also in the last block, whose last prompt token is read
+
+
+@torch.no_grad()
+def test_the_gradient_is_the_slope_of_skipping_one_token():
+    """Half-closing one gate by a little, both ways, in float64."""
+    model, change = llama().double(), 1e-4
+    system = measuring(model, maker("static", "keep"))
+    predict(system)
+    slopes = torch.zeros(BLOCKS, dtype=torch.float64)
+    for block in range(BLOCKS):
+        for position in range(PROMPT):
+            losses = []
+            for sign in (1, -1):
+                gates = torch.ones(BLOCKS, len(IDS), PROMPT, dtype=torch.float64)
+                gates[block, :, position] += sign * change
+                losses.append(gated_nll(model, IDS, gates))
+            slopes[block] += ((losses[0] - losses[1]) / (2 * change)).abs().sum()
+    assert system.summary()["gradient"] == pytest.approx((slopes / IDS[:, :PROMPT].numel()).tolist(), rel=1e-5)
+
+
+def test_the_gradient_leaves_weights_as_they_were_and_can_be_left_out():
+    model = llama()
+    next(model.parameters()).requires_grad_(False)
+    before = [weight.requires_grad for weight in model.parameters()]
+    with_it = predict(measuring(model, maker("static", "keep")))
+    assert [weight.requires_grad for weight in model.parameters()] == before
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not find_blocks(model)[0]._forward_pre_hooks
+    without = predict(measuring(model, maker("static", "keep"), gradient=False))
+    assert "gradient" not in without and with_it.pop("gradient")
+    assert without["kl"] == pytest.approx(with_it.pop("kl"), abs=1e-6)
+    assert without["redundancy"] == with_it["redundancy"]
+
+
+def test_several_kv_modes_in_one_run_are_those_of_several_runs():
+    makers = {kv: maker("static", kv) for kv in ("keep", "evict")}
+    both = predict(BlockSensitivity(llama(), makers, BLOCKS, LEVELS, prompt_tokens=PROMPT))
+    each = {kv: predict(measuring(llama(), make))["kl"] for kv, make in makers.items()}
+    assert both["kl_by_kv"] == each and both["kl"] == each["keep"] != each["evict"]
+    assert max(each["keep"][-1]) < 1e-6 < min(each["evict"][-1])  # nobody reads the last block's prompt under keep
+
+
+def test_prompts_of_another_length_are_refused():
+    system = BlockSensitivity(llama(), {"only": maker("static", "keep")}, BLOCKS, LEVELS, prompt_tokens=PROMPT - 1)
+    with pytest.raises(ValueError, match="prompts of 16 tokens, not 15"):
+        predict(system)
+
+
+def test_two_processes_give_the_numbers_of_one():
+    """Each measures its share of the windows; the states are put together as torchmetrics does it."""
+
+    def measured(parts):
+        system = measuring(llama(), maker("static", "evict"))
+        for index, rows in enumerate(parts):
+            system.test_step({"input_ids": rows, "prompt_tokens": PROMPT}, index)
+        return system
+
+    parts = IDS.split(2)
+    one, first, second = measured(parts), measured(parts[:1]), measured(parts[1:])
+    merged = measuring(llama(), maker("static", "evict"))
+    names = [name for name, module in merged.named_children() if isinstance(module, Share)]
+    for name, state in itertools.product(names, ("total", "count")):
+        halves = torch.stack([getattr(getattr(system, name), state) for system in (first, second)])
+        setattr(getattr(merged, name), state, getattr(merged, name)._reductions[state](halves))
+    assert set(names) == {"cosine", "redundant", "saliency", "kl"}
+    found, expected = merged.summary(), one.summary()
+    assert flat(found) == pytest.approx(flat(expected), rel=1e-12)
+    assert flat(found) != pytest.approx(flat(first.summary()), rel=1e-3)
+
+
+def flat(value):
+    """All numbers of a summary in order."""
+    if isinstance(value, dict | list):
+        return [x for item in (value.values() if isinstance(value, dict) else value) for x in flat(item)]
+    return [-1.0 if value is None else value] if isinstance(value, int | float) else []
+
+
 def test_batches_of_unequal_size_weigh_by_tokens():
-    by_two, by_four = (predict(BlockSensitivity(llama(), maker("static", "evict"), BLOCKS, LEVELS), n) for n in (2, 4))
+    by_two, by_four = (predict(measuring(llama(), maker("static", "evict")), n) for n in (2, 4))
     assert torch.allclose(torch.tensor(by_two["kl"]), torch.tensor(by_four["kl"]), atol=1e-5)
     assert json.loads(json.dumps(by_two)) == by_two
 
 
 def test_test_and_predict_measure_the_same():
-    system = BlockSensitivity(llama(), maker("static", "evict"), BLOCKS, LEVELS)
+    system = measuring(llama(), maker("static", "evict"))
     for index, batch in enumerate(batches(2)):
         system.test_step(batch, index)
-    assert system.summary() == predict(BlockSensitivity(llama(), maker("static", "evict"), BLOCKS, LEVELS))
+    assert system.summary() == predict(measuring(llama(), maker("static", "evict")))
 
 
 def test_each_dense_block_runs_once_per_batch():
@@ -126,7 +240,7 @@ def test_each_dense_block_runs_once_per_batch():
     calls = [0] * BLOCKS
     for index, block in enumerate(find_blocks(model)):
         block.mlp.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    predict(BlockSensitivity(model, maker("static", "evict"), BLOCKS, LEVELS), size=len(IDS))
+    predict(measuring(model, maker("static", "evict")), size=len(IDS))
     assert calls == [2 * (1 + len(LEVELS) * (block + 1)) for block in range(BLOCKS)]
 
 
@@ -174,4 +288,4 @@ def test_processes_add_up():
 @pytest.mark.parametrize("levels", [(), (0.0, 0.5), (0.5, 0.3), (0.5, 1.2)])
 def test_impossible_levels_are_refused(levels):
     with pytest.raises(ValueError, match="levels must|must be in"):
-        BlockSensitivity(llama(), maker("static", "evict"), BLOCKS, levels)
+        BlockSensitivity(llama(), {"only": maker("static", "evict")}, BLOCKS, levels, prompt_tokens=PROMPT)

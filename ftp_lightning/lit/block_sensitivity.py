@@ -1,18 +1,30 @@
-"""How much each block matters: Block Influence, redundancy, and the KL of pruning it alone."""
+"""How much each block matters: what it changes, what the loss says of it, and the KL of pruning it alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import lightning
 import torch
 import torchmetrics
 from torch import Tensor
 
-from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token
-from ftp_lightning.pruning.prefix import BlockStates, capture, first_needed_block, resume_from
+from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation import redundancy
+from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token, nll_per_token
+from ftp_lightning.pruning.prefix import BlockStates, capture, differentiable, first_needed_block, resume_from
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
+
+POSITION = {
+    "jaccard": redundancy.pooled_jaccard,
+    "jaccard_by_chance": redundancy.chance_jaccard,
+    "explained": redundancy.explained_by_position,
+    "guessed": redundancy.guessed_from_position,
+    "guessed_without": redundancy.guessed_without_position,
+}
+"""What the summary tells of the positions of redundant tokens, by name."""
 
 
 class Share(torchmetrics.Metric):
@@ -37,39 +49,56 @@ class BlockSensitivity(lightning.LightningModule):
     """Measures N blocks over batches {"input_ids": (B, P + C), "prompt_tokens": P}, by `Trainer.predict` (or `test`).
 
     * Block Influence of block l: 1 - mean over prompt tokens of cos(block input, block output) (ShortGPT, 2024).
-    * Redundancy: share of prompt tokens whose cosine is > a threshold (the paper's motivation, threshold 0.8).
+    * Redundancy: share of prompt tokens whose cosine is > a threshold (the paper's motivation, threshold 0.8), and
+      how far their positions are the same in every text (`evaluation.redundancy`).
+    * Gradient: mean over prompt tokens of |g dL/dg| at g = 1, where g gates this block's update of this token,
+      h + g (block(h) - h), and L is the mean negative log-likelihood of the row's own continuation: to first order,
+      how far L moves when one token skips the block [ours, after Molchanov et al. 2019]. Of the KL to the dense model
+      the first order is 0, hence the likelihood. A gate closes the update alone, as `keep` does.
     * KL: KL(dense || pruned) per continuation token when block l alone is pruned at a level [ours: method.md, 8].
 
-    The dense model runs once per batch; the pruned forward of block l starts at block l (`pruning.prefix`). That
-    holds for routers that look at nothing below but the attention table.
+    The dense model runs once per batch, forward and, for the gradient, backward; the pruned forward of block l starts
+    at block l (`pruning.prefix`). That holds for routers that look at nothing below but the attention table.
 
     Args:
         model: a Hugging Face causal LM with nothing attached.
-        make_pruner: Schedule -> TokenPruner.
+        makers: name (of a kv mode, say) -> Schedule -> TokenPruner. Each is measured; `kl` is that of the first.
         levels: sparsities in (0, 1] at which each block is pruned alone.
         thresholds: cosines above which a token counts as redundant.
+        prompt_tokens: P, the same in all batches, as positions are compared across texts.
+        gradient: whether to measure it: it takes the memory of one backward pass through frozen weights.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        make_pruner: Callable[[Schedule], TokenPruner],
+        makers: Mapping[str, Callable[[Schedule], TokenPruner]],
         num_blocks: int,
         levels: Sequence[float] = (0.3, 0.6, 0.9),
-        thresholds: Sequence[float] = (0.8,),
+        thresholds: Sequence[float] = (0.7, 0.8, 0.9),
+        *,
+        prompt_tokens: int,
+        gradient: bool = True,
     ):
         super().__init__()
         if not levels or list(levels) != sorted({*levels}) or levels[0] <= 0:
             raise ValueError(f"levels must rise and be > 0, got {list(levels)}")
-        self.model, self.make_pruner, self.num_blocks = model, make_pruner, num_blocks
+        if not makers:
+            raise ValueError("makers is empty, nothing would be pruned")
+        self.model, self.num_blocks, self.names = model, num_blocks, tuple(makers)
         self.levels, self.thresholds = tuple(levels), tuple(thresholds)
-        self.pruners = [[make_pruner(_alone(block, s, num_blocks)) for s in levels] for block in range(num_blocks)]
+        self.prompt_tokens, self.gradient = prompt_tokens, gradient
+        self.pruners = [
+            [[make(_alone(block, s, num_blocks)) for s in levels] for block in range(num_blocks)]
+            for make in makers.values()
+        ]
         self.cosine = Share(num_blocks)
-        self.redundancy = Share(len(self.thresholds), num_blocks)
-        self.kl = Share(num_blocks, len(self.levels))
+        self.redundant = Share(len(self.thresholds), num_blocks, prompt_tokens)
+        self.saliency = Share(num_blocks)
+        self.kl = Share(len(self.names), num_blocks, len(self.levels))
 
     def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """KL per continuation token of this batch, (N, levels)."""
+        """KL per continuation token of this batch, (makers, N, levels)."""
         return self._measure(batch["input_ids"], int(batch["prompt_tokens"]))
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
@@ -82,71 +111,107 @@ class BlockSensitivity(lightning.LightningModule):
         self.summary()
 
     def summary(self) -> dict:
-        """JSON-able: block_influence [N], redundancy {threshold: [N]}, kl [N][levels], tokens measured."""
-        influence = 1.0 - self.cosine.compute()
-        redundancy, kl = self.redundancy.compute(), self.kl.compute()
-        return {
+        """JSON-able: block_influence [N], redundancy {threshold: [N]}, position {threshold: {measure: [N]}}, gradient
+        [N] where it was measured, kl [N][levels] of the first maker, kl_by_kv {name: [N][levels]}, tokens measured.
+        What is not defined is None."""
+        shares, kl = self.redundant.compute(), self.kl.compute()
+        texts = round(float(self.redundant.count))
+        found = {
             "num_blocks": self.num_blocks,
             "levels": list(self.levels),
             "thresholds": list(self.thresholds),
-            "block_influence": influence.tolist(),
-            "redundancy": {str(t): row for t, row in zip(self.thresholds, redundancy.tolist())},
-            "kl": kl.tolist(),
-            "tokens": {"prompt": int(self.cosine.count), "continuation": int(self.kl.count)},
+            "block_influence": (1.0 - self.cosine.compute()).tolist(),
+            "redundancy": {str(t): row.mean(-1).tolist() for t, row in zip(self.thresholds, shares)},
+            "position": {str(t): _position(row * texts, texts) for t, row in zip(self.thresholds, shares)},
+            "kl": kl[0].tolist(),
+            "kl_by_kv": dict(zip(self.names, kl.tolist())),
+            "tokens": {"prompt": texts * self.prompt_tokens, "continuation": int(self.kl.count)},
         }
+        return found | ({"gradient": self.saliency.compute().tolist()} if self.gradient else {})
 
-    @torch.no_grad()
     def _measure(self, input_ids: Tensor, prompt_tokens: int) -> Tensor:
-        with capture(self.model) as states:
-            dense = continuation_logits(self.model, input_ids, prompt_tokens)
-        self._add_cosines(states, prompt_tokens)
-        teacher = dense.log_softmax(dim=-1)
-        rows = [
-            torch.stack(
-                [self._kl_alone(block, p, states, teacher, input_ids, prompt_tokens) for p in self.pruners[block]]
-            )
-            for block in range(self.num_blocks)
+        if prompt_tokens != self.prompt_tokens:
+            raise ValueError(f"a batch has prompts of {prompt_tokens} tokens, not {self.prompt_tokens} like all others")
+        states, dense = self._dense(input_ids)
+        with torch.no_grad():
+            self._add_cosines(states)
+            return self._add_kl(states, dense.log_softmax(dim=-1), input_ids)
+
+    def _dense(self, input_ids: Tensor) -> tuple[BlockStates, Tensor]:
+        """States between the blocks and logits of the dense model; adds the gradient where it is asked for."""
+        if not self.gradient:
+            with torch.no_grad(), capture(self.model) as states:
+                return states, continuation_logits(self.model, input_ids, self.prompt_tokens)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():  # Lightning predicts in inference mode
+                input_ids = input_ids.clone()
+                with differentiable(self.model), capture(self.model) as states:
+                    dense = continuation_logits(self.model, input_ids, self.prompt_tokens)
+                self._add_saliency(states, nll_per_token(dense, input_ids[:, self.prompt_tokens :]))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the gradient cannot be taken: {reason}\nLeave it out with --no_gradient.") from error
+        return states.detached(), dense.detach()
+
+    def _add_saliency(self, states: BlockStates, nll: Tensor) -> None:
+        """dL/dg of a gate at 1 is the inner product of dL/d(block output) and the block's update. nll (B, C)."""
+        entering = [passes[0] for passes in states.passes]  # the first pass is the prompt
+        losses = nll.mean(dim=1).sum()  # rows decide alone, so each gets the gradient of its own mean
+        slopes = torch.autograd.grad(losses, entering[1:], allow_unused=True, materialize_grads=True)
+        gates = [
+            (_wide(slope) * (_wide(after) - _wide(before))).sum(-1).abs().double().sum()
+            for slope, before, after in zip(slopes, entering, entering[1:])
         ]
-        total, tokens = torch.stack(rows), teacher.shape[0] * teacher.shape[1]
+        self.saliency.update(torch.stack(gates).detach(), nll.shape[0] * self.prompt_tokens)
+
+    def _add_cosines(self, states: BlockStates) -> None:
+        """Cosines between a block's input and output on the prompt, (N, B, P), in at least float32."""
+        prompts = [self._prompt(states, block) for block in range(self.num_blocks + 1)]
+        cosine = torch.stack(
+            [torch.cosine_similarity(before, after, dim=-1) for before, after in zip(prompts, prompts[1:])]
+        ).double()
+        above = torch.stack([(cosine > threshold).sum(1) for threshold in self.thresholds])
+        self.cosine.update(cosine.sum((1, 2)), cosine[0].numel())
+        self.redundant.update(above, cosine.shape[1])
+
+    def _add_kl(self, states: BlockStates, teacher: Tensor, input_ids: Tensor) -> Tensor:
+        """Prune each block alone, in every way and at every level: mean KL of this batch, (makers, N, levels)."""
+        total = torch.stack(
+            [
+                self._kl_alone(block, pruner, states, teacher, input_ids)
+                for pruners in self.pruners
+                for block in range(self.num_blocks)
+                for pruner in pruners[block]
+            ]
+        ).reshape(self.kl.total.shape)
+        tokens = teacher.shape[0] * teacher.shape[1]
         self.kl.update(total, tokens)
         return total / tokens
 
-    def _add_cosines(self, states: BlockStates, prompt_tokens: int) -> None:
-        """Cosines between a block's input and output on the prompt, (N, B, P), in at least float32."""
-        cosine = torch.stack(
-            [
-                torch.cosine_similarity(
-                    _prompt(states, block, prompt_tokens), _prompt(states, block + 1, prompt_tokens), dim=-1
-                )
-                for block in range(self.num_blocks)
-            ]
-        ).double()
-        tokens = cosine[0].numel()
-        above = torch.stack([(cosine > threshold).sum((1, 2)) for threshold in self.thresholds])
-        self.cosine.update(cosine.sum((1, 2)), tokens)
-        self.redundancy.update(above, tokens)
-
     def _kl_alone(
-        self,
-        block: int,
-        pruner: TokenPruner,
-        states: BlockStates,
-        teacher: Tensor,
-        input_ids: Tensor,
-        prompt_tokens: int,
+        self, block: int, pruner: TokenPruner, states: BlockStates, teacher: Tensor, input_ids: Tensor
     ) -> Tensor:
         """Summed KL of one batch with one block pruned."""
         router = pruner.router
         first = first_needed_block(self.model, block, router.needs_attention, router.one_pass)
         with resume_from(self.model, first, states), pruner(self.model):
-            logits = continuation_logits(self.model, input_ids, prompt_tokens)
+            logits = continuation_logits(self.model, input_ids, self.prompt_tokens)
         return kl_per_token(teacher, logits).double().sum()
+
+    def _prompt(self, states: BlockStates, block: int) -> Tensor:
+        return _wide(states.entering(block)[:, : self.prompt_tokens])
 
 
 def _alone(block: int, sparsity: float, num_blocks: int) -> Schedule:
     return Schedule([sparsity if other == block else 0.0 for other in range(num_blocks)])
 
 
-def _prompt(states: BlockStates, block: int, prompt_tokens: int) -> Tensor:
-    hidden = states.entering(block)[:, :prompt_tokens]
+def _wide(hidden: Tensor) -> Tensor:
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _position(counts: Tensor, texts: int) -> dict[str, list[float | None]]:
+    """Every measure of POSITION for counts (N, P)."""
+    counts = counts.round()
+    measured = {name: measure(counts, texts).tolist() for name, measure in POSITION.items()}
+    return {name: [x if math.isfinite(x) else None for x in values] for name, values in measured.items()}

@@ -32,6 +32,10 @@ class BlockStates:
             self.passes[block] = [torch.cat(self.passes[block], dim=1)]
         return self.passes[block][0]
 
+    def detached(self) -> BlockStates:
+        """The same numbers without the graph that made them."""
+        return BlockStates([[part.detach() for part in parts] for parts in self.passes])
+
 
 @contextmanager
 def capture(model: nn.Module) -> Iterator[BlockStates]:
@@ -52,6 +56,27 @@ def capture(model: nn.Module) -> Iterator[BlockStates]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, with gradients enabled, what the blocks compute depends differentiably on what enters the first one, and
+    on nothing else: weights take no gradient. Put `capture` inside; its states are then what to differentiate by.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def enter(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        (args[0] if args else kwargs["hidden_states"]).requires_grad_(True)
+
+    handle = find_blocks(model)[0].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 @contextmanager

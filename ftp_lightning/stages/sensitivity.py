@@ -3,56 +3,89 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder
+from ftp_lightning.artifact import StageFolder, write_bytes
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import StageSettings
 from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
+if TYPE_CHECKING:
+    from ftp_lightning.lit.block_sensitivity import BlockSensitivity
+
+
+KV = {"keep": ("keep",), "evict": ("evict",), "both": ("keep", "evict")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityStage(StageSettings):
-    """Measure Block Influence, redundancy, and the KL when one block alone is pruned. Writes sensitivity.json."""
+    """Measure Block Influence, redundancy, gradient, and the KL when one block alone is pruned. Writes
+    sensitivity.json and sensitivity.png."""
 
     stage: ClassVar[str] = "sensitivity"
 
-    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    kv: Literal["keep", "evict", "both"] = option(
+        "keep", "skipped tokens give no keys and values (evict), or do (keep); both are measured in one run"
+    )
+    router: Literal["static", "random"] = option("static", "which tokens skip the block that is pruned alone")
     levels: tuple[float, ...] = option((0.3, 0.6, 0.9), "sparsities at which each block is pruned alone, rising")
+    thresholds: tuple[float, ...] = option((0.7, 0.8, 0.9), "cosines above which a token counts as redundant, rising")
+    gradient: bool = option(True, "measure the gradient as well; it takes the memory of a backward pass")
     windows: int = option(16, "calibration windows to measure on", least=1)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     batch_size: int = option(8, "windows per forward", least=1)
 
     def check(self) -> None:
-        levels = list(self.levels)
+        levels, thresholds = list(self.levels), list(self.thresholds)
         if not levels or levels != sorted({*levels}) or levels[0] <= 0 or levels[-1] > 1:
             raise UserError(f"levels are {levels}, must rise within (0, 1]\nGive for example --levels 0.3,0.6,0.9.")
+        if not thresholds or thresholds != sorted({*thresholds}) or thresholds[0] <= -1 or thresholds[-1] >= 1:
+            raise UserError(
+                f"thresholds are {thresholds}, must rise within (-1, 1)\nGive for example --thresholds 0.7,0.8,0.9."
+            )
         check_reachable(self.levels[0], self.prompt_tokens)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.data.module import WindowsData
-        from ftp_lightning.lit.block_sensitivity import BlockSensitivity
-        from ftp_lightning.pruning import TokenPruner
-        from ftp_lightning.routing import StaticRouter
-        from ftp_lightning.stages.inputs import load_model, mixed_windows, num_blocks
+        from ftp_lightning.stages.inputs import load_model, mixed_windows
 
         model, tokenizer = load_model(self)
         windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
-        system = BlockSensitivity(
-            model, lambda schedule: TokenPruner(StaticRouter(), schedule, kv=self.kv), num_blocks(model), self.levels
-        )
+        system = self.system(model)
         batches = -(-len(windows) // self.batch_size)
         trainer = quiet_trainer(
             model.device.type, lambda done: progress.step(done, batches, f"batch {done} of {batches}")
         )
         trainer.predict(system, datamodule=WindowsData(windows, batch_size=self.batch_size), return_predictions=False)
-        found = system.summary()
+        found = {"router": self.router, "kv": self.kv} | system.summary()
         folder.write_json("sensitivity.json", found)
+        write_bytes(folder.place("sensitivity.png"), self.picture(found))
         folder.write_json("metrics.json", {"windows": windows.hash(), "tokens": found["tokens"]})
         weakest = min(range(found["num_blocks"]), key=lambda block: found["kl"][block][-1])
         kl = found["kl"][weakest][-1]
         progress.done(f"block {weakest + 1} is cheapest to prune, KL {kl:.2g} at {self.levels[-1]:.0%}")
+
+    def system(self, model: Any) -> BlockSensitivity:
+        """What measures: this router in every kv mode asked for."""
+        from ftp_lightning.lit.block_sensitivity import BlockSensitivity
+        from ftp_lightning.pruning import TokenPruner
+        from ftp_lightning.routing import RandomRouter, StaticRouter
+        from ftp_lightning.stages.inputs import num_blocks
+
+        router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
+        makers = {kv: partial(TokenPruner, router, kv=kv) for kv in KV[self.kv]}
+        shape = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
+        return BlockSensitivity(model, makers, num_blocks(model), self.levels, self.thresholds, **shape)
+
+    def picture(self, found: dict[str, Any]) -> bytes:
+        """All that was found as a PNG."""
+        from ftp_lightning.report.sensitivity_figure import overview
+        from ftp_lightning.report.style import house_style, to_png
+
+        with house_style():
+            return to_png(overview(found))
 
 
 def quiet_trainer(device: str, tell):
