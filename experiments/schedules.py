@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets as study
 
-SEARCHES = ("random", "plain GA", "EvoPress settings", "ours")
+SEARCHES = ("best of random", "plain GA", "EvoPress settings", "ours")
 
 
 def arguments():
@@ -93,8 +93,8 @@ class Cell:
 
     def searched(self, name):
         from ftp_lightning import Schedule
+        from ftp_lightning.search.allocate import seed_allocations
         from ftp_lightning.search.genetic import genetic_search
-        from ftp_lightning.stages.seeds import allocations
 
         size, count = self.args.population, self.args.calibration_windows
         if name == "plain GA":
@@ -110,9 +110,15 @@ class Cell:
             seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
         else:
             fitness, settings = self.fitness(8), self.settings()
-            seeds = allocations(self.blocks, self.budget, 1.0, self.sensitivity())
+            seeds = seed_allocations(self.request())
         found = genetic_search(fitness, self.blocks, settings, seeds)
         return found.schedule, [(entry["forward_tokens"], entry["best"]) for entry in found.generations]
+
+    def request(self, measure=None):
+        from ftp_lightning.search.allocate import AllocationRequest
+
+        about = {"num_blocks": self.blocks, "budget": self.budget, "seed": self.seed, "kv": self.kv}
+        return AllocationRequest(**about, sensitivity=self.sensitivity(), measure=measure)
 
     def sensitivity(self):
         from ftp_lightning.stages.sensitivity import SensitivityStage
@@ -125,13 +131,14 @@ class Cell:
 
     def found(self):
         """Name -> (schedule, [(forward tokens, best loss so far)])."""
-        from ftp_lightning.stages.seeds import allocations
+        from ftp_lightning.search.allocate import ALLOCATIONS
 
-        fitness = self.fitness(8)
-        for name, schedule in allocations(self.blocks, self.budget, 1.0, self.sensitivity()).items():
-            yield name, schedule, [(self.windows.input_ids.numel(), fitness(schedule))]
+        for name, allocation in ALLOCATIONS.items():
+            fitness = self.fitness(8)
+            schedule = allocation(self.request(fitness))
+            yield name.replace("_", " "), schedule, [(fitness.forward_tokens, fitness(schedule))]
         for name in SEARCHES:
-            yield name, *(self.best_of_random() if name == "random" else self.searched(name))
+            yield name, *(self.best_of_random() if name == "best of random" else self.searched(name))
 
 
 def run(args):

@@ -42,6 +42,14 @@ def test_many_budgets_make_a_family(command, tmp_path):
     assert Schedule(read("next/pruned/pruner.json")["sparsity"]) == family.at(0.35)
 
 
+def test_an_allocation_alone_is_what_is_found(command):
+    for name in ("late", "greedy"):
+        status, _, err = command("search", *SMALL, "--allocations", name, "--generations", "0", "--output", name)
+        assert status == 0, err
+        assert list(read(f"{name}/metrics.json")["allocations"]) == [name]
+    assert Schedule.load("late/schedule.json") == Schedule([0.0, 0.0, 0.9])
+
+
 @pytest.mark.parametrize("criterion", ["tv", "ce", "mse"])
 def test_another_criterion_is_another_search(command, criterion):
     assert command("search", *SMALL, "--criterion", criterion, "--output", "out")[0] == 0
@@ -116,6 +124,8 @@ def test_killed_and_started_again_it_finds_the_same(tmp_path):
         (["--criterion", "accuracy"], ["task"]),
         (["--task", "winogrande"], ["criterion accuracy"]),
         (["--processes", "0"], ["processes is 0"]),
+        (["--allocations", "latest"], ["no allocation 'latest'", "greedy"]),
+        (["--allocations", "gradient"], ["gradient", "--sensitivity"]),
     ],
 )
 def test_what_cannot_be_searched_is_told_in_a_sentence(command, tmp_path, arguments, fragments):

@@ -32,6 +32,9 @@ class SearchStage(BudgetSettings, StageSettings):
     pruned: str | None = option(None, "folder of a trained pruner: fine-tune its schedule", is_file=True)
     schedule: str | None = option(None, "schedule(s).json to start from, besides the allocations", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json: adds allocations to start from", is_file=True)
+    allocations: tuple[str, ...] = option(
+        (), "start from these alone (`greedy` too); with --generations 0 the best of them is what is found"
+    )
     criterion: Literal["kl", "tv", "ce", "mse", "accuracy"] = option(
         "kl",
         "loss on continuations: KL or total variation to dense, cross-entropy, error of the last state; or of --task",

@@ -123,7 +123,7 @@ def _search(
     asked = {
         budget: settings.in_tokens(token_budget(settings, model, start.kv, budget)) for budget in _budgets(settings)
     }
-    seeds = {one.budget: starting_schedules(one, start) for one in asked.values()}
+    seeds = {one.budget: starting_schedules(one, start, fitness) for one in asked.values()}
     if not settings.budgets:
         ((budget, one),) = asked.items()
         own = picked(SearchSettings, one)

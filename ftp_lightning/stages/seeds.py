@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.allocate import AllocationRequest, seed_allocations
 from ftp_lightning.search.allocations import project
-from ftp_lightning.stages.inputs import check_blocks, load_sensitivity
+from ftp_lightning.search.settings import SearchSettings
+from ftp_lightning.stages.base import picked
+from ftp_lightning.stages.inputs import check_blocks, load_sensitivity, read_schedule
 from ftp_lightning.stages.search import SearchStage
 
 
-def starting_schedules(settings: SearchStage, start: TokenPruner) -> dict[str, Schedule]:
-    """Schedules to start the search from, by name, all of the budget: allocations, and those the user gave."""
+def starting_schedules(
+    settings: SearchStage, start: TokenPruner, measure: Callable[[Schedule], float]
+) -> dict[str, Schedule]:
+    """Schedules to start the search from, by name, all of the budget: allocations, and those the user gave.
+
+    measure: the loss of a schedule, for allocations that are made by trying.
+    """
     blocks = start.schedule.num_blocks
+    lower, upper = picked(SearchSettings, settings).bounds(blocks)
+    bounds = {"lower": lower, "upper": upper}
     request = AllocationRequest(
         num_blocks=blocks,
         budget=settings.budget,
-        upper=settings.max_sparsity,
+        **bounds,
         sensitivity=load_sensitivity(settings.sensitivity, blocks) if settings.sensitivity else None,
         kv=start.kv,
         seed=settings.seed,
+        measure=measure,
+        resolution=settings.step,
     )
     given = {"start": start.schedule} if settings.pruned else {}
     if settings.schedule:
-        given["given"] = Schedule.load(settings.schedule)
+        given["given"] = read_schedule(settings.schedule, settings.budget)
         check_blocks(given["given"], settings.schedule, blocks)
-    fit = {name: project(seed.sparsity, settings.budget, upper=settings.max_sparsity) for name, seed in given.items()}
-    return {name.replace("_", " "): seed for name, seed in seed_allocations(request).items()} | fit
+    fit = {name: project(seed.sparsity, settings.budget, **bounds) for name, seed in given.items()}
+    found = seed_allocations(request, settings.allocations or None)
+    return {name.replace("_", " "): seed for name, seed in found.items()} | fit
