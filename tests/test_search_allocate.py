@@ -1,5 +1,6 @@
 """Allocations by name: each meets its budget within the bounds of every block, or says what is missing."""
 
+import itertools
 import random
 
 import numpy as np
@@ -168,3 +169,22 @@ def test_a_projection_within_bounds_per_block_is_one_shift(values, place, seed):
         shift = (result - values)[inside][0]
         assert np.abs(np.clip(np.array(values) + shift, lower, upper) - result).max() < 1e-6
     assert abs(result.mean() - budget) < 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 4), st.integers(0, 1000))
+def test_the_knapsack_is_exact_within_bounds_per_block(blocks, seed):
+    rng = random.Random(seed)
+    levels = [n / 10 for n in range(1, 11)]
+    costs = [sorted(rng.random() for _ in levels) for _ in range(blocks)]
+    bounds = [sorted((rng.randint(0, 4), rng.randint(5, 10))) for _ in range(blocks)]
+    total = rng.randint(sum(low for low, _ in bounds), min(10 * blocks - 1, sum(high for _, high in bounds)))
+    lower, upper = ([value / 10 for value in side] for side in zip(*bounds))
+    found = knapsack(costs, levels, total / 10 / blocks, 0.1, lower, upper).sparsity
+
+    def cost(grid):
+        return sum(row[g - 1] if g else 0.0 for row, g in zip(costs, grid))
+
+    grids = itertools.product(*(range(low, high + 1) for low, high in bounds))
+    best = min(cost(grid) for grid in grids if sum(grid) == total)
+    assert cost([round(10 * s) for s in found]) == pytest.approx(best)
