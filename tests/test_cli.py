@@ -48,7 +48,7 @@ def test_no_stage_and_an_unknown_one_are_told(command):
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["search", "--budgets", "0.3"], ["--budgets"]),
+        (["search", "--bugdet", "0.3"], ["--bugdet"]),
         (["search", "--budget", "a third"], ["budget", "a third"]),
         (["search", "--budget", "1.0"], ["budget is 1.0", "[0, 1)"]),
         (["search", "--budget=-0.1"], ["budget is -0.1", "[0, 1)"]),
@@ -60,6 +60,7 @@ def test_no_stage_and_an_unknown_one_are_told(command):
         (["train", "--steps", "0"], ["steps is 0"]),
         (["train", "--learning_rate", "0"], ["learning_rate is 0"]),
         (["sensitivity", "--levels", "0.6,0.3"], ["levels", "rise"]),
+        (["sensitivity", "--thresholds", "0.8,1.0"], ["thresholds", "rise"]),
         (["evaluate", "--compare", "best"], ["compare", "best"]),
         (["evaluate", "--compare", "block_influence"], ["--sensitivity"]),
         (["report"], ["--run"]),

@@ -56,7 +56,7 @@ def test_the_named_shapes():
     assert ramp(5, 0.3).sparsity == pytest.approx((0, 0.15, 0.3, 0.45, 0.6), abs=1e-9)
     assert step(4, 0.3).sparsity == pytest.approx((0, 0.4, 0.4, 0.4), abs=1e-9)
     assert late(4, 0.3).sparsity == pytest.approx((0, 0, 0.2, 1.0), abs=1e-9)
-    assert late(4, 0.3, ceiling=0.5).sparsity == pytest.approx((0, 0.2, 0.5, 0.5), abs=1e-9)
+    assert late(4, 0.3, upper=0.5).sparsity == pytest.approx((0, 0.2, 0.5, 0.5), abs=1e-9)
     assert step(4, 0.9).sparsity == pytest.approx((0.6, 1, 1, 1), abs=1e-9)
 
 
@@ -97,7 +97,7 @@ def test_the_knapsack_is_exact(num_blocks, top, seed):
 
 
 def test_the_knapsack_stays_below_the_ceiling():
-    schedule = knapsack([[10.0, 30.0], [0.1, 0.2], [9.0, 20.0]], (0.5, 0.9), 0.3, ceiling=0.4)
+    schedule = knapsack([[10.0, 30.0], [0.1, 0.2], [9.0, 20.0]], (0.5, 0.9), 0.3, upper=0.4)
     assert schedule.sparsity[1] == 0.4 == max(schedule.sparsity)
     assert schedule.budget == pytest.approx(0.3, abs=1e-9)
 
@@ -110,8 +110,8 @@ def test_the_knapsack_prunes_where_it_is_cheap():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: late(4, 0.6, ceiling=0.5),
-        lambda: ramp(4, 0.6, ceiling=0.5),
+        lambda: late(4, 0.6, upper=0.5),
+        lambda: ramp(4, 0.6, upper=0.5),
         lambda: knapsack([[1.0]], (0.5,), 0.6),
         lambda: project([0.1], 0.1, lower=0.2),
     ],

@@ -15,7 +15,7 @@ from ftp_lightning import Schedule, ScheduleFamily
 from ftp_lightning.__main__ import parse
 from ftp_lightning.stages.inputs import read_schedule
 
-TINY = ["--model", "random:tiny", "--device", "cpu", "--tracking", "none", "--prompt_tokens", "24"]
+TINY = ["--model", "random:tiny", "--device", "cpu", "--tracking", "none", "--prompt_tokens", "96"]
 SMALL = [*TINY, *"--windows 4 --stage_windows 2 --generations 2 --offspring 3 --survivors 2 --batch_size 2".split()]
 
 

@@ -53,7 +53,7 @@ def test_both_searches_meet_the_budget_exactly(chain):
         assert found["value"] <= min(found["allocations"].values())
         assert found["generations"][-1]["best"] == found["value"]
     assert set(read(chain / "search/metrics.json")["allocations"]) == {
-        "uniform", "ramp", "late", "first dense", "block influence", "sensitivity",
+        "uniform", "ramp", "late", "first dense", "block influence", "gradient", "sensitivity",
     }  # fmt: skip
     assert {"start", "given"} <= set(read(chain / "finetune/metrics.json")["allocations"])
 
@@ -153,6 +153,28 @@ def test_generate_leaves_the_folder_of_another_stage_alone(tmp_path, capsys):
     assert main(["generate", "--model", "random:tiny", "--prompt", "Once", "--output", str(tmp_path)]) == 2
     assert "stage search -> generate" in capsys.readouterr().err
     assert hash_path(tmp_path) == before and (tmp_path / "schedule.json").is_file()
+
+
+def test_sensitivity_leaves_numbers_and_a_picture_that_a_search_starts_from(tmp_path):
+    sizes = "--model random:tiny --windows 2 --prompt_tokens 48".split()
+    measured = [*sizes, "--router", "random", "--kv", "both", "--levels", "0.5,1.0", "--thresholds", "0.5,0.9"]
+    assert main(["sensitivity", *measured, "--output", str(tmp_path / "measured")]) == 0
+    found = read(tmp_path / "measured" / "sensitivity.json")
+    assert (found["router"], found["kv"], found["levels"], found["thresholds"]) == (
+        "random",
+        "both",
+        [0.5, 1],
+        [0.5, 0.9],
+    )
+    assert set(found["kl_by_kv"]) == {"keep", "evict"} and set(found["position"]) == set(found["redundancy"])
+    assert found["kl"] == found["kl_by_kv"]["keep"] != found["kl_by_kv"]["evict"]
+    assert len(found["gradient"]) == found["num_blocks"]
+    assert (tmp_path / "measured" / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    search = [*sizes, "--offspring", "1", "--generations", "0", "--kv", "evict", "--output", str(tmp_path / "search")]
+    assert main(["search", *search, "--sensitivity", str(tmp_path / "measured" / "sensitivity.json")]) == 0
+    assert {"sensitivity", "gradient"} <= set(read(tmp_path / "search" / "metrics.json")["allocations"])
+    assert main(["sensitivity", *sizes, "--no_gradient", "--output", str(tmp_path / "less")]) == 0
+    assert "gradient" not in read(tmp_path / "less" / "sensitivity.json")
 
 
 def test_an_interrupted_search_goes_on_to_the_result_it_would_have_had(tmp_path, monkeypatch):

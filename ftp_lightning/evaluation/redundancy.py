@@ -24,7 +24,7 @@ def pooled_jaccard(counts: Tensor, texts: int) -> Tensor:
 def chance_jaccard(counts: Tensor, texts: int) -> Tensor:
     """What `pooled_jaccard` would be if as many redundant tokens lay anywhere: q^2 / (2 q - q^2), q their share."""
     share = counts.mean(-1) / texts
-    return share / (2 - share)
+    return share**2 / (2 * share - share**2)
 
 
 def explained_by_position(counts: Tensor, texts: int) -> Tensor:

@@ -52,7 +52,7 @@ SCHEDULE = (
 )  # fmt: skip
 
 BLOCKS = (
-    Plot("sensitivity", "One block at a time", "This block alone skips tokens (static router), all others are dense.",
+    Plot("sensitivity", "One block at a time", "This block alone skips tokens, all others are dense.",
          series.sensitivity, figures.sensitivity),
     Plot("influence", "Block Influence and redundancy", "Above: how far a block turns its input. Below: the share of "
          "tokens whose input and output nearly agree.", series.influence, figures.influence),

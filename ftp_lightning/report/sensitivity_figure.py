@@ -21,17 +21,20 @@ def overview(found: dict[str, Any]) -> Figure:
     for draw, axis in zip(panels, axes.flat, strict=True):
         block_axis(axis, found["num_blocks"])
         draw(axis, found, range(1, found["num_blocks"] + 1))
-        axis.label_outer(remove_inner_ticks=False)
+    for axis in axes[0]:
+        axis.set_xlabel("")
     return figure
 
 
 def _influence(axis: Any, found: dict, blocks: range) -> None:
     axis.bar(blocks, found["block_influence"], 0.75, color=BLUE)
-    axis.set(title="Block Influence", ylabel="1 - cos(in, out)", ylim=(0, None))
+    axis.set_title("Block Influence", pad=20)
+    axis.set(ylabel="1 - cos(in, out)", ylim=(0, None))
 
 
 def _gradient(axis: Any, found: dict, blocks: range) -> None:
-    axis.set(title="Gradient of a token's gate", ylabel="mean |dL/dg| (nats)")
+    axis.set_title("Gradient of a token's gate", pad=20)
+    axis.set_ylabel("mean |dL/dg| (nats)")
     if "gradient" in found:
         axis.bar(blocks, found["gradient"], 0.75, color=GREEN)
         axis.set_ylim(0, None)
@@ -41,8 +44,8 @@ def _gradient(axis: Any, found: dict, blocks: range) -> None:
 
 def _redundancy(axis: Any, found: dict, blocks: range) -> None:
     for look, (threshold, shares) in _by_threshold(found["redundancy"]):
-        axis.plot(blocks, shares, **look, label=f"cosine > {threshold}")
-    axis.set(ylabel="share of tokens", ylim=(0, 1.02))
+        axis.plot(blocks, shares, **look, label=f"> {threshold}")
+    axis.set(ylabel="share with cosine > threshold", ylim=(0, 1.02))
     _named(axis, "Redundant tokens")
 
 
@@ -72,7 +75,9 @@ def _kl(axis: Any, found: dict, blocks: range) -> None:
     for (kv, rows), line in zip(found["kl_by_kv"].items(), LINES):
         for level, column, colour, marker in zip(found["levels"], zip(*rows), CYCLE * 9, MARKERS * 9):
             look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4}
-            axis.plot(blocks, column, **look, label=f"{level:.0%}" + f" {kv}" * several, clip_on=False)
+            axis.plot(blocks, column, **look, label=f"{level:.0%}" if line == "-" else None, clip_on=False)
+        if several:
+            axis.plot([], [], line, color=PALE, label=kv)
     kl_scale(axis, [kl for rows in found["kl_by_kv"].values() for row in rows for kl in row])
     axis.set_ylabel("KL to dense (nats per token)")
     _named(axis, f"One block alone skips ({found['router']}{'' if several else ', ' + found['kv']})")
@@ -91,5 +96,5 @@ def _numbers(values: list[float | None]) -> list[float]:
 
 def _named(axis: Any, title: str) -> None:
     """Title above the legend, the legend above the axes."""
-    top_legend(axis, columns=3)
+    top_legend(axis, columns=5, handletextpad=0.4, fontsize=8)
     axis.set_title(title, pad=20)

@@ -148,7 +148,7 @@ def knapsack(
     for row, most in zip(fine, room):
         row[top_level(size, most) + 1 :] = np.inf
     found = [min(level * size, most) for level, most in zip(cheapest_levels(fine, total), room)]
-    return _carried(floor + np.array(found), budget, ceiling)
+    return _carried(floor + np.array(found), budget, floor, ceiling)
 
 
 def measured_ceiling(floor: np.ndarray, ceiling: np.ndarray, highest: float) -> np.ndarray:
@@ -213,7 +213,7 @@ def greedy(
         sparsity, loss, left, raises = raised, loss + added, round(left - more, 12), raises + 1
         if ceiling[-key] - sparsity[-key] > 1e-12:
             heapq.heappush(queue, (added, key, raises - 1))
-    return _carried(np.array(sparsity), budget, ceiling)
+    return _carried(np.array(sparsity), budget, floor, ceiling)
 
 
 def _raised(sparsity: list[float], block: int, more: float, ceiling: np.ndarray) -> list[float]:
@@ -221,9 +221,9 @@ def _raised(sparsity: list[float], block: int, more: float, ceiling: np.ndarray)
     return [value if other == block else s for other, s in enumerate(sparsity)]
 
 
-def _carried(sparsity: np.ndarray, budget: float, ceiling: np.ndarray) -> Schedule:
+def _carried(sparsity: np.ndarray, budget: float, floor: np.ndarray, ceiling: np.ndarray) -> Schedule:
     """What is missing from the budget is put on the block with the lowest sparsity that has room, then on the next."""
-    values = np.minimum(np.round(sparsity, 12), ceiling).tolist()
+    values = np.clip(np.round(sparsity, 12), floor, ceiling).tolist()
     missing = len(values) * budget - math.fsum(values)
     for block in sorted(range(len(values)), key=values.__getitem__):
         if missing <= 1e-10 * len(values):

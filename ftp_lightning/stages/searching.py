@@ -41,6 +41,8 @@ def carry_out(
     model, tokenizer = load_model(settings, device)
     start = starting_pruner(settings, model)
     first, progress = processes.rank == 0, Progress(**timing)
+    budgets = sorted(set(settings.budgets)) or [settings.budget]
+    asked = {budget: settings.in_tokens(token_budget(settings, model, start.kv, budget)) for budget in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
         what = "windows" if settings.task is None else f"items of {settings.task}"
@@ -49,7 +51,7 @@ def carry_out(
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), job) if first else None
     with logging or nullcontext() as logger:
         listener = _Listener(settings, folder, progress, logger) if first else None
-        found = _search(settings, model, start, fitness, listener, state, processes)
+        found = _search(asked, start, fitness, listener, state, processes)
     if first:
         _write(settings, folder, model, start, found, text)
         progress.done(_conclusion(found))
@@ -108,33 +110,24 @@ class _Listener:
 
 
 def _search(
-    settings: SearchStage,
-    model: Any,
+    asked: dict[float, SearchStage],
     start: TokenPruner,
     fitness: MemoFitness,
     listener: _Listener | None,
     state: dict | None,
     processes: Processes,
 ) -> dict[float, SearchResult]:
-    """Asked budget -> what was found for it."""
+    """Budget as it was asked for -> what was found; asked: the settings of each, told in tokens."""
     if state is not None and listener is not None:
         listener.going_on(state)
-    blocks = start.schedule.num_blocks
-    asked = {
-        budget: settings.in_tokens(token_budget(settings, model, start.kv, budget)) for budget in _budgets(settings)
-    }
+    blocks, (first, *others) = start.schedule.num_blocks, asked.values()
     seeds = {one.budget: starting_schedules(one, start, fitness) for one in asked.values()}
-    if not settings.budgets:
-        ((budget, one),) = asked.items()
-        own = picked(SearchSettings, one)
-        return {budget: genetic_search(fitness, blocks, own, seeds[one.budget], listener, state, processes)}
-    own = picked(SearchSettings, next(iter(asked.values())))
-    found = search_family(fitness, blocks, own, seeds, listener, state, processes)
+    own = picked(SearchSettings, first)
+    if not others:
+        found = {first.budget: genetic_search(fitness, blocks, own, seeds[first.budget], listener, state, processes)}
+    else:
+        found = search_family(fitness, blocks, own, seeds, listener, state, processes)
     return {budget: found[one.budget] for budget, one in asked.items()}
-
-
-def _budgets(settings: SearchStage) -> tuple[float, ...]:
-    return tuple(sorted(set(settings.budgets))) or (settings.budget,)
 
 
 def _write(
