@@ -109,7 +109,7 @@ class Cell:
             settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, **stages)
             seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
         else:
-            fitness, settings = self.fitness(8), self.settings()
+            fitness, settings = self.fitness(8), self.settings(stage_windows=(min(8, count),))
             seeds = seed_allocations(self.request())
         found = genetic_search(fitness, self.blocks, settings, seeds)
         return found.schedule, [(entry["forward_tokens"], entry["best"]) for entry in found.generations]

@@ -78,16 +78,17 @@ def launch(count: int, device: torch.device, function: Callable, *arguments: Any
         raise UserError(f"{count} processes were asked for, there are {torch.cuda.device_count()} GPUs")
     fabric = Fabric(accelerator=accelerator, devices=count, strategy="ddp_spawn")
     threads = max(1, torch.get_num_threads() // count)
-    answer, error = pickle.loads(fabric.launch(_run, threads, function, arguments))
+    answer, error = pickle.loads(fabric.launch(_run, threads, pickle.dumps((function, arguments))))
     if error is not None:
         raise UserError(error)
     return answer
 
 
-def _run(fabric: Fabric, threads: int, function: Callable, arguments: Sequence[Any]) -> bytes:
-    """Pickled (answer, error): Lightning searches an answer for tensors and takes no frozen dataclass. A UserError goes
-    home as text: a process that dies of it would leave a trace that nobody can read."""
+def _run(fabric: Fabric, threads: int, job: bytes) -> bytes:
+    """Pickled (answer, error) of a pickled (function, arguments): Lightning searches both for tensors, and takes no
+    frozen dataclass. A UserError goes home as text: a process that dies of it leaves a trace that nobody can read."""
     torch.set_num_threads(threads)
+    function, arguments = pickle.loads(job)
     try:
         return pickle.dumps((function(Processes(fabric), fabric.device, *arguments), None))
     except UserError as error:
