@@ -13,6 +13,7 @@ from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.measuring import with_retention
 from ftp_lightning.stages.run import SHARES
+from ftp_lightning.stages.searching import starting_pruner
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()
@@ -215,7 +216,7 @@ def test_retention_counts_a_group_once_and_the_same_tasks_for_all_methods():
 
 def test_a_random_search_draws_from_its_seed():
     settings = parse("search", ["--model", "random:tiny", "--router", "random", "--seed", "5"])
-    assert settings.start(load_model(settings.model)).router.seed == 5
+    assert starting_pruner(settings, load_model(settings.model)).router.seed == 5
 
 
 def test_settings_of_the_chain_pass_on_what_they_share():

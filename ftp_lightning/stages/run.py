@@ -78,7 +78,6 @@ class RunStage(BudgetSettings):
         measured, searched = str(at["sensitivity"] / "sensitivity.json"), str(at["search"] / "schedule.json")
         trained, tuned = str(at["train"] / "pruned"), str(at["finetune"] / "pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
-        sizes["stage_windows"] = (min(self.search_windows, *SearchStage.stage_windows),)
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
         search = sizes | budget | {"kv": self.kv, "sensitivity": measured}
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import BUDGET_LENGTH, BudgetSettings, StageSettings, picked
 from ftp_lightning.stages.option import check_bounds, check_reachable, option
 from ftp_lightning.stages.progress import Progress
+
+if TYPE_CHECKING:
+    from ftp_lightning.search.settings import SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +81,30 @@ class SearchStage(BudgetSettings, StageSettings):
                 check_reachable(budget, self.prompt_tokens)
 
     @property
+    def stages(self) -> tuple[int, ...]:
+        """Windows of each stage: those asked for; where nothing was asked, no more than there are."""
+        asked = self.stage_windows
+        return tuple(min(n, self.windows) for n in asked) if asked == SearchStage.stage_windows else asked
+
+    @property
     def chunk(self) -> int:
         """Windows per forward: a stage's windows are whole chunks."""
-        return min(self.batch_size, *self.stage_windows[:1])
+        return min(self.batch_size, *self.stages[:1])
+
+    def search_settings(self) -> SearchSettings:
+        """What `search.genetic` is told."""
+        from ftp_lightning.search.settings import SearchSettings
+
+        return replace(picked(SearchSettings, self), stage_windows=self.stages)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.models import resolve_device
-        from ftp_lightning.search.genetic import SearchSettings
         from ftp_lightning.search.processes import Processes, launch
         from ftp_lightning.stages.searching import carry_out
 
         if self.budget_kind == "tokens":  # bad values are told before the model is loaded
             for budget in self.budgets or (self.budget,):
-                picked(SearchSettings, replace(self, budget=budget, budgets=()))
+                replace(self, budget=budget, budgets=()).search_settings()
         device = resolve_device(self.device)
         more = (self, folder, progress.place(), folder.load_state())
         if self.processes == 1:

@@ -16,9 +16,8 @@ from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.search.criteria import CRITERIA
 from ftp_lightning.search.family import search_family
 from ftp_lightning.search.fitness import ContinuationFitness, MemoFitness
-from ftp_lightning.search.genetic import SearchResult, SearchSettings, genetic_search
+from ftp_lightning.search.genetic import SearchResult, genetic_search
 from ftp_lightning.search.processes import Processes
-from ftp_lightning.stages.base import picked
 from ftp_lightning.stages.inputs import load_model, load_pruner, mixed_windows, num_blocks, token_budget
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
@@ -122,7 +121,7 @@ def _search(
         listener.going_on(state)
     blocks, (first, *others) = start.schedule.num_blocks, asked.values()
     seeds = {one.budget: starting_schedules(one, start, fitness) for one in asked.values()}
-    own = picked(SearchSettings, first)
+    own = first.search_settings()
     if not others:
         found = {first.budget: genetic_search(fitness, blocks, own, seeds[first.budget], listener, state, processes)}
     else:

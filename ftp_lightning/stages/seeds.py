@@ -8,8 +8,6 @@ from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.allocate import AllocationRequest, seed_allocations
 from ftp_lightning.search.allocations import project
-from ftp_lightning.search.settings import SearchSettings
-from ftp_lightning.stages.base import picked
 from ftp_lightning.stages.inputs import check_blocks, load_sensitivity, read_schedule
 from ftp_lightning.stages.search import SearchStage
 
@@ -22,7 +20,7 @@ def starting_schedules(
     measure: the loss of a schedule, for allocations that are made by trying.
     """
     blocks = start.schedule.num_blocks
-    lower, upper = picked(SearchSettings, settings).bounds(blocks)
+    lower, upper = settings.search_settings().bounds(blocks)
     bounds = {"lower": lower, "upper": upper}
     request = AllocationRequest(
         num_blocks=blocks,
