@@ -94,7 +94,7 @@ def test_a_stored_pruner_is_measured_with_its_own_router_and_under_all_modes(com
         (["--modes", "evict,drop"], ["modes", "drop"]),
         (["--modes", "evict", "--kv", "keep"], ["modes", "--kv"]),
         (["--lengths", "64,5000"], ["5000", "4096", "--lengths"]),
-        (["--lengths", "4096", "--decode_tokens", "8"], ["4106", "4096", "--lengths"]),
+        (["--lengths", "4096", "--decode_tokens", "8"], ["4116", "4096", "--lengths"]),
         (["--lengths", "3"], ["lengths"]),
         (["--batches", "0"], ["batches"]),
         (["--batches", "1,2.5"], ["batches"]),

@@ -63,11 +63,17 @@ def prefill(model, prompts: Prompts) -> Any:
 def decode_speed(model, pruner: TokenPruner, prompts: Prompts, steps: int, *, generator: torch.Generator) -> Speed:
     """Time of a greedy decoding step: `steps` of them on the dense and on the pruned cache in turn [ours].
 
-    The prefills are outside the clock, and so is attaching. DECODE_WARMUP steps come before, so that the model needs
-    T + DECODE_WARMUP + steps positions. Both caches are held at the same time.
+    The prefills are outside the clock, and so is attaching: every timed step follows one that is not, in the same
+    attachment, as in a text that is generated. DECODE_WARMUP steps come before, so that the model needs
+    T + `decode_positions(steps)` positions. Both caches are held at the same time.
     """
     dense, pruned = Decoding(model, prompts, nullcontext), Decoding(model, prompts, lambda: pruner(model))
     return _speed(interleaved(dense.step, pruned.step, steps, DECODE_WARMUP), generator)
+
+
+def decode_positions(steps: int) -> int:
+    """Positions beyond the prompt that `decode_speed` of `steps` steps needs."""
+    return 2 * (steps + DECODE_WARMUP)
 
 
 class Decoding:
@@ -80,19 +86,17 @@ class Decoding:
         self.cache, self.token, self.mask = output.past_key_values, _greedy(output), prompts.mask
 
     def step(self) -> float:
-        """Seconds of one greedy step on the whole batch."""
+        """Seconds of one greedy step on the whole batch, after one that is not timed."""
+        with self.within():
+            self._run()
+            return seconds(self._run, self.token.device)
+
+    def _run(self) -> None:
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         more = {} if self.mask is None else {"attention_mask": self.mask}
-
-        def run() -> None:
-            output = self.model(
-                input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **more
-            )
-            self.token = _greedy(output)
-
-        with self.within():
-            return seconds(run, self.token.device)
+        output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **more)
+        self.token = _greedy(output)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from ftp_lightning.evaluation.block_clock import BlockClock
 from ftp_lightning.evaluation.prompts import positions, random_prompts
-from ftp_lightning.evaluation.speed import DECODE_WARMUP
+from ftp_lightning.evaluation.speed import decode_positions
 from ftp_lightning.evaluation.speed_cell import Bench
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import ROUTERS, Router
@@ -67,7 +67,7 @@ def usual_lengths(model: PreTrainedModel, reserve: int) -> tuple[int, ...]:
 
 def decoded(settings: BenchmarkStage) -> int:
     """Positions that decoding takes behind the prompt."""
-    return settings.decode_tokens + DECODE_WARMUP if settings.decode_tokens else 0
+    return decode_positions(settings.decode_tokens) if settings.decode_tokens else 0
 
 
 def check_model(settings: BenchmarkStage, model: PreTrainedModel, found: Sequence[TokenPruner], grid: Sequence[Size]):
