@@ -10,7 +10,8 @@ from typing import Any
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search import allocations as spread
-from ftp_lightning.search.allocations import Bound, block_bounds
+from ftp_lightning.search.allocations import block_bounds
+from ftp_lightning.search.operators import PerBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class AllocationRequest:
 
     num_blocks: int
     budget: float
-    lower: Bound = 0.0
-    upper: Bound = 1.0
+    lower: PerBlock = 0.0
+    upper: PerBlock = 1.0
     sensitivity: dict[str, Any] | None = None
     kv: str | Sequence[str] | None = None
     seed: int = 0
@@ -52,7 +53,7 @@ class AllocationRequest:
             raise UserError(f"the sensitivity was measured on {measured} blocks, {self.num_blocks} are asked for")
 
     @property
-    def bounds(self) -> dict[str, Bound]:
+    def bounds(self) -> dict[str, PerBlock]:
         return {"lower": self.lower, "upper": self.upper}
 
     @property

@@ -16,12 +16,12 @@ import numpy as np
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule, level_step
-from ftp_lightning.search.operators import top_level
-
-Bound = float | Sequence[float]
+from ftp_lightning.search.operators import PerBlock, top_level
 
 
-def block_bounds(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Bound = 1.0) -> tuple[np.ndarray, ...]:
+def block_bounds(
+    num_blocks: int, budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0
+) -> tuple[np.ndarray, ...]:
     """The bounds as two arrays (N,). UserError unless 0 <= lower <= upper <= 1 and mean(lower) <= B <= mean(upper)."""
     bounds = []
     for name, bound in (("lower", lower), ("upper", upper)):
@@ -43,7 +43,7 @@ def block_bounds(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Boun
     return low, high
 
 
-def project(values: Sequence[float], budget: float, lower: Bound = 0.0, upper: Bound = 1.0) -> Schedule:
+def project(values: Sequence[float], budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0) -> Schedule:
     """The schedule nearest `values` (Euclidean) with mean B and entries in [lower, upper].
 
     s = clip(values + t, lower, upper), t by bisection, to 12 digits: a block that ends at 0 is exactly dense.
@@ -58,7 +58,7 @@ def project(values: Sequence[float], budget: float, lower: Bound = 0.0, upper: B
     return Schedule(np.clip(np.round(values + (low + high) / 2, 12), floor, ceiling).tolist())
 
 
-def uniform(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Bound = 1.0) -> Schedule:
+def uniform(num_blocks: int, budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0) -> Schedule:
     """The same sparsity in every block [the paper's uniform baseline], as far as the bounds let it."""
     floor, ceiling = block_bounds(num_blocks, budget, lower, upper)
     if (floor <= budget).all() and (budget <= ceiling).all():
@@ -67,21 +67,21 @@ def uniform(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Bound = 1
 
 
 def random_allocation(
-    num_blocks: int, budget: float, rng: random.Random, lower: Bound = 0.0, upper: Bound = 1.0
+    num_blocks: int, budget: float, rng: random.Random, lower: PerBlock = 0.0, upper: PerBlock = 1.0
 ) -> Schedule:
     """Independent uniform draws between the bounds, projected on the budget."""
     bounds = block_bounds(num_blocks, budget, lower, upper)
     return project([rng.uniform(low, high) for low, high in zip(*bounds)], budget, *bounds)
 
 
-def ramp(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Bound = 1.0) -> Schedule:
+def ramp(num_blocks: int, budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0) -> Schedule:
     """Rising linearly with depth from 0: s_l = 2 B l / (N - 1); what a bound cuts off lifts the others [ours]."""
     values = [2 * budget * block / max(1, num_blocks - 1) for block in range(num_blocks)]
     return project(values, budget, lower, upper)
 
 
 def step(
-    num_blocks: int, budget: float, first: int = 1, last: int = 0, lower: Bound = 0.0, upper: Bound = 1.0
+    num_blocks: int, budget: float, first: int = 1, last: int = 0, lower: PerBlock = 0.0, upper: PerBlock = 1.0
 ) -> Schedule:
     """The first `first` and the last `last` blocks dense, the others equal; what these cannot hold all share [ours]."""
     between = num_blocks - first - last
@@ -91,7 +91,7 @@ def step(
     return project(values, budget, lower, upper)
 
 
-def late(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Bound = 1.0) -> Schedule:
+def late(num_blocks: int, budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0) -> Schedule:
     """`upper` from the last block on until the budget is spent, `lower` before; one block carries the remainder [ours,
     lead 0]."""
     floor, ceiling = block_bounds(num_blocks, budget, lower, upper)
@@ -103,7 +103,9 @@ def late(num_blocks: int, budget: float, lower: Bound = 0.0, upper: Bound = 1.0)
     return Schedule(sparsity)
 
 
-def from_importance(importance: Sequence[float], budget: float, lower: Bound = 0.0, upper: Bound = 1.0) -> Schedule:
+def from_importance(
+    importance: Sequence[float], budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0
+) -> Schedule:
     """High importance, low sparsity: s_l ~ w_l = (max I - I_l) / (max I - min I), mean B, projected [ours].
 
     `importance` (N,): Block Influence (ShortGPT: 1 - cos(in, out)), a gradient, or a single-block KL. Equal importance
@@ -120,8 +122,8 @@ def knapsack(
     levels: Sequence[float],
     budget: float,
     resolution: float = 0.05,
-    lower: Bound = 0.0,
-    upper: Bound = 1.0,
+    lower: PerBlock = 0.0,
+    upper: PerBlock = 1.0,
 ) -> Schedule:
     """The schedule of least summed single-block cost, exactly, on a grid of sparsities that starts at `lower` [ours].
 
@@ -189,8 +191,8 @@ def greedy(
     budget: float,
     measure: Callable[[Schedule], float],
     resolution: float = 0.05,
-    lower: Bound = 0.0,
-    upper: Bound = 1.0,
+    lower: PerBlock = 0.0,
+    upper: PerBlock = 1.0,
 ) -> Schedule:
     """From `lower` on, raise by `resolution` the block whose raise adds least loss, until the budget is spent [ours].
 

@@ -88,7 +88,7 @@ class _Listener:
 
     def __init__(self, settings: SearchStage, folder: StageFolder, progress: Progress, logger: Any):
         self.settings, self.folder, self.progress, self.logger = settings, folder, progress, logger
-        self.searches, self.told = max(1, len(settings.budgets)), False
+        self.searches = max(1, len(settings.budgets))
 
     def __call__(self, state: dict) -> None:
         self.folder.save_state(state)
