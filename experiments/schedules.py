@@ -8,8 +8,12 @@ calibration tokens; no memo), both with our operators, and ours. All searches st
 one takes. Then every schedule is measured on test text and on questions that need something far back in the prompt, as
 experiments/budgets.py measures them.
 
-What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--tables` only writes
-tables and figure of what is finished.
+What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--methods` does only
+those; `--tables` only writes tables and figure of what is finished.
+
+The rivals have no memo and no shared prefixes, and are charged for every token. What they would compute twice is
+computed once here, which changes no digit; and a random schedule that is already behind on some windows is not measured
+on the others.
 """
 
 import argparse
@@ -40,6 +44,7 @@ def arguments():
     parser.add_argument("--items", type=int, default=700, help="recall questions per seed")
     parser.add_argument("--windows", type=int, default=64, help="windows of test text per seed")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--methods", help="comma-separated, as in the tables; default: all")
     parser.add_argument("--output", type=Path, default=Path("runs/schedules"))
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--tables", action="store_true")
@@ -66,10 +71,24 @@ class Cell:
 
         return TokenPruner(StaticRouter(), schedule, kv=self.kv)
 
-    def fitness(self, chunk, ours=True):
+    def fitness(self, chunk):
         from ftp_lightning.search.fitness import ContinuationFitness
 
-        return ContinuationFitness(self.model, self.windows, self.make_pruner, chunk, memo=ours, share_prefix=ours)
+        return ContinuationFitness(self.model, self.windows, self.make_pruner, chunk)
+
+    def charged(self, chunk):
+        """The same losses, charged as a search pays that has neither memo nor shared prefixes."""
+        from ftp_lightning.search.fitness import ContinuationFitness
+
+        class Charged(ContinuationFitness):
+            def scores(self, schedules, chunks=None, map_function=map):
+                before, rows = self.forward_tokens, range(len(self.sizes)) if chunks is None else chunks
+                found = super().scores(schedules, chunks, map_function)
+                windows = sum(self.sizes[row] for row in rows) * len(schedules)
+                self.forward_tokens = before + windows * self.windows.input_ids.shape[1]
+                return found
+
+        return Charged(self.model, self.windows, self.make_pruner, chunk)
 
     def settings(self, **changes):
         from ftp_lightning.search.settings import SearchSettings
@@ -84,11 +103,19 @@ class Cell:
         return [random_allocation(self.blocks, self.budget, rng) for _ in range(count)]
 
     def best_of_random(self):
-        """As many random schedules as the plain GA measures candidates."""
-        fitness, best, curve = self.fitness(8, ours=False), (float("inf"), None), []
+        """As many random schedules as the plain GA measures candidates, on all windows each."""
+        fitness, best, curve = self.charged(2), (float("inf"), None), []
+        spent, each = fitness.forward_tokens, self.windows.input_ids.numel()
         for schedule in self.random_schedules(self.args.population * (self.args.generations + 1)):
-            best = min(best, (fitness(schedule), schedule), key=lambda pair: pair[0])
-            curve.append((fitness.forward_tokens, best[0]))
+            spent += each
+            total, chunks = 0.0, range(len(fitness.sizes))
+            for chunk in chunks:  # a loss is never negative: once it is behind it stays behind
+                total += fitness(schedule, [chunk]) * fitness.sizes[chunk] / len(self.windows)
+                if total >= best[0]:
+                    break
+            else:
+                best = (total, schedule)
+            curve.append((spent, best[0]))
         return best[1], curve
 
     def searched(self, name):
@@ -98,13 +125,13 @@ class Cell:
 
         size, count = self.args.population, self.args.calibration_windows
         if name == "plain GA":
-            fitness = self.fitness(8, ours=False)
+            fitness = self.charged(8)
             alone = {"stage_windows": (), "survivors": ()}
             settings = self.settings(offspring=size, parents=size, tournament=3, crossover=0.6, switches=1, **alone)
             seeds = {f"random {i}": one for i, one in enumerate(self.random_schedules(size))}
         elif name == "EvoPress settings":
             few, more = max(1, count // 32), max(2, count // 4)
-            fitness = self.fitness(few, ours=False)
+            fitness = self.charged(few)
             stages = {"stage_windows": (few, more), "survivors": (8, 2)}
             settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, **stages)
             seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
@@ -120,6 +147,10 @@ class Cell:
         about = {"num_blocks": self.blocks, "budget": self.budget, "seed": self.seed, "kv": self.kv}
         return AllocationRequest(**about, sensitivity=self.sensitivity(), measure=measure)
 
+    def loss(self, schedule):
+        """KL (divergence) on the calibration windows, whatever a search minimised."""
+        return self.fitness(8)(schedule)
+
     def sensitivity(self):
         from ftp_lightning.stages.sensitivity import SensitivityStage
 
@@ -129,21 +160,24 @@ class Cell:
         SensitivityStage(**shared, kv=self.kv, windows=16, seed=self.seed, output=str(folder)).execute()
         return json.loads((folder / "sensitivity.json").read_text())
 
-    def found(self):
-        """Name -> (schedule, [(forward tokens, best loss so far)])."""
+    def find(self, name):
+        """Schedule and [(forward tokens, best loss so far)] of one method."""
+        if name in SEARCHES:
+            return self.best_of_random() if name == "best of random" else self.searched(name)
         from ftp_lightning.search.allocate import ALLOCATIONS
 
-        for name, allocation in ALLOCATIONS.items():
-            fitness = self.fitness(8)
-            schedule = allocation(self.request(fitness))
-            yield name.replace("_", " "), schedule, [(fitness.forward_tokens, fitness(schedule))]
-        for name in SEARCHES:
-            yield name, *(self.best_of_random() if name == "best of random" else self.searched(name))
+        fitness = self.fitness(8)
+        schedule = ALLOCATIONS[name.replace(" ", "_")](self.request(fitness))
+        return schedule, [(fitness.forward_tokens, fitness(schedule))]
 
 
 def run(args):
     import torch
 
+    from ftp_lightning.search.allocate import ALLOCATIONS
+
+    everything = [*(name.replace("_", " ") for name in ALLOCATIONS), *SEARCHES]
+    methods = args.methods.split(",") if args.methods else everything
     index, workers = map(int, args.worker.split("/"))
     if workers > 1:
         torch.set_num_threads(1)
@@ -152,18 +186,23 @@ def run(args):
         target = args.output / f"{kv}-{budget}-{seed}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(target.read_text()) if target.exists() else {}
+        missing = [name for name in methods if name not in known]
+        if not missing:
+            continue
         cell = Cell(args, kv, budget, seed)
         source = next(iter(study.tests_of(args).values()))
         test = study.Test(args, seed, source, recall=True)
-        for name, schedule, curve in cell.found() if set(SEARCHES) - set(known) else ():
-            if name not in known:
-                row = {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": curve[-1][1]}
-                known[name] = row | test.measure(cell.make_pruner(schedule))
-                study.write(target, known)
-                print(
-                    f"{kv} {budget:.0%} seed {seed} {name}: {curve[-1][1]:.5f}, test {known[name]['kl']:.5f}",
-                    flush=True,
-                )
+        for name in missing:
+            schedule, curve = cell.find(name)
+            calibration = cell.loss(schedule)
+            row = {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": calibration}
+            known[name] = row | test.measure(cell.make_pruner(schedule))
+            study.write(target, known)
+            print(
+                f"{kv} {budget:.0%} seed {seed} {name}: {calibration:.5f}, test {known[name]['kl']:.5f}, "
+                f"kept {known[name]['kept']['share']:.3f}, {curve[-1][0]:,} tokens",
+                flush=True,
+            )
 
 
 def table(args, kv, budget):
