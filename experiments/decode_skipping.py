@@ -7,13 +7,12 @@ turn in one process, on caches of their own. The limit is the ratio of the bytes
 """
 
 import argparse
-import time
 from contextlib import nullcontext
 
 import torch
 
 from ftp_lightning import FixedRouter, TokenPruner
-from ftp_lightning.evaluation.timing import median_interval
+from ftp_lightning.evaluation.timing import median_interval, seconds
 from ftp_lightning.models import load_model
 from ftp_lightning.pruning.flops import block_costs, decode_bytes
 
@@ -30,11 +29,7 @@ def keep_lists(blocks: int, prompt: int, steps: int, share: float) -> list[torch
 
 
 def step_seconds(model, token, cache) -> float:
-    start = time.perf_counter()
-    model(token, past_key_values=cache, use_cache=True)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return seconds(lambda: model(token, past_key_values=cache, use_cache=True), model.device)
 
 
 @torch.no_grad()
@@ -69,9 +64,10 @@ def main() -> None:
         )
         times = {}
         for name in ("stock", "pruned") if step % 4 == 1 else ("pruned", "stock"):
-            with nullcontext() if name == "stock" else pruner(model):
-                step_seconds(model, token, stock if name == "stock" else pruned)
-                times[name] = step_seconds(model, token, stock if name == "stock" else pruned)
+            within, cache = (nullcontext(), stock) if name == "stock" else (pruner(model), pruned)
+            with within:
+                step_seconds(model, token, cache)
+                times[name] = step_seconds(model, token, cache)
         ratios.append(times["stock"] / times["pruned"])
     found = median_interval(torch.tensor(ratios[WARMUP:], dtype=torch.float64), torch.Generator().manual_seed(0))
     limit = sum(limits[WARMUP:]) / asked.steps

@@ -9,7 +9,7 @@ one takes. Then every schedule is measured on test text and on questions that ne
 experiments/budgets.py measures them.
 
 What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--methods` does only
-those; `--tables` only writes tables and figure of what is finished.
+those; `--tables` only writes tables and figure. These show the cells in which every method is finished.
 
 The rivals have no memo and no shared prefixes, and are charged for every token. What they would compute twice is
 computed once here, which changes no digit; and a random schedule that is already behind on some windows is not measured
@@ -17,6 +17,7 @@ on the others.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -48,7 +49,18 @@ def arguments():
     parser.add_argument("--output", type=Path, default=Path("runs/schedules"))
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--tables", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.methods = args.methods.split(",") if args.methods else every_method()
+    if unknown := set(args.methods) - set(every_method()):
+        parser.error(f"there is no method {', '.join(sorted(unknown))}; methods: {', '.join(every_method())}")
+    return args
+
+
+def every_method():
+    """As the tables name and order them: the allocations, then the searches."""
+    from ftp_lightning.search.allocate import ALLOCATIONS
+
+    return [*(name.replace("_", " ") for name in ALLOCATIONS), *SEARCHES]
 
 
 class Cell:
@@ -71,24 +83,13 @@ class Cell:
 
         return TokenPruner(StaticRouter(), schedule, kv=self.kv)
 
-    def fitness(self, chunk):
+    def fitness(self, chunk, ours=True):
         from ftp_lightning.search.fitness import ContinuationFitness
 
-        return ContinuationFitness(self.model, self.windows, self.make_pruner, chunk)
-
-    def charged(self, chunk):
-        """The same losses, charged as a search pays that has neither memo nor shared prefixes."""
-        from ftp_lightning.search.fitness import ContinuationFitness
-
-        class Charged(ContinuationFitness):
-            def scores(self, schedules, chunks=None, map_function=map):
-                before, rows = self.forward_tokens, range(len(self.sizes)) if chunks is None else chunks
-                found = super().scores(schedules, chunks, map_function)
-                windows = sum(self.sizes[row] for row in rows) * len(schedules)
-                self.forward_tokens = before + windows * self.windows.input_ids.shape[1]
-                return found
-
-        return Charged(self.model, self.windows, self.make_pruner, chunk)
+        found = ContinuationFitness(self.model, self.windows, self.make_pruner, chunk, memo=ours, share_prefix=ours)
+        if not ours:  # charged each time, computed once
+            found.measure = functools.cache(found.measure)
+        return found
 
     def settings(self, **changes):
         from ftp_lightning.search.settings import SearchSettings
@@ -104,13 +105,13 @@ class Cell:
 
     def best_of_random(self):
         """As many random schedules as the plain GA measures candidates, on all windows each."""
-        fitness, best, curve = self.charged(2), (float("inf"), None), []
+        fitness, best, curve = self.fitness(2, ours=False), (float("inf"), None), []
         spent, each = fitness.forward_tokens, self.windows.input_ids.numel()
         for schedule in self.random_schedules(self.args.population * (self.args.generations + 1)):
             spent += each
-            total, chunks = 0.0, range(len(fitness.sizes))
-            for chunk in chunks:  # a loss is never negative: once it is behind it stays behind
-                total += fitness(schedule, [chunk]) * fitness.sizes[chunk] / len(self.windows)
+            total = 0.0
+            for chunk, size in enumerate(fitness.sizes):  # a loss is never negative: what is behind stays behind
+                total += fitness(schedule, [chunk]) * size / len(self.windows)
                 if total >= best[0]:
                     break
             else:
@@ -125,13 +126,13 @@ class Cell:
 
         size, count = self.args.population, self.args.calibration_windows
         if name == "plain GA":
-            fitness = self.charged(8)
+            fitness = self.fitness(8, ours=False)
             alone = {"stage_windows": (), "survivors": ()}
             settings = self.settings(offspring=size, parents=size, tournament=3, crossover=0.6, switches=1, **alone)
             seeds = {f"random {i}": one for i, one in enumerate(self.random_schedules(size))}
         elif name == "EvoPress settings":
             few, more = max(1, count // 32), max(2, count // 4)
-            fitness = self.charged(few)
+            fitness = self.fitness(few, ours=False)
             stages = {"stage_windows": (few, more), "survivors": (8, 2)}
             settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, **stages)
             seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
@@ -146,10 +147,6 @@ class Cell:
 
         about = {"num_blocks": self.blocks, "budget": self.budget, "seed": self.seed, "kv": self.kv}
         return AllocationRequest(**about, sensitivity=self.sensitivity(), measure=measure)
-
-    def loss(self, schedule):
-        """KL (divergence) on the calibration windows, whatever a search minimised."""
-        return self.fitness(8)(schedule)
 
     def sensitivity(self):
         from ftp_lightning.stages.sensitivity import SensitivityStage
@@ -174,10 +171,6 @@ class Cell:
 def run(args):
     import torch
 
-    from ftp_lightning.search.allocate import ALLOCATIONS
-
-    everything = [*(name.replace("_", " ") for name in ALLOCATIONS), *SEARCHES]
-    methods = args.methods.split(",") if args.methods else everything
     index, workers = map(int, args.worker.split("/"))
     if workers > 1:
         torch.set_num_threads(1)
@@ -186,7 +179,7 @@ def run(args):
         target = args.output / f"{kv}-{budget}-{seed}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(target.read_text()) if target.exists() else {}
-        missing = [name for name in methods if name not in known]
+        missing = [name for name in args.methods if name not in known]
         if not missing:
             continue
         cell = Cell(args, kv, budget, seed)
@@ -194,23 +187,28 @@ def run(args):
         test = study.Test(args, seed, source, recall=True)
         for name in missing:
             schedule, curve = cell.find(name)
-            calibration = cell.loss(schedule)
+            tokens, calibration = curve[-1]
             row = {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": calibration}
             known[name] = row | test.measure(cell.make_pruner(schedule))
             study.write(target, known)
             print(
                 f"{kv} {budget:.0%} seed {seed} {name}: {calibration:.5f}, test {known[name]['kl']:.5f}, "
-                f"kept {known[name]['kept']['share']:.3f}, {curve[-1][0]:,} tokens",
+                f"kept {known[name]['kept']['share']:.3f}, {tokens:,} tokens",
                 flush=True,
             )
+
+
+def finished(args, kv, budget):
+    """What was found for each seed that has every method."""
+    cells = [json.loads(path.read_text()) for path in sorted(args.output.glob(f"{kv}-{budget}-*.json"))]
+    return [cell for cell in cells if cell.keys() >= set(every_method())]
 
 
 def table(args, kv, budget):
     """Markdown: each method, mean and std over the seeds that are finished; ours against it, paired over passages."""
     from ftp_lightning.evaluation.statistics import paired_bootstrap
 
-    cells = [json.loads(p.read_text()) for p in sorted(args.output.glob(f"{kv}-{budget}-*.json"))]
-    cells = [cell for cell in cells if "ours" in cell]
+    cells = finished(args, kv, budget)
     if not cells:
         return
     print(f"\n### {budget:.0%}, `{kv}`, {len(cells)} seeds\n")
@@ -218,8 +216,8 @@ def table(args, kv, budget):
         "| schedule | calibration KL | test KL | kept, % | ours - it: KL | ours - it: kept, points | forward tokens |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name in cells[0]:
-        rows = [cell[name] for cell in cells if name in cell]
+    for name in every_method():
+        rows = [cell[name] for cell in cells]
         shown = [study.mean_std([row[key] for row in rows], 4) for key in ("calibration", "kl")]
         shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
         kl = [a - b for cell in cells for a, b in zip(cell["ours"]["kl_rows"], cell[name]["kl_rows"])]
@@ -251,10 +249,8 @@ def figure(args):
     from ftp_lightning.report.style import CYCLE, canvas, freeze, house_style, to_png
 
     grid = list(itertools.product(map(float, args.budgets.split(",")), args.kv.split(",")))
-    found = {
-        (b, kv): [json.loads(p.read_text()) for p in sorted(args.output.glob(f"{kv}-{b}-*.json"))] for b, kv in grid
-    }
-    shown = [cell for cell in grid if any("ours" in one for one in found[cell])]
+    found = {(budget, kv): finished(args, kv, budget) for budget, kv in grid}
+    shown = [cell for cell in grid if found[cell]]
     if not shown:
         return
     with house_style("schedules"):
@@ -262,14 +258,14 @@ def figure(args):
         for place, (budget, kv) in enumerate(shown):
             top, bottom = axes[0][place], axes[1][place]
             for color, name in zip(CYCLE, SEARCHES):
-                rows = [one[name] for one in found[budget, kv] if name in one]
+                rows = [one[name] for one in found[budget, kv]]
                 for row in rows:
                     label = name if row is rows[0] else None
                     top.step(*zip(*row["curve"]), where="post", color=color, alpha=0.8, label=label)
             top.set(xscale="log", yscale="log", title=f"{budget:.0%}, {kv}", xlabel="forward tokens")
             blocks = range(1, len(rows[0]["sparsity"]) + 1)
             for shift, (color, name) in enumerate(zip(CYCLE, SEARCHES)):
-                rows = [one[name]["sparsity"] for one in found[budget, kv] if name in one]
+                rows = [one[name]["sparsity"] for one in found[budget, kv]]
                 means = [statistics.mean(column) for column in zip(*rows)]
                 bottom.bar([block + 0.2 * (shift - 1.5) for block in blocks], means, 0.2, color=color)
             bottom.set(xlabel="block", ylim=(0, 1))

@@ -52,6 +52,22 @@ def test_the_share_of_tokens_is_read_off_both_curves(study):
     assert study.share_of_tokens([(10, 2.0)], rival) is None
 
 
+def test_a_seed_that_lacks_a_method_is_in_no_table_and_no_figure(study, monkeypatch, tmp_path, capsys):
+    row = {"sparsity": [0.5, 0.5], "curve": [[10, 1.0]], "calibration": 1.0}
+    (tmp_path / "keep-0.5-0.json").write_text(json.dumps({"ours": row}))
+    call(study, monkeypatch, tmp_path, "--tables")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "schedules.png").exists()
+
+
+def test_an_unknown_method_is_told_before_anything_is_measured(study, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(study, monkeypatch, tmp_path, "--methods", "uniform,plain_GA")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "plain_GA" in said and "plain GA" in said
+
+
 def test_tables_of_nothing_are_empty(study, monkeypatch, tmp_path, capsys):
     call(study, monkeypatch, tmp_path, "--tables")
     assert capsys.readouterr().out == ""

@@ -134,7 +134,6 @@ class ContinuationFitness(MemoFitness):
         share_prefix: bool = True,
     ):
         starts = range(0, len(windows), chunk)
-        starts = range(0, len(windows), chunk)
         super().__init__([min(chunk, len(windows) - start) for start in starts], memo)
         self.model, self.windows, self.make_pruner = model, windows, make_pruner
         self.criterion = criterion or KLDivergence()
