@@ -20,6 +20,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -245,8 +246,8 @@ def share_of_tokens(ours, rival):
 
 
 def figure(args):
-    """schedules.png: best calibration loss against forward tokens, and the schedules found, seed by seed."""
-    from ftp_lightning.report.style import CYCLE, canvas, freeze, house_style, to_png
+    """schedules.png: best calibration loss against forward tokens, and the schedules found, mean over the seeds."""
+    from ftp_lightning.report.style import canvas, freeze, house_style, to_png
 
     grid = list(itertools.product(map(float, args.budgets.split(",")), args.kv.split(",")))
     found = {(budget, kv): finished(args, kv, budget) for budget, kv in grid}
@@ -254,26 +255,43 @@ def figure(args):
     if not shown:
         return
     with house_style("schedules"):
-        drawing, axes = canvas(3.2 * len(shown), 5.2, nrows=2, ncols=len(shown), squeeze=False)
-        for place, (budget, kv) in enumerate(shown):
-            top, bottom = axes[0][place], axes[1][place]
-            for color, name in zip(CYCLE, SEARCHES):
-                rows = [one[name] for one in found[budget, kv]]
-                for row in rows:
-                    label = name if row is rows[0] else None
-                    top.step(*zip(*row["curve"]), where="post", color=color, alpha=0.8, label=label)
-            top.set(xscale="log", yscale="log", title=f"{budget:.0%}, {kv}", xlabel="forward tokens")
-            blocks = range(1, len(rows[0]["sparsity"]) + 1)
-            for shift, (color, name) in enumerate(zip(CYCLE, SEARCHES)):
-                rows = [one[name]["sparsity"] for one in found[budget, kv]]
-                means = [statistics.mean(column) for column in zip(*rows)]
-                bottom.bar([block + 0.2 * (shift - 1.5) for block in blocks], means, 0.2, color=color)
-            bottom.set(xlabel="block", ylim=(0, 1))
-        axes[0][0].set_ylabel("best calibration KL")
+        drawing, axes = canvas(max(4.8, 3.2 * len(shown)), 5.4, nrows=2, ncols=len(shown), squeeze=False)
+        for (budget, kv), (top, bottom) in zip(shown, axes.T):
+            draw_curves(top, found[budget, kv])
+            top.set_title(f"{budget:.0%}, {kv}")
+            draw_schedules(bottom, found[budget, kv])
+        axes[0][0].set_ylabel("best calibration KL (nats)")
         axes[1][0].set_ylabel("sparsity, mean over seeds")
-        axes[0][0].legend()
+        drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SEARCHES))
         freeze(drawing)
         (args.output / "schedules.png").write_bytes(to_png(drawing))
+
+
+def draw_curves(axis, cells):
+    """A line per search and seed, a dot where it ends."""
+    from ftp_lightning.report.figures import kl_scale_to_range, si_formatter
+    from ftp_lightning.report.style import CYCLE, plain_log
+
+    points = [point for cell in cells for name in SEARCHES for point in cell[name]["curve"]]
+    tokens, losses = zip(*points)
+    for color, name in zip(CYCLE, SEARCHES):
+        for place, cell in enumerate(cells):
+            label, curve = name if place == 0 else None, cell[name]["curve"]
+            axis.step(*zip(*curve), where="post", color=color, alpha=0.8, label=label, marker="o", markevery=[-1])
+    axis.set(xscale="log", xlabel="forward tokens")
+    plain_log(axis.xaxis, math.log10(max(tokens) / min(tokens)))
+    axis.xaxis.set_major_formatter(si_formatter())
+    kl_scale_to_range(axis, losses)
+
+
+def draw_schedules(axis, cells):
+    """A group of bars per block."""
+    from ftp_lightning.report.style import CYCLE
+
+    for shift, (color, name) in enumerate(zip(CYCLE, SEARCHES)):
+        means = [statistics.mean(column) for column in zip(*(cell[name]["sparsity"] for cell in cells))]
+        axis.bar([block + 0.2 * (shift - 1.5) for block in range(1, len(means) + 1)], means, 0.2, color=color)
+    axis.set(xlabel="block", ylim=(0, 1), xticks=range(1, len(means) + 1, max(1, len(means) // 8)))
 
 
 def main():
