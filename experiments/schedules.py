@@ -147,15 +147,18 @@ class Cell:
         from ftp_lightning.search.allocate import AllocationRequest
 
         about = {"num_blocks": self.blocks, "budget": self.budget, "seed": self.seed, "kv": self.kv}
-        return AllocationRequest(**about, sensitivity=self.sensitivity(), measure=measure)
+        return AllocationRequest(**about, sensitivity=self.sensitivity, measure=measure)
 
+    @functools.cached_property
     def sensitivity(self):
+        """What stage `sensitivity` measures on as many windows as the searches have."""
         from ftp_lightning.stages.sensitivity import SensitivityStage
 
         folder = self.args.output / f"sensitivity-{self.kv}-{self.seed}"
         whole = study.whole(self.args.calibration)
         shared = {"model": self.args.model, "dtype": self.args.dtype, "device": "cpu", "tracking": "none", **whole}
-        SensitivityStage(**shared, kv=self.kv, windows=16, seed=self.seed, output=str(folder)).execute()
+        about = {"kv": self.kv, "windows": self.args.calibration_windows, "seed": self.seed}
+        SensitivityStage(**shared, **about, output=str(folder)).execute()
         return json.loads((folder / "sensitivity.json").read_text())
 
     def find(self, name):
