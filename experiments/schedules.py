@@ -4,9 +4,10 @@
 For every (kv, budget, seed), with the static router: the closed-form allocations, greedy, best-of-N random, a plain
 genetic algorithm as in the paper (population 32, all calibration windows for every candidate, 30 generations, no memo),
 EvoPress' published settings for non-uniform sparsity (64 children; 8, 2 and 1 survive on 1/32, 1/4 and all of the
-calibration tokens; no memo), both with our operators, and ours. All searches stop at the forward tokens that the plain
-one takes. Then every schedule is measured on test text and on questions that need something far back in the prompt, as
-experiments/budgets.py measures them.
+calibration tokens, a window at least; no memo), both with our operators, and ours. All searches stop at the forward
+tokens that the plain one takes; those that start from a measured sensitivity are charged for it. Then every schedule is
+measured on test text and on questions that need something far back in the prompt, as experiments/budgets.py measures
+them, and on windows of test text as the searches have them, of their length and of twice that.
 
 What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--methods` does only
 those; `--tables` only writes tables and figure. These show the cells in which every method is finished.
@@ -30,6 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import budgets as study
 
 SEARCHES = ("best of random", "plain GA", "EvoPress settings", "ours")
+HELD = {"held": 192, "long": 448}
+"""Windows of test text: the prompt tokens of each kind; 64 tokens of continuation follow."""
+STARTS_FROM = {"block influence": ("dense",), "gradient": ("dense", "gradient"), "sensitivity": ("dense", "kl")}
+"""What of the sensitivity an allocation looks at; its forward tokens are charged to it. Ours looks at everything."""
 
 
 def arguments():
@@ -43,6 +48,7 @@ def arguments():
     parser.add_argument("--calibration_windows", type=int, default=32)
     parser.add_argument("--population", type=int, default=32, help="of the plain GA")
     parser.add_argument("--generations", type=int, default=30, help="of the plain GA")
+    parser.add_argument("--patience", type=int, default=30, help="of ours: generations without a better schedule")
     parser.add_argument("--items", type=int, default=700, help="recall questions per seed")
     parser.add_argument("--windows", type=int, default=64, help="windows of test text per seed")
     parser.add_argument("--dtype", default="float32")
@@ -128,17 +134,20 @@ class Cell:
         size, count = self.args.population, self.args.calibration_windows
         if name == "plain GA":
             fitness = self.fitness(8, ours=False)
-            alone = {"stage_windows": (), "survivors": ()}
-            settings = self.settings(offspring=size, parents=size, tournament=3, crossover=0.6, switches=1, **alone)
+            alone = {"stage_windows": (count,), "survivors": (size,)}
+            more = {"offspring": size, "parents": size, "tournament": 3, "crossover": 0.6, "proposed": 0.0}
+            settings = self.settings(**more, switches=1, **alone)
             seeds = {f"random {i}": one for i, one in enumerate(self.random_schedules(size))}
         elif name == "EvoPress settings":
             few, more = max(1, count // 32), max(2, count // 4)
             fitness = self.fitness(few, ours=False)
             stages = {"stage_windows": (few, more), "survivors": (8, 2)}
-            settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, **stages)
+            settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, proposed=0.0, **stages)
             seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
         else:
-            fitness, settings = self.fitness(8), self.settings(stage_windows=(min(8, count),))
+            fitness = self.fitness(max(1, count // 4))
+            limit = max(1, self.tokens - self.charged(name))
+            settings = self.settings(max_forward_tokens=limit, patience=self.args.patience)
             seeds = seed_allocations(self.request())
         found = genetic_search(fitness, self.blocks, settings, seeds)
         return found.schedule, [(entry["forward_tokens"], entry["best"]) for entry in found.generations]
@@ -163,13 +172,56 @@ class Cell:
 
     def find(self, name):
         """Schedule and [(forward tokens, best loss so far)] of one method."""
+        schedule, curve = self.best_of_random() if name == "best of random" else self.made(name)
+        before = self.charged(name)
+        return schedule, [(before + tokens, loss) for tokens, loss in curve]
+
+    def charged(self, name):
+        """Forward tokens of the measured sensitivity that a method starts from."""
+        looked_at = ("dense", "gradient", "kl") if name == "ours" else STARTS_FROM.get(name, ())
+        return sum(self.sensitivity["forward_tokens"][part] for part in looked_at)
+
+    def made(self, name):
         if name in SEARCHES:
-            return self.best_of_random() if name == "best of random" else self.searched(name)
+            return self.searched(name)
         from ftp_lightning.search.allocate import ALLOCATIONS
 
         fitness = self.fitness(8)
         schedule = ALLOCATIONS[name.replace(" ", "_")](self.request(fitness))
         return schedule, [(fitness.forward_tokens, fitness(schedule))]
+
+
+class Held:
+    """Windows of test text as the searches have them, half with facts to recall, of their length and twice that."""
+
+    known: dict = {}
+
+    def __init__(self, args, seed):
+        if seed not in self.known:
+            self.known[seed] = self._prepare(args, seed)
+        self.sets = self.known[seed]
+
+    def _prepare(self, args, seed):
+        from ftp_lightning.data.sources import load_documents
+        from ftp_lightning.data.windows import calibration_windows
+        from ftp_lightning.evaluation.continuation import teacher_logprobs
+        from ftp_lightning.models import load
+
+        self.model, tokenizer = load(args.model, dtype=args.dtype)
+        source = next(iter(study.tests_of(args).values()))
+        documents = load_documents(source, "test" if source == "embedded" else "all")
+        found = {}
+        for name, prompt in HELD.items():
+            windows = calibration_windows(tokenizer, documents, prompt, 64, args.windows, seed)
+            found[name] = (self.model, windows, teacher_logprobs(self.model, windows, 8))
+        return found
+
+    def measure(self, name, pruner):
+        from ftp_lightning.evaluation.continuation import evaluate_windows
+
+        model, windows, teacher = self.sets[name]
+        text = evaluate_windows(model, windows, pruner, batch_size=8, teacher=teacher)
+        return {"kl": text.kl_mean, "kl_rows": text.kl_rows}
 
 
 def run(args):
@@ -180,32 +232,42 @@ def run(args):
         torch.set_num_threads(1)
     cells = itertools.product(map(int, args.seeds.split(",")), map(float, args.budgets.split(",")), args.kv.split(","))
     for seed, budget, kv in [cell for place, cell in enumerate(cells) if place % workers == index]:
-        target = args.output / f"{kv}-{budget}-{seed}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(target.read_text()) if target.exists() else {}
-        missing = [name for name in args.methods if name not in known]
-        if not missing:
-            continue
-        cell = Cell(args, kv, budget, seed)
-        source = next(iter(study.tests_of(args).values()))
-        test = study.Test(args, seed, source, recall=True)
-        for name in missing:
+        run_cell(args, kv, budget, seed)
+
+
+def run_cell(args, kv, budget, seed):
+    """Find and measure what is missing of a cell."""
+    from ftp_lightning import Schedule
+
+    target = args.output / f"{kv}-{budget}-{seed}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(target.read_text()) if target.exists() else {}
+    if all(known.get(name, {}).keys() >= {"kept", *HELD} for name in args.methods):
+        return
+    cell = Cell(args, kv, budget, seed)
+    test = study.Test(args, seed, next(iter(study.tests_of(args).values())), recall=True)
+    held = Held(args, seed)
+    for name in args.methods:
+        row = known.setdefault(name, {})
+        if not row:
             schedule, curve = cell.find(name)
-            tokens, calibration = curve[-1]
-            row = {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": calibration}
-            known[name] = row | test.measure(cell.make_pruner(schedule))
-            study.write(target, known)
-            print(
-                f"{kv} {budget:.0%} seed {seed} {name}: {calibration:.5f}, test {known[name]['kl']:.5f}, "
-                f"kept {known[name]['kept']['share']:.3f}, {tokens:,} tokens",
-                flush=True,
-            )
+            row |= {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": curve[-1][1]}
+        pruner = cell.make_pruner(Schedule(row["sparsity"]))
+        if "kept" not in row:
+            row |= test.measure(pruner)
+        row |= {part: held.measure(part, pruner) for part in HELD if part not in row}
+        study.write(target, known)
+        print(
+            f"{kv} {budget:.0%} seed {seed} {name}: calibration KL {row['calibration']:.5f}, "
+            f"held out {row['held']['kl']:.5f}, kept {row['kept']['share']:.3f}, {row['curve'][-1][0]:,} tokens",
+            flush=True,
+        )
 
 
 def finished(args, kv, budget):
     """What was found for each seed that has every method."""
     cells = [json.loads(path.read_text()) for path in sorted(args.output.glob(f"{kv}-{budget}-*.json"))]
-    return [cell for cell in cells if cell.keys() >= set(every_method())]
+    return [cell for cell in cells if all(cell.get(name, {}).keys() >= {"kept", *HELD} for name in every_method())]
 
 
 def table(args, kv, budget):
@@ -217,14 +279,16 @@ def table(args, kv, budget):
         return
     print(f"\n### {budget:.0%}, `{kv}`, {len(cells)} seeds\n")
     print(
-        "| schedule | calibration KL | test KL | kept, % | ours - it: KL | ours - it: kept, points | forward tokens |"
+        "| schedule | calibration KL | held-out KL | KL at twice the length | KL of prose | kept, % "
+        "| ours - it: held-out KL | ours - it: kept, points | forward tokens |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---" * 9 + "|")
     for name in every_method():
         rows = [cell[name] for cell in cells]
-        shown = [study.mean_std([row[key] for row in rows], 4) for key in ("calibration", "kl")]
+        losses = [[row["calibration"], row["held"]["kl"], row["long"]["kl"], row["kl"]] for row in rows]
+        shown = [study.mean_std(column, 4) for column in zip(*losses)]
         shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
-        kl = [a - b for cell in cells for a, b in zip(cell["ours"]["kl_rows"], cell[name]["kl_rows"])]
+        kl = [a - b for cell in cells for a, b in zip(cell["ours"]["held"]["kl_rows"], cell[name]["held"]["kl_rows"])]
         kept = [
             100.0 * (a - b)
             for cell in cells

@@ -1,6 +1,5 @@
 """Sensitivity by the short way (capture once, start above the dense blocks) equals the long way (full forwards)."""
 
-import itertools
 import json
 import math
 
@@ -18,6 +17,7 @@ from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.routing.dynamic import DynamicRouter
 from ftp_lightning.routing.static import StaticRouter
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.search.processes import launch
 
 torch.set_num_threads(1)
 BLOCKS, PROMPT, CONTINUATION, LEVELS = 4, 16, 5, (0.3, 0.9)
@@ -193,25 +193,29 @@ def test_prompts_of_another_length_are_refused():
 
 
 def test_two_processes_give_the_numbers_of_one():
-    """Each measures its share of the windows; the states are put together as torchmetrics does it."""
+    """Each measures its share of the windows; both tell the same, what all measured."""
+    (first, second), expected = launch(2, torch.device("cpu"), share_of_the_windows), measured(IDS.split(2)).summary()
+    assert first == second
+    assert flat(first) == pytest.approx(flat(expected), rel=1e-6)
+    assert flat(first) != pytest.approx(flat(measured(IDS.split(2)[:1]).summary()), rel=1e-3)
 
-    def measured(parts):
-        system = measuring(llama(), maker("static", "evict"))
-        for index, rows in enumerate(parts):
-            system.test_step({"input_ids": rows, "prompt_tokens": PROMPT}, index)
-        return system
 
-    parts = IDS.split(2)
-    one, first, second = measured(parts), measured(parts[:1]), measured(parts[1:])
-    merged = measuring(llama(), maker("static", "evict"))
-    names = [name for name, module in merged.named_children() if isinstance(module, Share)]
-    for name, state in itertools.product(names, ("total", "count")):
-        halves = torch.stack([getattr(getattr(system, name), state) for system in (first, second)])
-        setattr(getattr(merged, name), state, getattr(merged, name)._reductions[state](halves))
-    assert set(names) == {"cosine", "redundant", "saliency", "kl"}
-    found, expected = merged.summary(), one.summary()
-    assert flat(found) == pytest.approx(flat(expected), rel=1e-12)
-    assert flat(found) != pytest.approx(flat(first.summary()), rel=1e-3)
+def share_of_the_windows(processes, device):
+    part = measured([IDS.split(2)[processes.rank]] if processes.rank == 0 else IDS.split(2)[1:])
+    return processes.gather(part.summary())
+
+
+def measured(parts):
+    system = measuring(llama(), maker("static", "evict"))
+    for index, rows in enumerate(parts):
+        system.test_step({"input_ids": rows, "prompt_tokens": PROMPT}, index)
+    return system
+
+
+def test_forward_tokens_are_those_of_the_blocks_that_ran():
+    found = measured([IDS]).summary()["forward_tokens"]
+    ran = sum(BLOCKS - block for block in range(BLOCKS)) / BLOCKS  # of one token, once per level
+    assert found == {"dense": IDS.numel(), "gradient": IDS.numel(), "kl": round(len(LEVELS) * IDS.numel() * ran)}
 
 
 def flat(value):

@@ -27,6 +27,10 @@ POSITION = {
 """What the summary tells of the positions of redundant tokens, by name."""
 
 
+COUNTED = ("texts", "continuation tokens", "dense", "gradient", "kl")
+"""What is counted: of the last three, tokens times the share of the blocks that ran; a backward pass is a forward's."""
+
+
 class Share(torchmetrics.Metric):
     """A sum divided by a count, element by element, in float64; processes add up."""
 
@@ -43,6 +47,22 @@ class Share(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.count
+
+
+class Total(torchmetrics.Metric):
+    """A sum, element by element, in float64; processes add up."""
+
+    full_state_update = False
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, place: int, amount: float) -> None:
+        self.total[place] += amount
+
+    def compute(self) -> Tensor:
+        return self.total.clone()
 
 
 class BlockSensitivity(lightning.LightningModule):
@@ -96,6 +116,7 @@ class BlockSensitivity(lightning.LightningModule):
         self.redundant = Share(len(self.thresholds), num_blocks, prompt_tokens)
         self.saliency = Share(num_blocks)
         self.kl = Share(len(self.names), num_blocks, len(self.levels))
+        self.counted = Total(len(COUNTED))
 
     def predict_step(self, batch: dict, batch_idx: int) -> Tensor:
         """KL per continuation token of this batch, (makers, N, levels)."""
@@ -112,10 +133,10 @@ class BlockSensitivity(lightning.LightningModule):
 
     def summary(self) -> dict:
         """JSON-able: block_influence [N], redundancy {threshold: [N]}, position {threshold: {measure: [N]}}, gradient
-        [N] where it was measured, kl [N][levels] of the first maker, kl_by_kv {name: [N][levels]}, tokens measured.
-        What is not defined is None."""
+        [N] where it was measured, kl [N][levels] of the first maker, kl_by_kv {name: [N][levels]}, tokens measured,
+        forward_tokens {dense, gradient, kl} that it took. What is not defined is None."""
         shares, kl = self.redundant.compute(), self.kl.compute()
-        texts = round(float(self.redundant.count))
+        texts, continuation, *forwards = (round(total) for total in self.counted.compute().tolist())
         found = {
             "num_blocks": self.num_blocks,
             "levels": list(self.levels),
@@ -125,13 +146,16 @@ class BlockSensitivity(lightning.LightningModule):
             "position": {str(t): _position(row * texts, texts) for t, row in zip(self.thresholds, shares)},
             "kl": kl[0].tolist(),
             "kl_by_kv": dict(zip(self.names, kl.tolist())),
-            "tokens": {"prompt": texts * self.prompt_tokens, "continuation": int(self.kl.count)},
+            "tokens": {"prompt": texts * self.prompt_tokens, "continuation": continuation},
+            "forward_tokens": dict(zip(COUNTED[2:], forwards)),
         }
         return found | ({"gradient": self.saliency.compute().tolist()} if self.gradient else {})
 
     def _measure(self, input_ids: Tensor, prompt_tokens: int) -> Tensor:
         if prompt_tokens != self.prompt_tokens:
             raise ValueError(f"a batch has prompts of {prompt_tokens} tokens, not {self.prompt_tokens} like all others")
+        self.counted.update(COUNTED.index("texts"), len(input_ids))
+        self.counted.update(COUNTED.index("continuation tokens"), input_ids[:, prompt_tokens:].numel())
         states, dense = self._dense(input_ids)
         with torch.no_grad():
             self._add_cosines(states)
@@ -139,6 +163,7 @@ class BlockSensitivity(lightning.LightningModule):
 
     def _dense(self, input_ids: Tensor) -> tuple[BlockStates, Tensor]:
         """States between the blocks and logits of the dense model; adds the gradient where it is asked for."""
+        self.counted.update(COUNTED.index("dense"), input_ids.numel())
         if not self.gradient:
             with torch.no_grad(), capture(self.model) as states:
                 return states, continuation_logits(self.model, input_ids, self.prompt_tokens)
@@ -151,6 +176,7 @@ class BlockSensitivity(lightning.LightningModule):
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the gradient cannot be taken: {reason}\nLeave it out with --no_gradient.") from error
+        self.counted.update(COUNTED.index("gradient"), input_ids.numel())
         return states.detached(), dense.detach()
 
     def _add_saliency(self, states: BlockStates, nll: Tensor) -> None:
@@ -196,6 +222,7 @@ class BlockSensitivity(lightning.LightningModule):
         first = first_needed_block(self.model, block, router.needs_attention, router.one_pass)
         with resume_from(self.model, first, states), pruner(self.model):
             logits = continuation_logits(self.model, input_ids, self.prompt_tokens)
+        self.counted.update(COUNTED.index("kl"), input_ids.numel() * (1 - first / self.num_blocks))
         return kl_per_token(teacher, logits).double().sum()
 
     def _prompt(self, states: BlockStates, block: int) -> Tensor:

@@ -92,6 +92,11 @@ class MemoFitness:
             for schedule in schedules
         ]
 
+    def known(self, schedule: Schedule) -> dict[int, float]:
+        """Chunk -> loss, of the chunks that are remembered."""
+        found = {chunk: self._memo.get(_key(schedule, chunk)) for chunk in range(len(self.sizes))}
+        return {chunk: loss for chunk, loss in found.items() if loss is not None}
+
     def _measure_task(self, task: tuple[Schedule, int]) -> float:
         return self.measure(*task)
 

@@ -2,7 +2,7 @@
 
 The paper's scheduler searches with a genetic algorithm (Section 4.2). From EvoPress (Sieberling et al. 2024): level
 switches that keep the budget, one shared minibatch per stage, multi-step selection. Ours: seeds from closed-form
-allocations, a memo, resume, processes, stop rules.
+allocations, a memo, a surrogate that proposes children, resume, processes, stop rules.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule, level_step
@@ -30,9 +32,12 @@ from ftp_lightning.search.operators import (
 from ftp_lightning.search.processes import Processes
 from ftp_lightning.search.settings import SearchSettings
 from ftp_lightning.search.state import SearchState, population_hash
+from ftp_lightning.search.surrogate import Surrogate
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 20  # draws per child until it is one not seen in this generation
+ROUNDS, DRAWS, ELITE = 3, 80, 8  # a proposal: rounds of mutation on the surrogate, draws of each, how many go on
+DEVIATIONS = 0.2  # what is uncertain counts as so many deviations better: few, as there are many blocks to explore
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class _Search:
         self.score([individual for individual in population if math.isnan(individual.loss)])
         state = SearchState(random.Random(self.settings.seed), seeds[best], allocations[best], allocations, [])
         state.tokens_before = before
+        state.tried = [tuple(individual) for individual in population]
         self._conclude(state, population, children=0)
         state.stale = 0  # no generation has been tried yet
         return state
@@ -98,9 +104,10 @@ class _Search:
         """One generation: children on few windows, fewer of them on more, the last with the parents on all."""
         settings, sizes = self.settings, self.fitness.sizes
         state.generation += 1
-        children = self.children(state.parents, state.rng)
+        children = self.children(state)
+        state.tried = list(dict.fromkeys([*state.tried, *map(tuple, children)]))
         survivors, order = children, state.rng.sample(range(len(sizes)), len(sizes))
-        for windows, count in zip(settings.stage_windows, settings.survivors):
+        for windows, count in settings.stages(sum(sizes)):
             self.score(survivors, enough_chunks(sizes, order, windows))
             survivors = self.toolbox.select(survivors, count)
         self.score(survivors)
@@ -120,17 +127,51 @@ class _Search:
             return "max_seconds"
         return None
 
-    def children(self, parents: list[Individual], rng: random.Random) -> list[Individual]:
-        """`offspring` mutants, mixed first with probability `crossover`; all new, fewer where no new one is drawn."""
-        seen, children = {tuple(parent) for parent in parents}, []
-        for _ in range(self.settings.offspring):
+    def children(self, state: SearchState) -> list[Individual]:
+        """`offspring` children, none a parent, no two alike; fewer where no new one is drawn. The surrogate proposes
+        its share, where it can; the others are mutants, mixed first with probability `crossover`."""
+        settings, seen = self.settings, {tuple(parent) for parent in state.parents}
+        children = self.proposals(state, round(settings.proposed * settings.offspring))
+        seen |= {tuple(child) for child in children}
+        for _ in range(settings.offspring - len(children)):
             for _ in range(ATTEMPTS):
-                child = self.toolbox.mutate(self._origin(parents, rng), rng)
+                child = self._mutant(state.parents, state.rng)
                 if tuple(child) not in seen:
                     seen.add(tuple(child))
                     children.append(child)
                     break
         return children
+
+    def proposals(self, state: SearchState, count: int) -> list[Individual]:
+        """Up to `count` schedules never tried, for which the surrogate expects most, each as if the ones before were
+        measured: mutants of mutants of the best, ranked by the loss a deviation below what is expected."""
+        if count == 0:
+            return []
+        measured = [self.fitness.known(self.schedule(levels)) for levels in state.tried]
+        sparsity = self._sparsity(state.tried)
+        surrogate = Surrogate.fitted(sparsity, measured, self.fitness.sizes)
+        best = _ranked(dict(zip(state.tried, surrogate(sparsity).tolist())))
+        chosen, seen = [], set(state.tried)
+        for _ in range(count):
+            pool, expected = best, {}
+            for _ in range(ROUNDS):
+                drawn = {tuple(self._mutant(pool, state.rng)): None for _ in range(DRAWS)}
+                drawn = [levels for levels in drawn if levels not in seen and levels not in expected]
+                if drawn:
+                    expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations=DEVIATIONS).tolist()))
+                    pool = _ranked(expected)
+            if not expected:
+                break
+            chosen.append(pool[0])
+            seen.add(tuple(pool[0]))
+            surrogate = surrogate.believing(self._sparsity(pool[:1]))
+        return [Individual(levels) for levels in self.processes.from_first([list(one) for one in chosen])]
+
+    def _sparsity(self, individuals: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.array([self.schedule(levels).sparsity for levels in individuals])
+
+    def _mutant(self, parents: list[Individual], rng: random.Random) -> Individual:
+        return self.toolbox.mutate(self._origin(parents, rng), rng)
 
     def _origin(self, parents: list[Individual], rng: random.Random) -> Individual:
         if len(parents) > 1 and rng.random() < self.settings.crossover:
@@ -181,11 +222,13 @@ def genetic_search(
         resume: such a state; the search goes on from it to the result it would have had, `seeds` being the same.
         processes: those that share the measurements; every one of them calls this function with equal arguments.
 
-    UserError for seeds of another shape or budget, a state of another search, a stage of more windows than there are,
-    and processes that differ.
+    UserError for proposals without a memo, seeds of another shape or budget, a state of another search, a stage of
+    more windows than there are, and processes that differ.
     """
     processes = processes or Processes()
     _check_seeds(seeds, num_blocks, settings)
+    if settings.proposed and not fitness.remembers:
+        raise UserError("children are proposed from what was measured, which nothing remembers\nGive proposed = 0.")
     _check_stages(settings, fitness)
     seed_keys = {name: seed.key() for name, seed in seeds.items()}
     identity = json.loads(json.dumps({"settings": asdict(settings), "seeds": seed_keys, "fitness": fitness.identity()}))
@@ -212,6 +255,14 @@ def enough_chunks(sizes: Sequence[int], order: Sequence[int], windows: int) -> l
             break
         chosen.append(chunk)
     return sorted(chosen)
+
+
+def _ranked(expected: dict[tuple[int, ...], float]) -> list[Individual]:
+    """The `ELITE` best, each with what is expected of it as its loss."""
+    best = [Individual(levels) for levels in sorted(expected, key=expected.get)[:ELITE]]
+    for individual in best:
+        individual.fitness.values = (expected[tuple(individual)],)
+    return best
 
 
 def _distinct(population: list[Individual]) -> list[Individual]:

@@ -17,14 +17,16 @@ class SearchSettings:
         step: requested difference of two levels; the nearest that divides what the lower bounds leave is taken.
         generations: rounds of children.
         offspring: children per generation.
-        stage_windows: windows that the children of one generation are measured on, stage by stage, rising; () = all
-            windows at once. A stage is rounded up to whole chunks of windows (`fitness`).
+        stage_windows: windows that the children of one generation are measured on, stage by stage, rising; () = a
+            quarter and half of all. A stage is rounded up to whole chunks of windows (`fitness`).
         survivors: how many of a stage's children go on to the next, falling; those of the last are measured on all
-            windows, beside the parents.
+            windows, beside the parents. () = half of the children, a quarter, ...
         parents: schedules that go on to the next generation.
         tournament: a child's parent is the best of so many random ones (1: any).
         switches: most level switches per child.
         crossover: probability that a child mixes two parents before it is mutated.
+        proposed: share of the children that a model of the loss proposes, fitted to all that was measured
+            (`surrogate`); the others are drawn by mutation alone.
         patience: generations without a better schedule after which to stop; None = never.
         max_forward_tokens: no generation starts once so many tokens went through the model; None = no limit.
         max_seconds: no generation starts after so long, interruptions not counted; None = no limit. Where it ends a
@@ -35,14 +37,15 @@ class SearchSettings:
 
     budget: float
     step: float = 0.05
-    generations: int = 10
-    offspring: int = 12
-    stage_windows: tuple[int, ...] = (8,)
-    survivors: tuple[int, ...] = (3,)
+    generations: int = 15
+    offspring: int = 8
+    stage_windows: tuple[int, ...] = ()
+    survivors: tuple[int, ...] = ()
     parents: int = 2
     tournament: int = 1
     switches: int = 2
     crossover: float = 0.3
+    proposed: float = 0.75
     patience: int | None = None
     max_forward_tokens: int | None = None
     max_seconds: float | None = None
@@ -57,16 +60,23 @@ class SearchSettings:
                 raise UserError(f"{name} is {value}, must be at least 1")
         if self.generations < 0:
             raise UserError(f"generations is {self.generations}, must be at least 0")
-        if not 0.0 <= self.crossover <= 1.0:
-            raise UserError(f"crossover is {self.crossover}, must be in [0, 1]")
+        for name in ("crossover", "proposed"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"{name} is {getattr(self, name)}, must be in [0, 1]")
         if not 0.0 <= self.budget < 1.0:
             raise UserError(f"budget is {self.budget}, must be in [0, 1)")
         self._check_stages()
         self._check_bounds()
 
+    def stages(self, windows: int) -> list[tuple[int, int]]:
+        """(windows, survivors) of each stage of a search on so many windows; one on all of them is the last, anyway."""
+        asked = self.stage_windows or sorted({max(1, windows // 4), max(1, windows // 2)})
+        halves = [max(1, self.offspring >> place) for place in range(1, len(asked) + 1)]
+        return [(n, count) for n, count in zip(asked, self.survivors or halves) if n < windows]
+
     def _check_stages(self) -> None:
         windows, survivors = self.stage_windows, self.survivors
-        if len(windows) != len(survivors):
+        if survivors and len(windows) != len(survivors):
             raise UserError(
                 f"stage_windows has {len(windows)} stages, survivors {len(survivors)}\nGive one number for each stage."
             )

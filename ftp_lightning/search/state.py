@@ -16,7 +16,7 @@ class SearchState:
     """All that changes during a search; `record` makes it JSON-able, `restore` reads that.
 
     seconds: how long the generations took, interruptions not counted; no product holds it. tokens_before: forward
-    tokens of the fitness before this search.
+    tokens of the fitness before this search. tried: levels of all that was measured, in that order.
     """
 
     rng: random.Random
@@ -28,6 +28,7 @@ class SearchState:
     stale: int = 0
     seconds: float = 0.0
     tokens_before: int = 0
+    tried: list[tuple[int, ...]] = field(default_factory=list)
     entries: list[dict] = field(default_factory=list)
 
     def record(self) -> dict:
@@ -41,6 +42,7 @@ class SearchState:
             "best": {"sparsity": list(self.best.sparsity), "value": self.best_value},
             "allocations": dict(self.allocations),
             "parents": [{"levels": list(p), "value": p.loss} for p in self.parents],
+            "tried": [list(levels) for levels in self.tried],
             "log": [dict(entry) for entry in self.entries],
         }
 
@@ -53,7 +55,8 @@ class SearchState:
         best = record["best"]
         rest = {name: record[name] for name in ("generation", "stale", "seconds", "tokens_before")}
         found = Schedule(best["sparsity"]), best["value"], dict(record["allocations"])
-        return SearchState(rng, *found, parents, **rest, entries=list(record["log"]))
+        tried = [tuple(levels) for levels in record["tried"]]
+        return SearchState(rng, *found, parents, **rest, tried=tried, entries=list(record["log"]))
 
 
 def population_hash(population: list[Individual]) -> str:

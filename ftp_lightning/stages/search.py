@@ -48,14 +48,24 @@ class SearchStage(BudgetSettings, StageSettings):
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     batch_size: int = option(8, "windows per forward, at most the first of --stage_windows", least=1)
     step: float = option(0.05, "difference of two levels, taken so that it divides the budget", above=0.0, most=1.0)
-    generations: int = option(10, "rounds of children", least=0)
-    offspring: int = option(12, "children per generation", least=1)
-    stage_windows: tuple[int, ...] = option((8,), "windows that children are measured on, stage by stage, rising")
-    survivors: tuple[int, ...] = option((3,), "best children of each stage; the last are measured on all windows")
+    generations: int = option(15, "rounds of children", least=0)
+    offspring: int = option(8, "children per generation", least=1)
+    stage_windows: tuple[int, ...] = option(
+        (), "windows that children are measured on, stage by stage, rising; default: a quarter and half of all"
+    )
+    survivors: tuple[int, ...] = option(
+        (), "best children of each stage; the last are measured on all windows; default: a half, a quarter"
+    )
     parents: int = option(2, "schedules that go on", least=1)
     tournament: int = option(1, "a child's parent is the best of so many random ones", least=1)
     switches: int = option(2, "most level switches per child", least=1)
     crossover: float = option(0.3, "probability that a child mixes two parents", least=0.0, most=1.0)
+    proposed: float = option(
+        0.75,
+        "share of the children that a model of the loss, fitted to what was measured, proposes",
+        least=0.0,
+        most=1.0,
+    )
     patience: int | None = option(None, "generations without a better schedule after which to stop", least=1)
     max_forward_tokens: int | None = option(None, "stop once so many tokens went through the model", least=1)
     max_seconds: float | None = option(None, "stop after so many seconds of search", above=0.0)
@@ -81,21 +91,15 @@ class SearchStage(BudgetSettings, StageSettings):
                 check_reachable(budget, self.prompt_tokens)
 
     @property
-    def stages(self) -> tuple[int, ...]:
-        """Windows of each stage: those asked for; where nothing was asked, no more than there are."""
-        asked = self.stage_windows
-        return tuple(min(n, self.windows) for n in asked) if asked == SearchStage.stage_windows else asked
-
-    @property
     def chunk(self) -> int:
         """Windows per forward: a stage's windows are whole chunks."""
-        return min(self.batch_size, *self.stages[:1])
+        return min(self.batch_size, *self.stage_windows or (max(1, self.windows // 4),))
 
     def search_settings(self) -> SearchSettings:
         """What `search.genetic` is told."""
         from ftp_lightning.search.settings import SearchSettings
 
-        return replace(picked(SearchSettings, self), stage_windows=self.stages)
+        return picked(SearchSettings, self)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.models import resolve_device

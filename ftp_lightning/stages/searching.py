@@ -88,11 +88,12 @@ class _Listener:
 
     def __init__(self, settings: SearchStage, folder: StageFolder, progress: Progress, logger: Any):
         self.settings, self.folder, self.progress, self.logger = settings, folder, progress, logger
-        self.searches = max(1, len(settings.budgets))
+        self.searches = max(1, 2 * len(settings.budgets) - 1)  # at most: in ascending order, and again in descending
 
     def __call__(self, state: dict) -> None:
         self.folder.save_state(state)
-        current, done = (state["current"], len(state["done"])) if "current" in state else (state, 0)
+        current = state.get("current", state)
+        done = len(state.get("done", ())) + len(state.get("again", ()))
         generation, entry, total = current["generation"], current["log"][-1], self.settings.generations
         step = done * (total + 1) + generation
         if self.logger:
