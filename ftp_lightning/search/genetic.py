@@ -36,8 +36,12 @@ from ftp_lightning.search.surrogate import Surrogate
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 20  # draws per child until it is one not seen in this generation
-ROUNDS, DRAWS, ELITE = 3, 80, 8  # a proposal: rounds of mutation on the surrogate, draws of each, how many go on
-DEVIATIONS = 0.2  # what is uncertain counts as so many deviations better: few, as there are many blocks to explore
+DRAWS, ELITE = 80, 8  # a proposal: mutants drawn in each of its rounds, how many of them go on
+REACH = (
+    (2, 0.0),
+    (4, 0.3),
+    (8, 1.0),
+)  # its rounds, and how many deviations what is uncertain counts as better, in turn
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,13 @@ class _Search:
         surrogate = Surrogate.fitted(sparsity, measured, self.fitness.sizes)
         best = _ranked(dict(zip(state.tried, surrogate(sparsity).tolist())))
         chosen, seen = [], set(state.tried)
-        for _ in range(count):
-            pool, expected = best, {}
-            for _ in range(ROUNDS):
+        for place in range(count):
+            (rounds, deviations), pool, expected = REACH[place % len(REACH)], best, {}
+            for _ in range(rounds):
                 drawn = {tuple(self._mutant(pool, state.rng)): None for _ in range(DRAWS)}
                 drawn = [levels for levels in drawn if levels not in seen and levels not in expected]
                 if drawn:
-                    expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations=DEVIATIONS).tolist()))
+                    expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations).tolist()))
                     pool = _ranked(expected)
             if not expected:
                 break
