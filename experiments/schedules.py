@@ -192,35 +192,32 @@ class Cell:
 
 
 class Held:
-    """Windows of test text as the searches have them, half with facts to recall, of their length and twice that."""
+    """Windows of test text as the searches have them, half with facts to recall, of their length and twice that;
+    measured dense once per process. test: a `budgets.Test` of the same seed and source."""
 
     known: dict = {}
 
-    def __init__(self, args, seed):
-        if seed not in self.known:
-            self.known[seed] = self._prepare(args, seed)
-        self.sets = self.known[seed]
+    def __init__(self, args, seed, source, test):
+        self.model = test.model
+        if (seed, source) not in self.known:
+            self.known[seed, source] = self._prepare(args, seed, source, test)
+        self.sets = self.known[seed, source]
 
-    def _prepare(self, args, seed):
+    def _prepare(self, args, seed, source, test):
         from ftp_lightning.data.sources import load_documents
         from ftp_lightning.data.windows import calibration_windows
         from ftp_lightning.evaluation.continuation import teacher_logprobs
-        from ftp_lightning.models import load
 
-        self.model, tokenizer = load(args.model, dtype=args.dtype)
-        source = next(iter(study.tests_of(args).values()))
         documents = load_documents(source, "test" if source == "embedded" else "all")
-        found = {}
-        for name, prompt in HELD.items():
-            windows = calibration_windows(tokenizer, documents, prompt, 64, args.windows, seed)
-            found[name] = (self.model, windows, teacher_logprobs(self.model, windows, 8))
-        return found
+        shapes = [(documents, prompt, 64, args.windows, seed) for prompt in HELD.values()]
+        sets = [calibration_windows(test.tokenizer, *shape) for shape in shapes]
+        return {name: (windows, teacher_logprobs(test.model, windows, 8)) for name, windows in zip(HELD, sets)}
 
     def measure(self, name, pruner):
         from ftp_lightning.evaluation.continuation import evaluate_windows
 
-        model, windows, teacher = self.sets[name]
-        text = evaluate_windows(model, windows, pruner, batch_size=8, teacher=teacher)
+        windows, teacher = self.sets[name]
+        text = evaluate_windows(self.model, windows, pruner, batch_size=8, teacher=teacher)
         return {"kl": text.kl_mean, "kl_rows": text.kl_rows}
 
 
@@ -245,8 +242,9 @@ def run_cell(args, kv, budget, seed):
     if all(known.get(name, {}).keys() >= {"kept", *HELD} for name in args.methods):
         return
     cell = Cell(args, kv, budget, seed)
-    test = study.Test(args, seed, next(iter(study.tests_of(args).values())), recall=True)
-    held = Held(args, seed)
+    source = next(iter(study.tests_of(args).values()))
+    test = study.Test(args, seed, source, recall=True)
+    held = Held(args, seed, source, test)
     for name in args.methods:
         row = known.setdefault(name, {})
         if not row:

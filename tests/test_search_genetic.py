@@ -258,7 +258,7 @@ def test_a_family_warm_starts_each_budget_and_resumes_between_and_within_them():
     ask = {budget: {"uniform": Schedule.uniform(BLOCKS, budget)} for budget in (0.6, 0.2, 0.4)}
     states = []
     whole = search_family(Distance(), BLOCKS, settings(generations=3), ask, states.append)
-    assert list(whole) == [0.2, 0.4, 0.6] and len(states) >= 12
+    assert list(whole) == [0.2, 0.4, 0.6] and len(states) == 20  # two budgets were searched again
     assert [abs(found.schedule.budget - budget) <= 1e-9 for budget, found in whole.items()] == [True] * 3
     assert [list(found.allocations) for found in whole.values()] == [["uniform"], *[["uniform", NEIGHBOUR]] * 2]
     for stop in (1, 3, 5, 10):

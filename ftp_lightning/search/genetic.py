@@ -37,11 +37,8 @@ from ftp_lightning.search.surrogate import Surrogate
 log = logging.getLogger(__name__)
 ATTEMPTS = 20  # draws per child until it is one not seen in this generation
 DRAWS, ELITE = 80, 8  # a proposal: mutants drawn in each of its rounds, how many of them go on
-REACH = (
-    (2, 0.0),
-    (4, 0.3),
-    (8, 1.0),
-)  # its rounds, and how many deviations what is uncertain counts as better, in turn
+REACH = ((2, 0.0), (4, 0.3), (8, 1.0))
+"""Of a proposal, in turn: its rounds, and the deviations by which what is uncertain counts as better."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class _Search:
 
     def proposals(self, state: SearchState, count: int) -> list[Individual]:
         """Up to `count` schedules never tried, for which the surrogate expects most, each as if the ones before were
-        measured: mutants of mutants of the best, ranked by the loss a deviation below what is expected."""
+        measured; near and far from the best in turn."""
         if count == 0:
             return []
         measured = [self.fitness.known(self.schedule(levels)) for levels in state.tried]
@@ -157,19 +154,32 @@ class _Search:
         best = _ranked(dict(zip(state.tried, surrogate(sparsity).tolist())))
         chosen, seen = [], set(state.tried)
         for place in range(count):
-            (rounds, deviations), pool, expected = REACH[place % len(REACH)], best, {}
-            for _ in range(rounds):
-                drawn = {tuple(self._mutant(pool, state.rng)): None for _ in range(DRAWS)}
-                drawn = [levels for levels in drawn if levels not in seen and levels not in expected]
-                if drawn:
-                    expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations).tolist()))
-                    pool = _ranked(expected)
-            if not expected:
+            proposal = self._proposal(surrogate, best, seen, state.rng, *REACH[place % len(REACH)])
+            if proposal is None:
                 break
-            chosen.append(pool[0])
-            seen.add(tuple(pool[0]))
-            surrogate = surrogate.believing(self._sparsity(pool[:1]))
+            chosen.append(proposal)
+            seen.add(tuple(proposal))
+            surrogate = surrogate.believing(self._sparsity([proposal]))
         return [Individual(levels) for levels in self.processes.from_first([list(one) for one in chosen])]
+
+    def _proposal(
+        self,
+        surrogate: Surrogate,
+        best: list[Individual],
+        seen: set,
+        rng: random.Random,
+        rounds: int,
+        deviations: float,
+    ) -> Individual | None:
+        """The mutant of mutants of the best, none of those seen, of least expected loss; None where none is drawn."""
+        pool, expected = best, {}
+        for _ in range(rounds):
+            drawn = dict.fromkeys(tuple(self._mutant(pool, rng)) for _ in range(DRAWS))
+            drawn = [levels for levels in drawn if levels not in seen and levels not in expected]
+            if drawn:
+                expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations).tolist()))
+                pool = _ranked(expected)
+        return pool[0] if expected else None
 
     def _sparsity(self, individuals: Sequence[Sequence[int]]) -> np.ndarray:
         return np.array([self.schedule(levels).sparsity for levels in individuals])
@@ -263,10 +273,7 @@ def enough_chunks(sizes: Sequence[int], order: Sequence[int], windows: int) -> l
 
 def _ranked(expected: dict[tuple[int, ...], float]) -> list[Individual]:
     """The `ELITE` best, each with what is expected of it as its loss."""
-    best = [Individual(levels) for levels in sorted(expected, key=expected.get)[:ELITE]]
-    for individual in best:
-        individual.fitness.values = (expected[tuple(individual)],)
-    return best
+    return [Individual(levels, expected[levels]) for levels in sorted(expected, key=expected.get)[:ELITE]]
 
 
 def _distinct(population: list[Individual]) -> list[Individual]:

@@ -28,9 +28,9 @@ class Loss(base.Fitness):
 class Individual(list):
     """Integer levels, one per block, with the loss DEAP sorts by. No global creator: it pickles and copies anywhere."""
 
-    def __init__(self, levels: Sequence[int] = ()):
+    def __init__(self, levels: Sequence[int] = (), loss: float | None = None):
         super().__init__(levels)
-        self.fitness = Loss()
+        self.fitness = Loss() if loss is None else Loss((loss,))
 
     @property
     def loss(self) -> float:

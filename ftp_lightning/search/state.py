@@ -51,7 +51,7 @@ class SearchState:
         rng = random.Random()
         version, numbers, gauss = record["rng"]
         rng.setstate((version, tuple(numbers), gauss))
-        parents = [_individual(**p) for p in record["parents"]]
+        parents = [Individual(p["levels"], p["value"]) for p in record["parents"]]
         best = record["best"]
         rest = {name: record[name] for name in ("generation", "stale", "seconds", "tokens_before")}
         found = Schedule(best["sparsity"]), best["value"], dict(record["allocations"])
@@ -63,9 +63,3 @@ def population_hash(population: list[Individual]) -> str:
     """16 hex digits over levels and losses, to the last bit: processes that drift apart show it."""
     text = json.dumps([[list(individual), individual.loss] for individual in population])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _individual(levels: list[int], value: float) -> Individual:
-    individual = Individual(levels)
-    individual.fitness.values = (value,)
-    return individual
