@@ -5,16 +5,18 @@ For every (kv, budget, seed), with the static router: the closed-form allocation
 genetic algorithm as in the paper (population 32, all calibration windows for every candidate, 30 generations, no memo),
 EvoPress' published settings for non-uniform sparsity (64 children; 8, 2 and 1 survive on 1/32, 1/4 and all of the
 calibration tokens, a window at least; no memo), both with our operators, and ours. All searches stop at the forward
-tokens that the plain one takes; those that start from a measured sensitivity are charged for it. Then every schedule is
-measured on test text and on questions that need something far back in the prompt, as experiments/budgets.py measures
+tokens that the plain one takes, ours at half of them; what starts from a measured sensitivity is charged for it. Ours
+has four times the calibration windows, as it measures most candidates on a quarter of them; "ours same windows" has
+those of the others. Calibration KL is that on the common windows. Then every schedule
+is measured on test text and on questions that need something far back in the prompt, as experiments/budgets.py measures
 them, and on windows of test text as the searches have them, of their length and of twice that.
 
 What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--methods` does only
 those; `--tables` only writes tables and figure. These show the cells in which every method is finished.
 
 The rivals have no memo and no shared prefixes, and are charged for every token. What they would compute twice is
-computed once here, which changes no digit; and a random schedule that is already behind on some windows is not measured
-on the others.
+computed once here, which changes no digit; and a schedule of the plain GA and of best-of-N random that is already
+behind on some windows, and so cannot be chosen, is not measured on the others.
 """
 
 import argparse
@@ -30,11 +32,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets as study
 
-SEARCHES = ("best of random", "plain GA", "EvoPress settings", "ours")
+SEARCHES = ("best of random", "plain GA", "EvoPress settings", "ours same windows", "ours")
+ON_COMMON = SEARCHES[:-1]
+"""Those that minimise the loss on the common calibration windows; ours has `MORE` times as many."""
+MORE = 4
 HELD = {"held": 192, "long": 448}
 """Windows of test text: the prompt tokens of each kind; 64 tokens of continuation follow."""
 STARTS_FROM = {"block influence": ("dense",), "gradient": ("dense", "gradient"), "sensitivity": ("dense", "kl")}
-"""What of the sensitivity an allocation looks at; its forward tokens are charged to it. Ours looks at everything."""
+STARTS_FROM |= dict.fromkeys(("ours", "ours same windows"), ("dense", "gradient", "kl"))
+"""What of the sensitivity a method looks at; its forward tokens are charged to it."""
 
 
 def arguments():
@@ -48,7 +54,6 @@ def arguments():
     parser.add_argument("--calibration_windows", type=int, default=32)
     parser.add_argument("--population", type=int, default=32, help="of the plain GA")
     parser.add_argument("--generations", type=int, default=30, help="of the plain GA")
-    parser.add_argument("--patience", type=int, default=30, help="of ours: generations without a better schedule")
     parser.add_argument("--items", type=int, default=700, help="recall questions per seed")
     parser.add_argument("--windows", type=int, default=64, help="windows of test text per seed")
     parser.add_argument("--dtype", default="float32")
@@ -82,7 +87,8 @@ class Cell:
         self.model, tokenizer = load(args.model, dtype=args.dtype)
         self.blocks = self.model.config.num_hidden_layers
         documents = load_documents(args.calibration, "calibration" if args.calibration == "embedded" else "all")
-        self.windows = calibration_windows(tokenizer, documents, 192, 64, args.calibration_windows, seed)
+        self.more_windows = calibration_windows(tokenizer, documents, 192, 64, MORE * args.calibration_windows, seed)
+        self.windows = self.more_windows.subset(range(args.calibration_windows))
         self.tokens = args.population * (args.generations + 1) * self.windows.input_ids.numel()
 
     def make_pruner(self, schedule):
@@ -90,10 +96,11 @@ class Cell:
 
         return TokenPruner(StaticRouter(), schedule, kv=self.kv)
 
-    def fitness(self, chunk, ours=True):
+    def fitness(self, chunk, ours=True, windows=None):
         from ftp_lightning.search.fitness import ContinuationFitness
 
-        found = ContinuationFitness(self.model, self.windows, self.make_pruner, chunk, memo=ours, share_prefix=ours)
+        about = {"chunk": chunk, "memo": ours, "share_prefix": ours}
+        found = ContinuationFitness(self.model, windows or self.windows, self.make_pruner, **about)
         if not ours:  # charged each time, computed once
             found.measure = functools.cache(found.measure)
         return found
@@ -110,30 +117,53 @@ class Cell:
         rng = random.Random(f"{self.seed}/schedules")
         return [random_allocation(self.blocks, self.budget, rng) for _ in range(count)]
 
+    def bounded(self):
+        from ftp_lightning.search.fitness import MemoFitness
+
+        class Bounded(MemoFitness):
+            """The loss on all windows, or what it is at least once that is above `bound`: a loss is never negative,
+            so what is behind on some windows stays behind. Charged in full."""
+
+            bound = float("inf")
+
+            def measure(self, schedule, chunk):
+                total = 0.0
+                for part, size in enumerate(parts.sizes):
+                    total += parts.measure(schedule, part) * size / sum(parts.sizes)
+                    if total > self.bound:
+                        break
+                return total
+
+            def cost(self, schedule, chunk):
+                return parts.windows.input_ids.numel()
+
+        parts = self.fitness(2, ours=False)
+        found = Bounded([len(self.windows)], memo=False)
+        found.forward_tokens = parts.forward_tokens
+        return found
+
     def best_of_random(self):
         """As many random schedules as the plain GA measures candidates, on all windows each."""
-        fitness, best, curve = self.fitness(2, ours=False), (float("inf"), None), []
-        spent, each = fitness.forward_tokens, self.windows.input_ids.numel()
+        fitness, best, curve = self.bounded(), None, []
         for schedule in self.random_schedules(self.args.population * (self.args.generations + 1)):
-            spent += each
-            total = 0.0
-            for chunk, size in enumerate(fitness.sizes):  # a loss is never negative: what is behind stays behind
-                total += fitness(schedule, [chunk]) * size / len(self.windows)
-                if total >= best[0]:
-                    break
-            else:
-                best = (total, schedule)
-            curve.append((spent, best[0]))
-        return best[1], curve
+            loss = fitness(schedule)
+            if loss < fitness.bound:
+                fitness.bound, best = loss, schedule
+            curve.append((fitness.forward_tokens, fitness.bound))
+        return best, curve
 
     def searched(self, name):
         from ftp_lightning import Schedule
         from ftp_lightning.search.allocate import seed_allocations
         from ftp_lightning.search.genetic import genetic_search
 
-        size, count = self.args.population, self.args.calibration_windows
+        size, count, hear = self.args.population, self.args.calibration_windows, None
         if name == "plain GA":
-            fitness = self.fitness(8, ours=False)
+            fitness = self.bounded()
+
+            def hear(state):  # a child worse than all parents is no parent
+                fitness.bound = max(parent["value"] for parent in state["parents"])
+
             alone = {"stage_windows": (count,), "survivors": (size,)}
             more = {"offspring": size, "parents": size, "tournament": 3, "crossover": 0.6, "proposed": 0.0}
             settings = self.settings(**more, switches=1, **alone)
@@ -145,11 +175,11 @@ class Cell:
             settings = self.settings(offspring=64, parents=1, crossover=0.0, switches=3, proposed=0.0, **stages)
             seeds = {"uniform": Schedule.uniform(self.blocks, self.budget)}
         else:
-            fitness = self.fitness(max(1, count // 4))
-            limit = max(1, self.tokens - self.charged(name))
-            settings = self.settings(max_forward_tokens=limit, patience=self.args.patience)
+            windows = self.more_windows if name == "ours" else self.windows
+            fitness = self.fitness(max(1, len(windows) // 4), windows=windows)
+            settings = self.settings(max_forward_tokens=max(1, self.tokens // 2 - self.charged(name)))
             seeds = seed_allocations(self.request())
-        found = genetic_search(fitness, self.blocks, settings, seeds)
+        found = genetic_search(fitness, self.blocks, settings, seeds, hear)
         return found.schedule, [(entry["forward_tokens"], entry["best"]) for entry in found.generations]
 
     def request(self, measure=None):
@@ -178,8 +208,7 @@ class Cell:
 
     def charged(self, name):
         """Forward tokens of the measured sensitivity that a method starts from."""
-        looked_at = ("dense", "gradient", "kl") if name == "ours" else STARTS_FROM.get(name, ())
-        return sum(self.sensitivity["forward_tokens"][part] for part in looked_at)
+        return sum(self.sensitivity["forward_tokens"][part] for part in STARTS_FROM.get(name, ()))
 
     def made(self, name):
         if name in SEARCHES:
@@ -249,7 +278,8 @@ def run_cell(args, kv, budget, seed):
         row = known.setdefault(name, {})
         if not row:
             schedule, curve = cell.find(name)
-            row |= {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": curve[-1][1]}
+            calibration = curve[-1][1] if name != "ours" else cell.fitness(8)(schedule)
+            row |= {"sparsity": list(schedule.sparsity), "curve": curve, "calibration": calibration}
         pruner = cell.make_pruner(Schedule(row["sparsity"]))
         if "kept" not in row:
             row |= test.measure(pruner)
@@ -298,8 +328,8 @@ def table(args, kv, budget):
             shown.append("" if name == "ours" else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
         print(f"| {name} | {' | '.join(shown)} | {statistics.median(row['curve'][-1][0] for row in rows):,.0f} |")
     for rival in ("plain GA", "EvoPress settings"):
-        shares = [share_of_tokens(cell["ours"]["curve"], cell[rival]["curve"]) for cell in cells]
-        print(f"\nForward tokens of ours to the final loss of {rival}, as a share of its own: {shares}")
+        shares = [share_of_tokens(cell["ours same windows"]["curve"], cell[rival]["curve"]) for cell in cells]
+        print(f"\nForward tokens to the final loss of {rival}, ours same windows as a share of its own: {shares}")
 
 
 def share_of_tokens(ours, rival):
@@ -327,7 +357,7 @@ def figure(args):
             draw_schedules(bottom, found[budget, kv])
         axes[0][0].set_ylabel("best calibration KL (nats)")
         axes[1][0].set_ylabel("sparsity, mean over seeds")
-        drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SEARCHES))
+        drawing.legend(*axes[1][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SEARCHES))
         freeze(drawing)
         (args.output / "schedules.png").write_bytes(to_png(drawing))
 
@@ -337,12 +367,11 @@ def draw_curves(axis, cells):
     from ftp_lightning.report.figures import kl_scale_to_range, si_formatter
     from ftp_lightning.report.style import CYCLE, plain_log
 
-    points = [point for cell in cells for name in SEARCHES for point in cell[name]["curve"]]
+    points = [point for cell in cells for name in ON_COMMON for point in cell[name]["curve"]]
     tokens, losses = zip(*points)
-    for color, name in zip(CYCLE, SEARCHES):
-        for place, cell in enumerate(cells):
-            label, curve = name if place == 0 else None, cell[name]["curve"]
-            axis.step(*zip(*curve), where="post", color=color, alpha=0.8, label=label, marker="o", markevery=[-1])
+    for color, name in zip(CYCLE, ON_COMMON):
+        for cell in cells:
+            axis.step(*zip(*cell[name]["curve"]), where="post", color=color, alpha=0.8, marker="o", markevery=[-1])
     axis.set(xscale="log", xlabel="forward tokens")
     plain_log(axis.xaxis, math.log10(max(tokens) / min(tokens)))
     axis.xaxis.set_major_formatter(si_formatter())
@@ -355,7 +384,8 @@ def draw_schedules(axis, cells):
 
     for shift, (color, name) in enumerate(zip(CYCLE, SEARCHES)):
         means = [statistics.mean(column) for column in zip(*(cell[name]["sparsity"] for cell in cells))]
-        axis.bar([block + 0.2 * (shift - 1.5) for block in range(1, len(means) + 1)], means, 0.2, color=color)
+        places = [block + 0.16 * (shift - 2) for block in range(1, len(means) + 1)]
+        axis.bar(places, means, 0.16, color=color, label=name)
     axis.set(xlabel="block", ylim=(0, 1), xticks=range(1, len(means) + 1, max(1, len(means) // 8)))
 
 

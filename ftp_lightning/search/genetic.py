@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 20  # draws per child until it is one not seen in this generation
 DRAWS, ELITE = 80, 8  # a proposal: mutants drawn in each of its rounds, how many of them go on
 REACH = ((2, 0.0), (4, 0.3), (8, 1.0))
-"""Of a proposal, in turn: its rounds, and the deviations by which what is uncertain counts as better."""
+"""Of a proposal: its rounds, and the deviations by which what is uncertain counts as better. Which suits depends on the
+model, the budget and the kv mode."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class _Search:
         state = SearchState(random.Random(self.settings.seed), seeds[best], allocations[best], allocations, [])
         state.tokens_before = before
         state.tried = [tuple(individual) for individual in population]
+        state.wins = [0] * len(REACH)
         self._conclude(state, population, children=0)
         state.stale = 0  # no generation has been tried yet
         return state
@@ -145,7 +147,7 @@ class _Search:
 
     def proposals(self, state: SearchState, count: int) -> list[Individual]:
         """Up to `count` schedules never tried, for which the surrogate expects most, each as if the ones before were
-        measured; near and far from the best in turn."""
+        measured. How far from the best each may lie is drawn, by how often that led to a better schedule so far."""
         if count == 0:
             return []
         measured = [self.fitness.known(self.schedule(levels)) for levels in state.tried]
@@ -153,14 +155,14 @@ class _Search:
         surrogate = Surrogate.fitted(sparsity, measured, self.fitness.sizes)
         best = _ranked(dict(zip(state.tried, surrogate(sparsity).tolist())))
         chosen, seen = [], set(state.tried)
-        for place in range(count):
-            proposal = self._proposal(surrogate, best, seen, state.rng, *REACH[place % len(REACH)])
+        for reach in state.rng.choices(range(len(REACH)), [(1 + wins) ** 2 for wins in state.wins], k=count):
+            proposal = self._proposal(surrogate, best, seen, state.rng, *REACH[reach])
             if proposal is None:
                 break
-            chosen.append(proposal)
+            chosen.append((list(proposal), reach))
             seen.add(tuple(proposal))
             surrogate = surrogate.believing(self._sparsity([proposal]))
-        return [Individual(levels) for levels in self.processes.from_first([list(one) for one in chosen])]
+        return [Individual(levels, reach=reach) for levels, reach in self.processes.from_first(chosen)]
 
     def _proposal(
         self,
@@ -200,6 +202,8 @@ class _Search:
         champion = state.parents[0]
         state.stale += 1
         if champion.loss < state.best_value:
+            if champion.reach is not None:
+                state.wins[champion.reach] += 1
             state.best, state.best_value, state.stale = self.schedule(champion), champion.loss, 0
         state.entries.append(
             {

@@ -26,10 +26,12 @@ class Loss(base.Fitness):
 
 
 class Individual(list):
-    """Integer levels, one per block, with the loss DEAP sorts by. No global creator: it pickles and copies anywhere."""
+    """Integer levels, one per block, with the loss DEAP sorts by. No global creator: it pickles and copies anywhere.
+    reach: by which of its ways a surrogate proposed it, if it did."""
 
-    def __init__(self, levels: Sequence[int] = (), loss: float | None = None):
+    def __init__(self, levels: Sequence[int] = (), loss: float | None = None, reach: int | None = None):
         super().__init__(levels)
+        self.reach = reach
         self.fitness = Loss() if loss is None else Loss((loss,))
 
     @property

@@ -5,11 +5,13 @@ Measuring a schedule costs a forward over calibration windows; asking the proces
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 MOST_POINTS = 300
 """The surrogate is fitted to so many measured schedules, the best: its cost grows with their cube."""
@@ -58,17 +60,20 @@ class Process:
 
     def __init__(self, covariance: np.ndarray, scores: np.ndarray, noise: float):
         self.mean = scores.mean()
-        factor = np.linalg.cholesky(covariance + noise * np.eye(len(scores)))
-        self._unfactor = np.linalg.inv(factor)
-        whitened = self._unfactor @ (scores - self.mean)
-        self._weights = self._unfactor.T @ whitened
-        self.scale = math.sqrt(max(float(whitened @ whitened) / len(scores), 1e-12))
-        self.likelihood = -len(scores) * math.log(self.scale) - float(np.log(np.diag(factor)).sum())
+        self._factor = np.linalg.cholesky(covariance + noise * np.eye(len(scores)))
+        self._whitened = self._whiten(scores[:, None] - self.mean)
+        self.scale = math.sqrt(max(float(np.square(self._whitened).mean()), 1e-12))
+        self.likelihood = -len(scores) * math.log(self.scale) - float(np.log(np.diag(self._factor)).sum())
 
     def __call__(self, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation of the score at m points; near (m, n): their covariance with those measured."""
-        explained = np.square(self._unfactor @ near.T).sum(0)
-        return self.mean + near @ self._weights, self.scale * np.sqrt(np.maximum(1.0 - explained, 1e-12))
+        whitened = self._whiten(near.T)
+        left = 1.0 - np.square(whitened).sum(0)
+        return self.mean + whitened.T @ self._whitened[:, 0], self.scale * np.sqrt(np.maximum(left, 1e-12))
+
+    def _whiten(self, columns: np.ndarray) -> np.ndarray:
+        factor, columns = torch.from_numpy(self._factor), torch.from_numpy(np.ascontiguousarray(columns))
+        return torch.linalg.solve_triangular(factor, columns, upper=False).numpy()
 
 
 class Surrogate:
@@ -116,10 +121,13 @@ class Surrogate:
         return np.stack([mean for mean, _ in found], 1), np.stack([deviation for _, deviation in found], 1)
 
     def _likeliest(self) -> Kernel:
+        @functools.cache
+        def likelihood(kernel: Kernel) -> float:
+            return sum(process.likelihood for process in self._processes(kernel, most=4))
+
         kernel = Kernel()
         for name in (*GRID, *GRID):
-            tried = [replace(kernel, **{name: value}) for value in GRID[name]]
-            kernel = max(tried, key=lambda k: sum(process.likelihood for process in self._processes(k, most=4)))
+            kernel = max((replace(kernel, **{name: value}) for value in GRID[name]), key=likelihood)
         return kernel
 
     def _processes(self, kernel: Kernel, most: int | None = None) -> list[Process]:
