@@ -1,5 +1,6 @@
 """Windows: exact lengths, no overlap within a pass, balance, determinism; the data module's order."""
 
+import itertools
 import random
 
 import pytest
@@ -124,19 +125,12 @@ def rows_of(loader):
     return [row.tolist() for batch in loader for row in batch["input_ids"]]
 
 
-def test_module_shuffles_by_seed_and_epoch_and_keeps_order_elsewhere():
+def test_module_shuffles_by_seed_and_pass_and_keeps_order_elsewhere():
     windows = Windows(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
     data = WindowsData(windows, windows.subset([2, 1]), batch_size=4, seed=7)
-    loader = data.train_dataloader()
-    epochs = []
-    for epoch in range(3):
-        loader.sampler.set_epoch(epoch)
-        epochs.append(rows_of(loader))
-    assert all(sorted(rows) == windows.input_ids.tolist() for rows in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    resumed = WindowsData(windows, batch_size=4, seed=7).train_dataloader()
-    resumed.sampler.set_epoch(2)
-    assert rows_of(resumed) == epochs[2]
+    rows = rows_of(itertools.islice(data.train_dataloader(), 5))  # two passes over ten rows
+    assert sorted(rows[:10]) == sorted(rows[10:]) == windows.input_ids.tolist()
+    assert rows[:10] != rows[10:]
     assert rows_of(data.val_dataloader()) == windows.input_ids[[2, 1]].tolist()
     assert rows_of(data.predict_dataloader()) == windows.input_ids.tolist()
     batches = list(data.predict_dataloader())
@@ -147,7 +141,7 @@ def test_module_shuffles_by_seed_and_epoch_and_keeps_order_elsewhere():
         WindowsData(windows, batch_size=0)
 
 
-def test_lightning_tells_the_sampler_the_epoch():
+def test_a_trainer_sees_pass_after_pass():
     from lightning import LightningModule, Trainer
 
     class Watch(LightningModule):
@@ -170,8 +164,24 @@ def test_lightning_tells_the_sampler_the_epoch():
         "enable_model_summary": False,
     }
     watch = Watch()
-    Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(watch, WindowsData(windows, seed=3))
+    Trainer(max_steps=20, accelerator="cpu", **quiet).fit(watch, WindowsData(windows, seed=3))
     assert sorted(watch.seen[:10]) == sorted(watch.seen[10:]) and watch.seen[:10] != watch.seen[10:]
+
+
+def test_processes_and_a_resumed_training_see_the_batches_of_one():
+    windows = Windows(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
+
+    def batches(count, **changes):
+        loader = WindowsData(windows, batch_size=3, seed=7, random_prompt=(2, 5)).train_dataloader()
+        loader.__dict__.update(changes)
+        found = itertools.islice(loader, count)
+        return [(batch["number"], batch["prompt_tokens"], batch["input_ids"].tolist()) for batch in found]
+
+    whole = batches(8)
+    assert [number for number, _, _ in whole] == list(range(8))
+    assert {prompt for _, prompt, _ in whole} <= {2, 3, 4, 5} and len({prompt for _, prompt, _ in whole}) > 1
+    assert batches(5, done=3) == whole[3:]
+    assert batches(4, rank=0, world=2) == whole[::2] and batches(4, rank=1, world=2) == whole[1::2]
 
 
 def test_facts_of_windows_have_company():

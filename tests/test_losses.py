@@ -8,7 +8,7 @@ from ftp_lightning import losses
 
 
 def test_distillation_is_relative():
-    teacher = torch.tensor([[1.0, 2.0, 2.0]])
+    teacher = torch.tensor([[[1.0, 2.0, 2.0]]])
     assert losses.distillation_loss(teacher, teacher) == 0
     assert torch.isclose(losses.distillation_loss(teacher + 1, teacher), torch.tensor(1 / 3))
     assert torch.isclose(losses.distillation_loss(10 * teacher + 10, 10 * teacher), torch.tensor(1 / 3))

@@ -6,7 +6,8 @@ from test_engine import BLOCKS, seeded, tiny_llama
 
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner, UserError
 from ftp_lightning.data.windows import Windows
-from ftp_lightning.lit.router_training import RouterTraining, TrainingSettings, fit_router
+from ftp_lightning.lit.fitting import fit_router
+from ftp_lightning.lit.router_training import RouterTraining, TrainingSettings
 
 SCHEDULE = Schedule([0.0, 0.5, 0.5, 0.5])
 
@@ -90,9 +91,9 @@ def test_student_is_the_teacher_where_only_the_last_block_is_pruned_under_keep()
     pruner = TokenPruner(seeded(DynamicRouter), Schedule([0.0, 0.0, 0.0, 0.5]), kv="keep")
     system = RouterTraining(model, pruner, TrainingSettings())
     batch = {"input_ids": windows(2).input_ids, "prompt_tokens": 18}
-    student, teacher = system.hidden_states(batch)
+    student, teacher, _ = system.student_and_teacher(batch)
     # the last prompt token is reserved and everything behind it dense: under `keep` the student is the teacher there
-    assert torch.allclose(student, teacher, atol=1e-12)
+    assert torch.allclose(student["hidden"], teacher["hidden"], atol=1e-12)
 
 
 def test_a_router_without_parameters_is_refused():

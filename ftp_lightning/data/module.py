@@ -1,50 +1,85 @@
-"""Windows as a LightningDataModule."""
+"""Rows of text as a LightningDataModule."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from ftp_lightning.data.windows import Windows
 
 
-class EpochSampler(RandomSampler):
-    """A permutation that depends on (seed, epoch) alone, so a resumed run goes on as the uninterrupted one would have.
+class TrainingBatches:
+    """Batches of rows without end: pass after pass over all rows, each in an order that (seed, pass) alone decides.
 
-    Lightning calls `set_epoch` before every epoch. Being a RandomSampler it may be replaced by Lightning's
-    DistributedSampler (also seeded and told the epoch) when there are several processes.
+    Batch n of the whole training holds rows n B ... (n + 1) B - 1 of that order and says its number, whoever asks for
+    it and when: a resumed training starts at `done`, and of W processes process r gets the batches done + r,
+    done + r + W, ..., so that together they see what one process sees that accumulates W batches per step.
+
+    Args:
+        collate: row numbers -> a batch (dict).
+        random_prompt: (least, most) prompt tokens to draw for each batch, in place of the windows' own split.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
-        super().__init__(range(rows))
-        self.seed, self.epoch = seed, 0
+    def __init__(
+        self, rows: int, batch_size: int, collate: Callable, seed: int = 0, random_prompt: tuple[int, int] | None = None
+    ):
+        self.rows, self.batch_size, self.collate, self.seed = rows, batch_size, collate, seed
+        self.random_prompt, self.done, self.rank, self.world = random_prompt, 0, 0, 1
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __iter__(self) -> Iterator[dict]:
+        number = self.done + self.rank
+        while True:
+            yield self.batch(number)
+            number += self.world
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(len(self), generator=generator).tolist())
+    def batch(self, number: int) -> dict:
+        places = range(number * self.batch_size, (number + 1) * self.batch_size)
+        batch = self.collate([self._row(place) for place in places]) | {"number": number}
+        if self.random_prompt is not None:
+            batch["prompt_tokens"] = random.Random(f"{self.seed}/prompt/{number}").randint(*self.random_prompt)
+        return batch
+
+    def _row(self, place: int) -> int:
+        of_pass, place = divmod(place, self.rows)
+        if of_pass != getattr(self, "_pass", None):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + of_pass)
+            self._pass, self._order = of_pass, torch.randperm(self.rows, generator=generator).tolist()
+        return self._order[place]
 
 
 class WindowsData(LightningDataModule):
     """Batches `{"input_ids": (B, P + C) int64, "prompt_tokens": P}` of windows.
 
-    Shuffled per epoch to train, in order to validate (`validation_windows`) and to predict (`windows`).
+    To train: shuffled, without end, see `TrainingBatches`. In order to validate (`validation_windows`) and to predict
+    (`windows`).
+
+    Attributes:
+        batches_done: of the whole training, by all processes, before this one goes on.
     """
 
     def __init__(
-        self, windows: Windows, validation_windows: Windows | None = None, batch_size: int = 1, seed: int = 0
+        self,
+        windows: Windows,
+        validation_windows: Windows | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        random_prompt: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or not len(windows):
             raise ValueError(f"batch_size {batch_size} and the number of windows {len(windows)} must be at least 1")
         self.windows, self.validation_windows = windows, validation_windows
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.random_prompt, self.batches_done = batch_size, seed, random_prompt, 0
 
-    def train_dataloader(self) -> DataLoader:
-        return self._loader(self.windows, EpochSampler(len(self.windows), self.seed))
+    def train_dataloader(self) -> TrainingBatches:
+        about = (len(self.windows), self.batch_size, _collate(self.windows), self.seed, self.random_prompt)
+        batches = TrainingBatches(*about)
+        batches.done = self.batches_done
+        if self.trainer is not None:
+            batches.rank, batches.world = self.trainer.global_rank, self.trainer.world_size
+        return batches
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.validation_windows is None else self._loader(self.validation_windows)
@@ -52,8 +87,12 @@ class WindowsData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self._loader(self.windows)
 
-    def _loader(self, windows: Windows, sampler: RandomSampler | None = None) -> DataLoader:
-        def collate(rows: list[int]) -> dict[str, torch.Tensor | int]:
-            return {"input_ids": windows.input_ids[rows], "prompt_tokens": windows.prompt_tokens}
+    def _loader(self, windows: Windows) -> DataLoader:
+        return DataLoader(range(len(windows)), batch_size=self.batch_size, collate_fn=_collate(windows))
 
-        return DataLoader(range(len(windows)), batch_size=self.batch_size, sampler=sampler, collate_fn=collate)
+
+def _collate(windows: Windows) -> Callable[[list[int]], dict]:
+    def collate(rows: list[int]) -> dict[str, torch.Tensor | int]:
+        return {"input_ids": windows.input_ids[rows], "prompt_tokens": windows.prompt_tokens}
+
+    return collate

@@ -1,144 +1,237 @@
 """Router training: a frozen model, a router of a few hundred parameters, three losses. A thin system; formulas are in
-`losses`."""
+`losses`, running it is in `fit`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.data.module import WindowsData
+from ftp_lightning import losses
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token
-from ftp_lightning.losses import distillation_loss, guide_loss, guide_weight, soft_sparsity, sparsity_loss
+from ftp_lightning.evaluation.continuation import continuation_logits
+from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_decoder
 from ftp_lightning.routing import StaticRouter
+from ftp_lightning.schedule import Schedule
+from ftp_lightning.schedule_family import ScheduleFamily
 
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How the router is trained; the paper weighs the losses equally and trains at batch 1 on Alpaca.
-
-    [ours] `lambda_d` is 20: our L_d is relative to the dense mean square and about a twentieth of the others when
-    training starts; with 1 the router stays what the guide made of it. `guide_share` is the share of the steps over
-    which the guide loss decays to 0 (the paper does not say). Both were chosen on validation text.
-    """
-
-    steps: int = 200
-    batch_size: int = 4
-    learning_rate: float = 1e-2
-    lambda_d: float = 20.0
-    lambda_s: float = 1.0
-    lambda_g: float = 1.0
-    guide_share: float = 0.25
-    validations: int = 5
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "validations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1.")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate is {self.learning_rate}, must be positive.")
-        if not 0.0 <= self.guide_share <= 1.0:
-            raise UserError(f"guide_share is {self.guide_share}, must be in [0, 1].")
+__all__ = ["RouterTraining", "TrainingSettings"]
 
 
 class RouterTraining(L.LightningModule):
-    """Trains `pruner.router` on windows (prompt routed, continuation dense) of a frozen `model`.
+    """Trains `pruner.router` on rows (prompt routed, continuation dense) of a frozen `model`.
 
-    The student pass is the masked executor: the function that inference computes, with straight-through gates. L_d is
-    taken where it
-    counts: on the hidden states that predict the continuation (positions P-1 ... P+C-2), after the final norm.
+    The student pass is the masked executor: the function that inference computes, with the gates' gradient. L_d is
+    taken where it counts: on the positions that predict the continuation (P-1 ... P+C-2), after the final norm; with
+    scope "sequence" on all positions of the routed text.
+
+    A batch is {"input_ids" (B, P + C), "prompt_tokens" P, "number": of the batch in the whole training}, and where rows
+    are padded "attention_mask": prompts on the left, continuations on the right. Rows without a token to score count
+    for nothing and are counted.
 
     Only the router is a submodule, so only the router is in checkpoints; the model is held beside the module tree.
+
+    Args:
+        family: schedules to draw from: every forward has one of its own, its budget uniform in `budgets`, so that one
+            router learns to serve all of them (the sparsity is one of its factors). The pruner's own schedule is then
+            not trained on.
+        budgets: (lowest, highest) of them.
     """
 
-    def __init__(self, model: nn.Module, pruner: TokenPruner, settings: TrainingSettings):
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: TokenPruner,
+        settings: TrainingSettings,
+        family: ScheduleFamily | None = None,
+        budgets: tuple[float, float] = (0.1, 0.8),
+    ):
         super().__init__()
         if not pruner.router.parameter_count:
             raise UserError(f"a {type(pruner.router).__name__} has nothing to train; use a DynamicRouter.")
-        if pruner.schedule is None or not pruner.schedule.budget:
+        if family is None and (pruner.schedule is None or not pruner.schedule.budget):
             raise UserError(
                 "no block is routed under this schedule: there is nothing to train.\nGive a budget above 0."
             )
-        self.router = pruner.router
-        self.settings = settings
-        self.__dict__["model"] = (
-            model  # not through nn.Module: the frozen model stays out of checkpoints and of the optimiser
-        )
-        self.__dict__["decoder"] = find_decoder(model)[0]
-        self.pruner = pruner
+        self.router, self.settings, self.pruner = pruner.router, settings, pruner
+        self.family, self.budgets = family, budgets
+        # not through nn.Module: the frozen model stays out of checkpoints and of the optimiser
+        self.__dict__["model"], self.__dict__["decoder"] = model, find_decoder(model)[0]
         self.teacher_router = StaticRouter()
         self.history: list[dict] = []
         self.validations: list[dict] = []
         self.last_soft: list[float] = []
         self.last_realised: list[float] = []
+        self._forwards: list[dict] = []  # of the step that is going on
+        self.fingerprint = ""  # of all that decides the result, for those who go on from a checkpoint
 
-    def hidden_states(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """(student, teacher), each (B, C, D): last hidden states that predict the continuation."""
-        ids, prompt = batch["input_ids"], batch["prompt_tokens"]
+    # ---------------------------------------------------------------- schedules
+
+    def training_schedule(self, number: int) -> Schedule:
+        """The schedule of batch `number`: the pruner's, or one of the family."""
+        if self.family is None:
+            return self.pruner.schedule
+        return self.family.at(random.Random(f"{self.settings.seed}/budget/{number}").uniform(*self.budgets))
+
+    def validation_schedules(self) -> Sequence[Schedule]:
+        """Of a family the lowest, the middle and the highest budget."""
+        if self.family is None:
+            return [self.pruner.schedule]
+        low, high = self.budgets
+        return [self.family.at(budget) for budget in (low, (low + high) / 2, high)]
+
+    # ---------------------------------------------------------------- training
+
+    def outputs(self, batch: dict) -> dict[str, Tensor]:
+        """Of the scored positions: "hidden" (B, C, D), and where a loss wants them "logits" (B, C, V)."""
+        ids, first = batch["input_ids"], self._scored_from(batch)
+        about = {"attention_mask": batch.get("attention_mask"), "use_cache": False}
+        if self.settings.distillation == "mse":
+            return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1]}
+        from ftp_lightning.search.criteria import entering_head
+
+        with entering_head(self.model) as seen:
+            logits = self.model(input_ids=ids, logits_to_keep=ids.shape[1] - first, **about).logits
+        return {"hidden": seen[0][:, :-1], "logits": logits[:, :-1]}
+
+    def student_and_teacher(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], TokenPruner]:
+        """Outputs of the pruned and of the dense model, and the pruner that was in force."""
         with torch.no_grad():
-            teacher = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
-        with self.pruner(self.model), self.pruner.masked(prompt):
-            student = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
-        return student, teacher
+            teacher = self.outputs(batch)
+        number = batch.get("number", 0)
+        pruner = self.pruner.with_schedule(self.training_schedule(number))
+        routed = batch["prompt_tokens"] if self.settings.scope == "prompt" else batch["input_ids"].shape[1]
+        gates = self.settings.gates_at(self.global_step, number)
+        with pruner(self.model), pruner.masked(routed, gates, self.settings.recompute):
+            return self.outputs(batch), teacher, pruner
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        student, teacher = self.hidden_states(batch)
-        decisions = self.pruner.decisions
-        soft = [soft_sparsity(d.probability, d.part.real, d.part.reserved) for d in decisions]
+        scored = self._scored(batch)
+        student, teacher, pruner = self.student_and_teacher(batch)
+        decisions = pruner.decisions
+        soft = [losses.soft_sparsity(d.probability, d.part.real, d.part.reserved) for d in decisions]
         static = [self.teacher_router.probability(d.context) for d in decisions]
-        weight = guide_weight(self.settings.lambda_g, self.global_step, self.settings.steps, self.settings.guide_share)
         terms = {
-            "distillation": distillation_loss(student, teacher),
-            "sparsity": sparsity_loss([d.context.sparsity for d in decisions], soft),
-            "guide": torch.stack([guide_loss(d.probability, s, d.part.real) for d, s in zip(decisions, static)]).mean(),
+            "distillation": self._distillation(student, teacher, scored),
+            "sparsity": losses.sparsity_loss(
+                [d.context.sparsity for d in decisions], soft, self.settings.sparsity_loss
+            ),
+            "guide": torch.stack([self._guide(d, s) for d, s in zip(decisions, static)]).mean(),
         }
-        total = (
-            self.settings.lambda_d * terms["distillation"]
-            + self.settings.lambda_s * terms["sparsity"]
-            + weight * terms["guide"]
-        )
+        weights = self.weights()
+        total = sum(weights[name] * term for name, term in terms.items())
         if not torch.isfinite(total):
             raise UserError(
                 f"the loss is {total.item()} at step {self.global_step}: {_readable(terms)}\nLower --learning_rate."
             )
-        agreement = torch.stack([_agreement(d, s) for d, s in zip(decisions, static)]).mean()
-        self._remember(terms, weight, total, agreement, soft, decisions)
+        self._remember(terms, weights, total, batch, decisions, static, soft)
         return total
 
-    def _remember(
-        self, terms: dict, weight: float, total: Tensor, agreement: Tensor, soft: list[Tensor], decisions
-    ) -> None:
+    def weights(self) -> dict[str, float]:
+        """lambda of each term, now."""
+        s = self.settings
+        guide = losses.guide_weight(s.lambda_g, self.global_step, s.steps, s.guide_share, s.guide_decay)
+        return {"distillation": s.lambda_d, "sparsity": s.lambda_s, "guide": guide}
+
+    def _distillation(self, student: dict[str, Tensor], teacher: dict[str, Tensor], scored: Tensor | None) -> Tensor:
+        kind, parts = self.settings.distillation, []
+        if kind != "kl":
+            parts.append(losses.distillation_loss(student["hidden"], teacher["hidden"], scored))
+        if kind != "mse":
+            parts.append(losses.kl_rows(student["logits"], teacher["logits"], scored).mean())
+        return torch.stack(parts).sum()
+
+    def _guide(self, decision, static: Tensor) -> Tensor:
+        return losses.guide_loss(decision.probability, static, decision.part.real, self.settings.guide_balanced)
+
+    def _scored_from(self, batch: dict) -> int:
+        return batch["prompt_tokens"] - 1 if self.settings.scope == "prompt" else 0
+
+    def _scored(self, batch: dict) -> Tensor | None:
+        """(B, C) bool, the real ones of the scored positions: those that predict a real token; None = all."""
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return None
+        first = self._scored_from(batch)
+        return (mask[:, first:-1] * mask[:, first + 1 :]).bool()
+
+    # ---------------------------------------------------------------- the record
+
+    @torch.no_grad()
+    def _remember(self, terms, weights, total, batch, decisions, static, soft) -> None:
         row = {name: value.item() for name, value in terms.items()}
-        row |= {"guide_weight": weight, "total": total.item(), "agreement": agreement.item()}
-        self.log_dict({f"train/{name}": value for name, value in row.items()}, sync_dist=True, batch_size=1)
-        self.history.append({"step": self.global_step + 1, **row})
-        by_block = {d.context.block: s.item() for d, s in zip(decisions, soft)}
-        hard = {d.context.block: _realised(d).item() for d in decisions}
+        row |= {f"weighted_{name}": weights[name] * row[name] for name in terms}
+        agreement = [_agreement(d, s) for d, s in zip(decisions, static)]
+        row |= {"guide_weight": weights["guide"], "total": total.item()}
+        row |= {name: sum(found[name] for found in agreement) / len(agreement) for name in ("agreement", "f1")}
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        scored = self._scored(batch)
+        row |= {"tokens": tokens, "empty_rows": 0 if scored is None else int((~scored.any(1)).sum())}
+        self._forwards.append(row)
+        by_block = {d.context.block: s.mean().item() for d, s in zip(decisions, soft)}
+        hard = {d.context.block: _realised(d) for d in decisions}
         blocks = range(self.pruner.schedule.num_blocks)
         self.last_soft = [by_block.get(block, 0.0) for block in blocks]
         self.last_realised = [hard.get(block, 0.0) for block in blocks]
+
+    @property
+    def within_step(self) -> bool:
+        """Whether some forwards of a step are done and others not."""
+        return bool(self._forwards)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """One row per step: means over its forwards (of this process), sums of what is counted."""
+        counted = ("tokens", "empty_rows")
+        rows, self._forwards = self._forwards, []
+        row = {name: sum(found[name] for found in rows) for name in rows[0]}
+        row |= {name: row[name] / len(rows) for name in row if name not in counted}
+        gradients = [p.grad.norm() for p in self.router.parameters() if p.grad is not None]
+        row["gradient_norm"] = torch.stack(gradients).norm().item() if gradients else 0.0
+        row["seen"] = row.pop("tokens") + (self.history[-1]["seen"] if self.history else 0)
+        logged = row | {f"soft_sparsity/block_{block}": s for block, s in enumerate(self.last_soft)}
+        logged |= {f"realised_sparsity/block_{block}": s for block, s in enumerate(self.last_realised)}
+        self.log_dict({f"train/{name}": float(value) for name, value in logged.items()}, sync_dist=True, batch_size=1)
+        self.history.append({"step": self.global_step + 1, **row})
+
+    # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self._kl: list[Tensor] = []
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        ids, prompt = batch["input_ids"], batch["prompt_tokens"]
-        teacher = continuation_logits(self.model, ids, prompt).log_softmax(-1)
-        with self.pruner(self.model):
-            student = continuation_logits(self.model, ids, prompt)
-        kl = kl_per_token(teacher, student)
-        self._kl.append(kl.mean(dim=1))
+        """KL per continuation token of the deployed computation, the mean over the validation schedules."""
+        ids, prompt, mask = batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask")
+        teacher, scored = self._continuation(batch), None if mask is None else mask[:, prompt:].bool()
+        rows = []
+        for schedule in self.validation_schedules():
+            pruner = self.pruner.with_schedule(schedule)
+            with pruner(self.model), nullcontext() if mask is None else pruner.masked(prompt):
+                rows.append(losses.kl_rows(self._continuation(batch), teacher, scored))
+        kl = torch.stack(rows).mean(0)
+        self._kl.append(kl)
         self.log("validation_kl", kl.mean(), batch_size=len(ids), sync_dist=True)
+
+    def _continuation(self, batch: dict) -> Tensor:
+        """Logits (B, C, V): prefill and cached continuation, or the masked executor's same numbers where rows are
+        padded."""
+        ids, prompt, mask = batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask")
+        if mask is None:
+            return continuation_logits(self.model, ids, prompt)
+        keep = ids.shape[1] - prompt + 1
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits[:, :-1]
 
     def on_validation_epoch_end(self) -> None:
         self.validations.append({"step": self.global_step, "kl": torch.cat(self._kl).mean().item()})
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["fingerprint"] = self.fingerprint
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.router.parameters(), lr=self.settings.learning_rate)
@@ -146,84 +239,19 @@ class RouterTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
-def fit_router(
-    model,
-    pruner: TokenPruner,
-    train_windows,
-    validation_windows,
-    settings: TrainingSettings,
-    folder,
-    logger=None,
-    progress=None,
-) -> dict:
-    """Train the pruner's router in place and keep the state that was best on the validation windows (`threshold`: the
-    last).
-
-    Writes `checkpoints/` (router, optimiser, counters; never the model) into `folder`. `progress(step, steps)` is told
-    how far it is. Returns the stage's metrics: the curve of every loss, validation KL, target and soft sparsity per
-    block.
-    """
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    L.seed_everything(settings.seed, verbose=False)
-    system = RouterTraining(model, pruner, settings)
-    data = WindowsData(train_windows, validation_windows, batch_size=settings.batch_size, seed=settings.seed)
-    every = max(1, settings.steps // settings.validations)
-    best = ModelCheckpoint(
-        Path(folder) / "checkpoints", "best", monitor="validation_kl", save_last=True, enable_version_counter=False
-    )
-    trainer = L.Trainer(
-        accelerator="gpu" if next(model.parameters()).is_cuda else "cpu",
-        devices=1,
-        max_steps=settings.steps,
-        val_check_interval=every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        logger=logger or False,
-        callbacks=[best, _Progress(progress, settings.steps)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.validate(system, datamodule=data, verbose=False)
-    trainer.fit(system, datamodule=data)
-    if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
-        state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-        system.load_state_dict(state)
-    pruner.router.eval()
-    return {
-        "parameters": pruner.router.parameter_count,
-        "steps": system.history,
-        "validation_kl": system.validations,
-        "best_validation_kl": best.best_model_score.item() if best.best_model_score is not None else None,
-        "target_sparsity": list(pruner.schedule.sparsity),
-        "soft_sparsity": system.last_soft,
-        "realised_sparsity": system.last_realised,
-    }
-
-
-class _Progress(L.Callback):
-    """Tells a function how far training is."""
-
-    def __init__(self, tell, steps: int):
-        self.tell, self.steps = tell, steps
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        if self.tell is not None:
-            self.tell(trainer.global_step, self.steps)
-
-
-def _realised(decision) -> Tensor:
+def _realised(decision) -> float:
     """Share of real tokens that skipped the block, by the hard decision."""
-    return 1.0 - decision.keep.sum() / decision.part.real.sum().clamp(min=1)
+    return 1.0 - (decision.keep.sum() / decision.part.real.sum().clamp(min=1)).item()
 
 
-def _agreement(decision, static: Tensor) -> Tensor:
-    """Share of real, non-reserved tokens on which the router decides as the static router does."""
+def _agreement(decision, static: Tensor) -> dict[str, float]:
+    """How the router's decisions on real, non-reserved tokens compare with the static router's: the share that is the
+    same, and F1 of the tokens to compute."""
     free = decision.part.real & ~decision.part.reserved
-    same = (decision.keep == (static > 0.5)) & free
-    return same.sum() / free.sum().clamp(min=1)
+    own, other = decision.keep & free, (static > 0.5) & free
+    same = ((own == other) & free).sum() / free.sum().clamp(min=1)
+    f1 = 2 * (own & other).sum() / (own.sum() + other.sum()).clamp(min=1)
+    return {"agreement": same.item(), "f1": f1.item()}
 
 
 def _readable(terms: dict[str, Tensor]) -> str:

@@ -195,5 +195,9 @@ def tap_attention(attention: nn.Module, run: Callable) -> Callable[[], None]:
     return undo
 
 
+def is_tapped(attention: nn.Module) -> bool:
+    return hasattr(attention, "_ftp_tap")
+
+
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     return module._ftp_tap(module, query, key, value, attention_mask, kwargs)

@@ -51,26 +51,29 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
     """The decision about routed tokens; with the training executor also that the rest is computed, and p_compute."""
     pruner, state = engine.pruner, engine.current
     routed, hidden = state.part, call.hidden[:, : state.part.real.shape[1]]
-    probability = None
+    gate = None
     if isinstance(pruner.router, FixedRouter):
         keep, kept = _replay(engine, index, routed.real, part, longer=pruner.decode != "dense")
     else:
         context = _prompt_context(engine, index, hidden, part)
         by_rank = pruner.choice == "topk"
         probability = pruner.router.probability(context) if state.masked or not by_rank else None
+        gate = pruner.gates.relax(probability) if state.masked else None
         if by_rank:
             kept = state.counts[index]
             with torch.no_grad():
-                keep = choose_topk(pruner.router.score(context), routed, kept, context.kept)
+                score = pruner.router.score(context) if gate is None or gate is probability else gate
+                keep = choose_topk(score, routed, kept, context.kept)
         else:
-            keep = choose_threshold(probability.detach(), routed, pruner.threshold)
+            keep = choose_threshold((probability if gate is None else gate).detach(), routed, pruner.threshold)
             kept = tuple(keep.sum(1).tolist())
         if state.masked:
             state.decisions.append(Decision(probability, keep, routed, context))
+            gate = torch.where(routed.reserved, 1.0, gate)  # always computed: nothing to learn from
     if state.masked:
         tail = state.real[:, routed.real.shape[1] :]
         keep, kept = torch.cat([keep, tail], 1), tuple(n + tail.shape[1] for n in kept)
-    return Rows(keep, kept), probability
+    return Rows(keep, kept), gate
 
 
 def _replay(engine: Engine, index: int, real: Tensor, part: str, longer: bool) -> tuple[Tensor, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from ftp_lightning.pruning.deciding import choose
 from ftp_lightning.pruning.dense import run_dense
 from ftp_lightning.pruning.gathered import run_gathered
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
-from ftp_lightning.pruning.masked import run_masked
+from ftp_lightning.pruning.masked import recomputed, run_masked
 from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
 from ftp_lightning.pruning.state import Decision, Pass, Site
@@ -238,6 +238,8 @@ class Engine:
             self.sight = None
             return output
         call = Call(self.sites[index].block, args, kwargs)
+        if state.masked and self.pruner.recompute and not self.decides_parts:
+            inner = functools.partial(recomputed, self, index, inner)
         chosen = choose(self, index, call)
         if chosen is None:
             state.trace.add(state.real, state.real)

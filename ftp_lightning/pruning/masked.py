@@ -3,12 +3,13 @@ executor's."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ftp_lightning.pruning.attention import Sight
+from ftp_lightning.pruning.attention import Sight, is_tapped, tap_attention
 from ftp_lightning.pruning.calls import Call, tensor_of
 from ftp_lightning.pruning.state import Chosen
 from ftp_lightning.pruning.tokens import Tokens
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
-    """keep * block(x) + (1 - keep) * skip(x), with a straight-through gate: d/dp = block(x) - skip(x).
+    """keep * block(x) + (1 - keep) * skip(x), with the gradient that the gates give.
 
     What a skipped token's row computes is used for its gate's gradient alone. Tokens after the routed part are all
     computed, as a continuation is. (B, T, hidden).
@@ -28,7 +29,7 @@ def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) ->
     rows = tensor_of(run_all_rows(engine, index, inner, call, keep))
     update = engine.pruner.skip_update(call.hidden, index, "block")
     base = call.hidden if update is None else call.hidden + update
-    return gated(rows, base, keep, chosen.gates[0])
+    return engine.pruner.gates.blend(rows, base, keep, chosen.gates[0])
 
 
 def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor):
@@ -44,12 +45,22 @@ def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor):
     return output
 
 
-def gated(rows: Tensor, base: Tensor, keep: Tensor, probability: Tensor | None) -> Tensor:
-    """rows where keep, base elsewhere (B, T, D), with d/dp = rows - base for p_compute (B, P) of the routed tokens."""
-    output = torch.where(keep[..., None], rows, base)
-    if probability is None:
-        return output
-    gate = probability - probability.detach()
-    tail = keep.shape[1] - gate.shape[1]
-    gate = torch.nn.functional.pad(gate, (0, tail))
-    return output + (gate[..., None] * (rows - base).detach()).to(output.dtype)
+def recomputed(engine: Engine, index: int, inner, *args, **kwargs):
+    """`inner` (a block) under activation checkpointing: backward runs it again, seeing what it saw, also where the
+    pruner is detached by then."""
+    seen, attention = (engine.current, engine.sight), engine.sites[index].attention
+
+    def run(*args, **kwargs):
+        before = engine.current, engine.sight, engine.tapped
+        engine.current, engine.sight = seen
+        undo = None if is_tapped(attention) else tap_attention(attention, functools.partial(engine.attend, index))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            if undo is not None:
+                undo()
+            engine.current, engine.sight, tapped = before
+            if engine.current is None:  # in backward nobody reads what the attention said
+                engine.tapped = tapped
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

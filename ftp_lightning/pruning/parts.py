@@ -16,7 +16,7 @@ from torch import Tensor
 from ftp_lightning.pruning.calls import Call
 from ftp_lightning.pruning.dense import run_dense
 from ftp_lightning.pruning.gathered import run_rows
-from ftp_lightning.pruning.masked import gated, run_all_rows
+from ftp_lightning.pruning.masked import run_all_rows
 from ftp_lightning.pruning.state import Chosen
 from ftp_lightning.pruning.tokens import Rows
 
@@ -55,7 +55,7 @@ def run_attention_part(engine: Engine, index: int, inner, args: tuple, kwargs: d
     base = _skipped(engine, call.hidden, index, "attention")
     if engine.current.masked:
         output = run_all_rows(engine, index, inner, call, plan.attention.keep)
-        return gated(output[0], base, plan.attention.keep, plan.gates[0]), None
+        return engine.pruner.gates.blend(output[0], base, plan.attention.keep, plan.gates[0]), None
     output = run_rows(engine, index, inner, call, plan.attention)
     return base if output is None else plan.attention.put(base, output[0]), None
 
@@ -85,8 +85,10 @@ def _leave(engine: Engine, output: Tensor) -> Tensor:
     """The update of every token, what `skip` says (zero: the identity) for those that did not enter."""
     plan, base = engine.part_plan, engine.part_plan.mlp_base
     rows = output.reshape(len(base), -1, base.shape[-1])
-    masked = engine.current.masked
-    whole = gated(rows, base, plan.mlp.keep, plan.gates[1]) if masked else plan.mlp.put(base, rows)
+    if engine.current.masked:
+        whole = engine.pruner.gates.blend(rows, base, plan.mlp.keep, plan.gates[1])
+    else:
+        whole = plan.mlp.put(base, rows)
     return whole.flatten(0, 1) if output.dim() == 2 else whole
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.deciding import PARTS
 from ftp_lightning.pruning.engine import Decision, Engine
+from ftp_lightning.pruning.gates import StraightThrough
 from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Router
@@ -98,6 +99,7 @@ class TokenPruner:
         self.decisions: list[Decision] = []
         self.routing_chunk = False
         self.masked_prompt: int | None = None
+        self.gates, self.recompute = StraightThrough(), False
         self._engine: Engine | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
         self._model: nn.Module | None = None
@@ -156,16 +158,19 @@ class TokenPruner:
             self.routing_chunk = before
 
     @contextmanager
-    def masked(self, prompt_tokens: int) -> Iterator[None]:
+    def masked(
+        self, prompt_tokens: int, gates: StraightThrough | None = None, recompute: bool = False
+    ) -> Iterator[None]:
         """Inside, a forward is the differentiable one that training needs: the first `prompt_tokens` of each row are
         routed, the rest is computed as a continuation is, in one pass. Same decisions and same hidden states as prefill
-        +
-        continuation."""
-        before, self.masked_prompt = self.masked_prompt, int(prompt_tokens)
+        + continuation, with the straight-through gates that are the default; see `gates` for others. recompute:
+        activation checkpointing: backward computes whole blocks again instead of keeping what they computed."""
+        before = self.masked_prompt, self.gates, self.recompute
+        self.masked_prompt, self.gates, self.recompute = int(prompt_tokens), gates or StraightThrough(), recompute
         try:
             yield
         finally:
-            self.masked_prompt = before
+            self.masked_prompt, self.gates, self.recompute = before
 
     # ---------------------------------------------------------------- on disk
 

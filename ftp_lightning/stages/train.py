@@ -39,7 +39,8 @@ class TrainStage(StageSettings):
         check_reachable(self.budget or 0.0, self.prompt_tokens)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
-        from ftp_lightning.lit.router_training import TrainingSettings, fit_router
+        from ftp_lightning.lit.fitting import fit_router
+        from ftp_lightning.lit.training_settings import TrainingSettings
         from ftp_lightning.pruning import TokenPruner
         from ftp_lightning.stages.inputs import load_model, mixed_windows, schedule_or_uniform
         from ftp_lightning.tracking import logging_to
@@ -55,7 +56,17 @@ class TrainStage(StageSettings):
             progress.step(step, steps, f"step {step} of {steps}")
 
         with logging_to(self.tracking, folder.place("logs").parent, self.config(), "train") as logger:
-            found = fit_router(model, pruner, windows, held_out, settings, place, logger=logger, progress=tell)
+            found = fit_router(
+                model,
+                pruner,
+                windows,
+                held_out,
+                settings,
+                place,
+                logger=logger,
+                progress=tell,
+                fingerprint=folder.fingerprint,
+            )
         pruner.save(folder.place("pruned"), base=self.model, model=model)
         folder.write_json("metrics.json", found | {"windows": windows.hash()})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")

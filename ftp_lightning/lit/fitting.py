@@ -1,0 +1,192 @@
+"""Running router training: Lightning's Trainer, checkpoints without the model, and going on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from ftp_lightning.data.module import WindowsData
+from ftp_lightning.lit.router_training import RouterTraining
+from ftp_lightning.lit.training_settings import TrainingSettings
+from ftp_lightning.pruning import TokenPruner
+
+LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
+
+
+def fit(
+    system: RouterTraining,
+    data: L.LightningDataModule,
+    folder: Path,
+    logger=None,
+    progress: Callable[[int, int], None] | None = None,
+    fingerprint: str = "",
+) -> dict:
+    """Train the system's router in place and keep the state that was best on the validation rows (under the choice
+    `threshold`: the last).
+
+    `folder`/checkpoints holds the last and the best state (router, optimiser, counters; never the model) and the
+    history, from which the same call goes on: the result is that of a training without interruption, to the bit on a
+    CPU. SIGTERM and SIGUSR1 save and leave with the exit status 128 + signal.
+
+    Args:
+        progress: told (step, steps).
+        fingerprint: of all that decides the result; a checkpoint of another one is thrown away.
+
+    Returns the stage's metrics: the curve of every loss, validation KL, target, soft and realised sparsity per block.
+    """
+    settings, pruner, place = system.settings, system.pruner, Path(folder) / "checkpoints"
+    resume = _to_resume(place, fingerprint)
+    system.fingerprint, record = fingerprint, History(system, place / HISTORY)
+    best = ModelCheckpoint(place, "best", monitor="validation_kl", enable_version_counter=False)
+    last = ModelCheckpoint(place, "last", enable_version_counter=False)  # behind: it holds what the best one knows
+    callbacks = [record, best, last, _Leaving(place / LAST), _Progress(progress, settings.steps)]
+    if settings.patience is not None:
+        callbacks.append(EarlyStopping("validation_kl", patience=settings.patience))
+    every = max(1, settings.steps // settings.validations) * settings.accumulate
+    trainer = L.Trainer(
+        accelerator="gpu" if next(system.model.parameters()).is_cuda else "cpu",
+        devices=1,
+        max_steps=settings.steps,
+        accumulate_grad_batches=settings.accumulate,
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=logger or False,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    if resume is None:
+        trainer.validate(system, datamodule=data, verbose=False)
+    else:
+        data.batches_done = resume["global_step"] * settings.accumulate
+    trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
+    if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
+        system.load_state_dict(torch.load(place / BEST, weights_only=True)["state_dict"])
+    pruner.router.eval()
+    return {
+        "parameters": pruner.router.parameter_count,
+        "steps": system.history,
+        "validation_kl": system.validations,
+        "best_validation_kl": best.best_model_score.item() if best.best_model_score is not None else None,
+        "target_sparsity": list(pruner.schedule.sparsity),
+        "soft_sparsity": system.last_soft,
+        "realised_sparsity": system.last_realised,
+    }
+
+
+def _to_resume(place: Path, fingerprint: str) -> dict | None:
+    """The checkpoint to go on from; one of another training, or one that cannot be read, is thrown away."""
+    try:
+        checkpoint = torch.load(place / LAST, weights_only=True)
+        if fingerprint and checkpoint.get("fingerprint") == fingerprint:
+            return checkpoint
+    except FileNotFoundError:
+        return None
+    except Exception:  # torch raises a dozen kinds for a broken file
+        pass
+    shutil.rmtree(place)
+    return None
+
+
+class History(L.Callback):
+    """Every step and validation, a line each, so that checkpoints stay small; a resumed training reads what was."""
+
+    def __init__(self, system: RouterTraining, path: Path):
+        self.system, self.path, self.written = system, path, [0, 0]
+
+    def on_fit_start(self, trainer, system) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_load_checkpoint(self, trainer, system, checkpoint) -> None:
+        done, lines = checkpoint["global_step"], self.path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        system.history = [row for row in rows if row["step"] <= done and "kl" not in row]
+        system.validations = [row for row in rows if row["step"] <= done and "kl" in row]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in [*system.validations, *system.history]))
+        self.written = [len(system.history), len(system.validations)]
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self._write()
+
+    def on_validation_end(self, trainer, *args) -> None:
+        if not trainer.sanity_checking:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.system.trainer.is_global_zero or not self.path.parent.exists():
+            return
+        kept = self.system.history, self.system.validations
+        fresh = [row for rows, before in zip(kept, self.written) for row in rows[before:]]
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in fresh)
+        self.written = list(map(len, kept))
+
+
+class _Leaving(L.Callback):
+    """Saves and leaves at the end of the step in which a signal has come, or of the validation that is due then; all
+    processes do so together."""
+
+    def __init__(self, path: Path):
+        self.path, self.received, self.validated = path, 0, False
+
+    def on_train_start(self, trainer, *args) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, trainer, system, outputs, batch, batch_idx: int) -> None:
+        self.validated = (batch_idx + 1) % trainer.val_check_batch == 0  # next, and its checkpoint saved after it
+        if not system.within_step and not self.validated and self._is_told(trainer):
+            trainer.save_checkpoint(self.path)
+            self._leave()
+
+    def on_train_batch_start(self, trainer, system, *args) -> None:
+        if self.validated and self._is_told(trainer):
+            self._leave()
+
+    def _is_told(self, trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
+
+    def _leave(self) -> None:
+        raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+
+class _Progress(L.Callback):
+    """Tells a function how far training is."""
+
+    def __init__(self, tell, steps: int):
+        self.tell, self.steps = tell, steps
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if self.tell is not None:
+            self.tell(trainer.global_step, self.steps)
+
+
+def fit_router(
+    model,
+    pruner: TokenPruner,
+    train_windows,
+    validation_windows,
+    settings: TrainingSettings,
+    folder,
+    logger=None,
+    progress=None,
+    fingerprint: str = "",
+) -> dict:
+    """`fit` of the pruner's router under its schedule, on windows."""
+    system = RouterTraining(model, pruner, settings)
+    data = WindowsData(train_windows, validation_windows, settings.batch_size, settings.seed)
+    return fit(system, data, folder, logger, progress, fingerprint)
