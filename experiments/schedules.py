@@ -12,7 +12,7 @@ is measured on test text and on questions that need something far back in the pr
 them, and on windows of test text as the searches have them, of their length and of twice that.
 
 What is finished is not done again. `--worker I/N` takes every N-th cell (start N processes); `--methods` does only
-those; `--tables` only writes tables and figure. These show the cells in which every method is finished.
+those; `--tables` only writes tables and figure. These show the cells in which every search is finished.
 
 The rivals have no memo and no shared prefixes, and are charged for every token. What they would compute twice is
 computed once here, which changes no digit; and a schedule of the plain GA and of best-of-N random that is already
@@ -268,7 +268,7 @@ def run_cell(args, kv, budget, seed):
     target = args.output / f"{kv}-{budget}-{seed}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(target.read_text()) if target.exists() else {}
-    if all(known.get(name, {}).keys() >= {"kept", *HELD} for name in args.methods):
+    if all(is_done(known.get(name, {})) for name in args.methods):
         return
     cell = Cell(args, kv, budget, seed)
     source = next(iter(study.tests_of(args).values()))
@@ -293,43 +293,57 @@ def run_cell(args, kv, budget, seed):
 
 
 def finished(args, kv, budget):
-    """What was found for each seed that has every method."""
+    """What was found for each seed that has every search."""
     cells = [json.loads(path.read_text()) for path in sorted(args.output.glob(f"{kv}-{budget}-*.json"))]
-    return [cell for cell in cells if all(cell.get(name, {}).keys() >= {"kept", *HELD} for name in every_method())]
+    return [cell for cell in cells if all(is_done(cell.get(name, {})) for name in SEARCHES)]
+
+
+def is_done(row):
+    return row.keys() >= {"kept", *HELD}
 
 
 def table(args, kv, budget):
-    """Markdown: each method, mean and std over the seeds that are finished; ours against it, paired over passages."""
-    from ftp_lightning.evaluation.statistics import paired_bootstrap
-
+    """Markdown: each method, mean and std over the seeds that have it; ours against it, paired over passages."""
     cells = finished(args, kv, budget)
     if not cells:
         return
-    print(f"\n### {budget:.0%}, `{kv}`, {len(cells)} seeds\n")
+    print(f"\n### {budget:.0%}, `{kv}`\n")
     print(
-        "| schedule | calibration KL | held-out KL | KL at twice the length | KL of prose | kept, % "
+        "| schedule | seeds | calibration KL | held-out KL | KL at twice the length | KL of prose | kept, % "
         "| ours - it: held-out KL | ours - it: kept, points | forward tokens |"
     )
-    print("|---" * 9 + "|")
+    print("|---" * 10 + "|")
     for name in every_method():
-        rows = [cell[name] for cell in cells]
-        losses = [[row["calibration"], row["held"]["kl"], row["long"]["kl"], row["kl"]] for row in rows]
-        shown = [study.mean_std(column, 4) for column in zip(*losses)]
-        shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
-        kl = [a - b for cell in cells for a, b in zip(cell["ours"]["held"]["kl_rows"], cell[name]["held"]["kl_rows"])]
-        kept = [
-            100.0 * (a - b)
-            for cell in cells
-            for a, b, need in zip(cell["ours"]["right"], cell[name]["right"], cell[name]["need"])
-            if need
-        ]
-        for values, digits in ((kl, 4), (kept, 1)):
-            mean, low, high = paired_bootstrap(values, range(len(values)), random.Random(0))
-            shown.append("" if name == "ours" else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
-        print(f"| {name} | {' | '.join(shown)} | {statistics.median(row['curve'][-1][0] for row in rows):,.0f} |")
+        having = [cell for cell in cells if is_done(cell.get(name, {}))]
+        if having:
+            print(f"| {name} | {len(having)} | {' | '.join(table_row(having, name))} |")
     for rival in ("plain GA", "EvoPress settings"):
         shares = [share_of_tokens(cell["ours same windows"]["curve"], cell[rival]["curve"]) for cell in cells]
         print(f"\nForward tokens to the final loss of {rival}, ours same windows as a share of its own: {shares}")
+
+
+def table_row(cells, name):
+    """The columns of one method, over the cells that have it."""
+    rows = [cell[name] for cell in cells]
+    losses = [[row["calibration"], row["held"]["kl"], row["long"]["kl"], row["kl"]] for row in rows]
+    shown = [study.mean_std(column, 4) for column in zip(*losses)]
+    shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
+    kl = [a - b for cell in cells for a, b in zip(cell["ours"]["held"]["kl_rows"], cell[name]["held"]["kl_rows"])]
+    kept = [
+        100.0 * (a - b)
+        for cell in cells
+        for a, b, need in zip(cell["ours"]["right"], cell[name]["right"], cell[name]["need"])
+        if need
+    ]
+    shown += ["" if name == "ours" else interval(kl, 4), "" if name == "ours" else interval(kept, 1)]
+    return [*shown, f"{statistics.median(row['curve'][-1][0] for row in rows):,.0f}"]
+
+
+def interval(differences, digits):
+    from ftp_lightning.evaluation.statistics import paired_bootstrap
+
+    mean, low, high = paired_bootstrap(differences, range(len(differences)), random.Random(0))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def share_of_tokens(ours, rival):

@@ -33,7 +33,9 @@ def whole(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("stop_at,number", [(1, signal.SIGTERM), (3, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "stop_at,number", [(1, signal.SIGTERM), (3, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGTERM)]
+)
 def test_saved_by_a_signal_it_goes_on_to_the_same_router(whole, tmp_path, stop_at, number):
     with pytest.raises(SystemExit) as left:
         train(tmp_path, stop_at, number)
