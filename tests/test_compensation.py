@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import CONFIGS, family
 from oracle import follow_row, masked_dense, run_row
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_engine import BLOCKS, MODEL, TEXT, prefill_and_continue, relative, seeded, tiny_llama
 from test_families import DTYPES, check, finest
 from test_flops import matrix_flops, without_pairs
@@ -519,3 +520,22 @@ def test_a_decoded_token_that_skips_reads_its_weights():
         flops.decode_bytes(model, flops.block_costs(model, rank), [10] * BLOCKS, skipped) for rank in (5, 0)
     )
     assert with_it - without == 2 * (2 * 5 * WIDTH) * 4
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_train_fits_and_stores_it_and_a_search_carries_it(command):
+    tiny = "--model random:tiny --device cpu --tracking none --prompt_tokens 48 --continuation_tokens 8".split()
+    sizes = "--steps 1 --batch_size 1 --validations 1 --validation_windows 2 --skip_windows 3".split()
+    for skip, rank in (("mean", 0), ("low-rank", 2)):
+        status, _, err = command("train", *tiny, *sizes, "--skip", skip, "--skip_rank", 2, "--output", skip)
+        assert status == 0, err
+        trained = TokenPruner.load(f"{skip}/pruned")
+        assert trained.skip == skip and trained.compensation.rank == rank
+    search = "--windows 2 --stage_windows 1 --generations 1 --offspring 2 --survivors 1 --batch_size 1".split()
+    status, _, err = command("search", *tiny, *search, "--pruned", "low-rank/pruned", "--output", "tuned")
+    assert status == 0, err
+    tuned = TokenPruner.load("tuned/pruned").compensation.tensors
+    assert all(torch.equal(tuned[name], t) for name, t in trained.compensation.tensors.items())
+    assert load_file(Path("tuned/pruned/compensation.safetensors")).keys() == tuned.keys()
