@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ftp_lightning.errors import UserError
     from ftp_lightning.pruning import TokenPruner
+    from ftp_lightning.pruning.compensation import fit_compensation
     from ftp_lightning.pruning.pruned_folder import load_pruned
     from ftp_lightning.routing import (
         DynamicRouter,
@@ -43,6 +44,7 @@ _HOMES = {
     "HiddenFactorsRouter": "ftp_lightning.routing",
     "OnePassRouter": "ftp_lightning.routing",
     "make_router": "ftp_lightning.routing",
+    "fit_compensation": "ftp_lightning.pruning.compensation",
     "load_pruned": "ftp_lightning.pruning.pruned_folder",
     "UserError": "ftp_lightning.errors",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "StaticRouter",
     "TokenPruner",
     "UserError",
+    "fit_compensation",
     "load_pruned",
     "make_router",
 ]

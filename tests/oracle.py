@@ -43,6 +43,17 @@ def llama_block(layer, config, x, cos, sin, visible):
     ) @ mlp.down_proj.weight.T, p
 
 
+def update(compensation, x, block, part="block"):
+    """What a token that skips is given, by the book: W x + b with the whole matrix W. x (T, D) or (1, T, D)."""
+    if compensation is None or part not in compensation.parts:  # a part that was not fitted is one that nobody skips
+        return torch.zeros_like(x)
+    tensors = {name: t[block].to(x.dtype) for name, t in compensation.tensors.items()}
+    if not compensation.rank:
+        return torch.zeros_like(x) + tensors[f"{part}.bias"]
+    whole = tensors[f"{part}.up"] @ tensors[f"{part}.down"]
+    return x @ whole.T + tensors[f"{part}.bias"]
+
+
 def scores(p, visible, queries):
     """a_j by the book, with loops: p (H, T, T), visible (T, T), queries = the list Q. nan where no query of Q sees
     j."""
@@ -111,27 +122,28 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
         new = scores(p[:, :prompt, :prompt], visible[:prompt, :prompt], queries)
         is_key = computed[:prompt] if pruner.kv[index] == "evict" else torch.ones(prompt, dtype=torch.bool)
         table = torch.where(is_key & ~new.isnan(), new.float(), table[0])[None]
-        x = torch.where(computed[:, None], out, x)
+        x = torch.where(computed[:, None], out, x + update(pruner.compensation, x, index))
     return model.model.norm(x) @ model.lm_head.weight.T, decided
 
 
 @torch.no_grad()
-def masked_dense(model, keep_attention, keep_mlp, kv, ids):
+def masked_dense(model, keep_attention, keep_mlp, kv, ids, compensation=None):
     """Logits (T, V) of one text, every family: all tokens run through every block under a T x T mask, and what a token
     skipped is thrown away afterwards. No cache, no padding, no gathering, nothing of the engine.
 
     keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Under `evict` keys of tokens that skip attention are hidden.
+    compensation: what skipped tokens get, by the parts it was fitted for; None for nothing.
     """
     blocks = find_blocks(model)
     tokens, undo = len(ids), []
-    for block, attends, computes, mode in zip(blocks, keep_attention, keep_mlp, kv):
+    for index, (block, attends, computes, mode) in enumerate(zip(blocks, keep_attention, keep_mlp, kv)):
         window = sliding_window(find_attention(block))
         visible = torch.zeros(tokens, tokens, dtype=torch.bool)
         for i in range(tokens):
             for j in range(i + 1):
                 near = window is None or i - j < window
                 visible[i, j] = near and (mode == "keep" or bool(attends[j]) or i == j)
-        undo.append(_mask_block(block, visible, attends, computes))
+        undo.append(_mask_block(block, index, visible, attends, computes, compensation))
     try:
         return model(input_ids=ids[None], use_cache=False).logits[0]
     finally:
@@ -139,22 +151,37 @@ def masked_dense(model, keep_attention, keep_mlp, kv, ids):
             put_back()
 
 
-def _mask_block(block, visible, attends, computes):
+def _mask_block(block, index, visible, attends, computes, compensation):
     """Wrap a block so that it sees this mask and drops what was skipped; returns what undoes it."""
     attention = find_attention(block)
-    leave = find_mlp(block)[1]
+    enter, leave = find_mlp(block)
+    by_parts = compensation is not None and "block" not in compensation.parts
+    entered = {}
+
+    def instead(part):
+        return update(compensation if by_parts else None, entered[part], index, part)
+
+    def see(part):
+        return lambda m, a, k: entered.update({part: a[0] if a else k["hidden_states"]})
+
+    def leave_block(m, a, k, out):
+        if by_parts:
+            return out
+        x = a[0] if a else k["hidden_states"]
+        skipped = x + update(compensation, x, index)
+        return torch.where((attends | computes)[None, :, None], out, skipped)
+
     handles = [
         block.register_forward_pre_hook(lambda m, a, k: _with_mask(m, a, k, visible), with_kwargs=True),
-        attention.register_forward_hook(lambda m, a, out: (torch.where(attends[None, :, None], out[0], 0.0), out[1])),
+        attention.register_forward_pre_hook(see("attention"), with_kwargs=True),
+        attention.register_forward_hook(
+            lambda m, a, out: (torch.where(attends[None, :, None], out[0], instead("attention")), out[1])
+        ),
+        enter.register_forward_pre_hook(see("mlp"), with_kwargs=True),
         leave.register_forward_hook(
-            lambda m, a, out: torch.where(computes.view(*out.shape[:-1], 1), out, 0.0)  # (T, D) or (1, T, D)
+            lambda m, a, out: torch.where(computes.view(*out.shape[:-1], 1), out, instead("mlp"))  # (T, D), (1, T, D)
         ),
-        block.register_forward_hook(
-            lambda m, a, k, out: torch.where(
-                (attends | computes)[None, :, None], out, a[0] if a else k["hidden_states"]
-            ),
-            with_kwargs=True,
-        ),
+        block.register_forward_hook(leave_block, with_kwargs=True),
     ]
     return lambda: [handle.remove() for handle in handles]
 
@@ -224,7 +251,7 @@ def follow_row(model, pruner, ids, prompt_tokens, keep):
                         written[block][j] = float(p[:, i, j].double().mean()) * int(visible[i].sum())
             if block == 0 or not router.one_pass:
                 table = [written[block].get(j, table[j]) for j in range(n)]
-            x = torch.where(computed[:, None], out, x)
+            x = torch.where(computed[:, None], out, x + update(pruner.compensation, x, block))
         if i >= prompt:
             logits.append((model.model.norm(x) @ model.lm_head.weight.T)[-1])
     return torch.stack(logits), probability, computes

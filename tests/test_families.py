@@ -63,7 +63,8 @@ def check(model, pruner, lengths, continuation, side, chunks, limit):
         attends, computes = (
             [torch.cat([keep[row][real], tail]) for keep in keeps] for keeps in (trace.keep_attention, trace.keep_mlp)
         )
-        expected = masked_dense(model, attends, computes, pruner.kv, torch.cat([text, new[row, :done]]))
+        whole = torch.cat([text, new[row, :done]])
+        expected = masked_dense(model, attends, computes, pruner.kv, whole, pruner.compensation)
         got = logits[row][torch.cat([real, tail])]
         assert relative(got, expected) < limit
 

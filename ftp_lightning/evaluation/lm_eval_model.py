@@ -211,7 +211,7 @@ def _pruner(folder: str | Path | None, pruner, decode: str | None):
         pruner = TokenPruner.load(folder)
     if pruner is None or decode in (None, pruner.decode):
         return pruner
-    return TokenPruner(pruner.router, pruner.schedule, **{**pruner.settings(), "decode": decode})
+    return pruner.changed(decode=decode)
 
 
 def _base_name(pruned: str | Path | None) -> str:

@@ -110,8 +110,10 @@ def router_overhead(
     """
     with pruner(model):
         prefill(model, prompts)
-    real = pruner.trace.prompt.real
-    fixed = TokenPruner(FixedRouter([keep | ~real for keep in pruner.trace.prompt.keep]), None, **pruner.settings())
+    trace, padding = pruner.trace.prompt, ~pruner.trace.prompt.real
+    names = ["keep" if part == "block" else f"keep_{part}" for part in pruner.addressed]
+    decided = {name: [keep | padding for keep in getattr(trace, name)] for name in names}
+    fixed = pruner.changed(router=FixedRouter(**decided), schedule=None)
 
     def timed(which: TokenPruner) -> float:
         with which(model):

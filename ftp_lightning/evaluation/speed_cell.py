@@ -69,10 +69,10 @@ class Bench:
         }
 
     def _limits(self, pruner: TokenPruner, prompts: Prompts, clock: BlockClock, dense_ms: float) -> dict[str, Any]:
-        trace, modes = pruner.trace.prompt, pruner.kv
-        limits = {"flops_limit": realised_speedup_limit(self.model, trace, modes)}
+        trace, modes, rank = pruner.trace.prompt, pruner.kv, pruner.skip_rank
+        limits = {"flops_limit": realised_speedup_limit(self.model, trace, modes, rank=rank)}
         padded = prompts.mask is not None
-        limits["padded_flops_limit"] = padded_flops_limit(self.model, trace, modes) if padded else None
+        limits["padded_flops_limit"] = padded_flops_limit(self.model, trace, modes, rank) if padded else None
         try:
             return limits | {"shape_limit": shape_limit(clock, dense_ms, trace, modes)}
         except torch.OutOfMemoryError:

@@ -15,15 +15,19 @@ def most_kept(trace: Trace) -> list[int]:
     return [width if bool((keep == trace.real).all()) else int(keep.sum(1).max()) for keep in trace.keep]
 
 
-def padded_flops_limit(model, trace: Trace, modes: Sequence[str]) -> float:
+def padded_flops_limit(model, trace: Trace, modes: Sequence[str], rank: int = 0) -> float:
     """FLOPs limit of a batch whose rows differ: dense FLOPs at the longest row / FLOPs at the most kept of a block.
 
-    What padding costs stays in both; `realised_speedup_limit` counts real tokens alone. Kept tokens spread evenly.
+    What padding costs stays in both; `realised_speedup_limit` counts real tokens alone. Kept tokens spread evenly. With
+    padding a compensation of `rank` is computed for all tokens.
     """
-    costs, longest, head = block_costs(model), trace.real.shape[1], head_flops(model)
+    costs, longest, head = block_costs(model, rank), trace.real.shape[1], head_flops(model)
     dense = head + sum(_block_flops(cost, longest, longest) for cost in costs)
     parts = zip(costs, most_kept(trace), modes, strict=True)
-    pruned = head + sum(_block_flops(cost, kept, longest if mode == "keep" else kept) for cost, kept, mode in parts)
+    pruned = head
+    for cost, kept, mode in parts:
+        pruned += _block_flops(cost, kept, longest if mode == "keep" else kept)
+        pruned += longest * cost.skip if kept < longest else 0.0
     return dense / pruned
 
 

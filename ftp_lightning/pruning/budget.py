@@ -19,19 +19,20 @@ def solve_budget(
     kv: str | Sequence[str],
     schedule: Schedule | None = None,
     parts: Parts = "block",
+    rank: int = 0,
 ) -> Schedule:
     """The schedule whose `flops_reduction` of a prompt of `length` tokens is nearest the one asked for [ours].
 
     It is uniform, or `schedule` scaled by one factor c: s_l -> min(1, c * s_l), so that a zero stays zero. Rounding to
     tokens makes the reduction a staircase in c: the nearer of the two steps is taken, at its middle, and the result is
-    off by less than one token in every block.
+    off by less than one token in every block. `rank`: see `block_costs`.
 
     Raises:
         UserError: the reduction is outside [0, 1), or more than can be saved.
     """
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
-    costs, head = block_costs(model), head_flops(model)
+    costs, head = block_costs(model, rank), head_flops(model)
     shape = schedule or Schedule.uniform(len(costs), 1.0)
     dense = prompt_flops(costs, Schedule.uniform(len(costs), 0.0), length, kv, head, parts)
 

@@ -34,6 +34,9 @@ class BlockCost:
         window: how many tokens back a query sees, itself included; None = all the way.
         weight_bytes, deposit_bytes: bytes of weights read to compute one token, and of the projections in
             `keys_values` alone.
+        skip, skip_bytes: FLOPs of one token that skips the block (or a part of it), and bytes of weights read for it:
+            4 r D and those of 2 r D numbers under a compensation of rank r, 0 for the identity. What a bias costs, and
+            hence the mean update, is left out.
     """
 
     keys_values: float
@@ -44,6 +47,8 @@ class BlockCost:
     window: int | None = None
     weight_bytes: float = 0.0
     deposit_bytes: float = 0.0
+    skip: float = 0.0
+    skip_bytes: float = 0.0
 
     @property
     def other(self) -> float:
@@ -51,12 +56,14 @@ class BlockCost:
         return self.attention + self.mlp
 
 
-def block_costs(model: nn.Module) -> list[BlockCost]:
-    """Costs of each block, counted from the weights of its linear maps (2 FLOPs per weight and token)."""
-    return [_block_cost(block, _cache_width(model)) for block in find_blocks(model)]
+def block_costs(model: nn.Module, rank: int = 0) -> list[BlockCost]:
+    """Costs of each block, counted from the weights of its linear maps (2 FLOPs per weight and token); `rank` that of
+    what skipped tokens are multiplied with (`TokenPruner.skip_rank`)."""
+    width, numbers = _cache_width(model), 2 * rank * model.config.get_text_config().hidden_size
+    return [_block_cost(block, width, numbers) for block in find_blocks(model)]
 
 
-def _block_cost(block: nn.Module, width: int) -> BlockCost:
+def _block_cost(block: nn.Module, width: int, skip: int) -> BlockCost:
     attention = find_attention(block)
     depositing = [child for name, child in attention.named_children() if _is_deposit(name, child, attention)]
     keys_values = 2.0 * sum(map(_weights, depositing))
@@ -71,6 +78,8 @@ def _block_cost(block: nn.Module, width: int) -> BlockCost:
         window=sliding_window(attention),
         weight_bytes=_bytes(block),
         deposit_bytes=sum(map(_bytes, depositing)),
+        skip=2.0 * skip,
+        skip_bytes=float(skip * width),
     )
 
 

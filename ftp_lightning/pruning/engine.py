@@ -16,6 +16,7 @@ from ftp_lightning.pruning.attention import Sight, attend, interface, tap_attent
 from ftp_lightning.pruning.blocks import find_decoder
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.calls import Call, WrappedMethod
+from ftp_lightning.pruning.compensation import Compensation
 from ftp_lightning.pruning.deciding import choose
 from ftp_lightning.pruning.dense import run_dense
 from ftp_lightning.pruning.gathered import run_gathered
@@ -53,6 +54,7 @@ class Engine:
         self.depositing = False
         self.needs_full_queries: set[int] = set()  # blocks whose deposit fails with the queries of one head
         self.tapped: Tapped | None = None
+        self._compensations: dict[tuple[torch.device, torch.dtype], Compensation] = {}
         self._undo: list = []
         self._check_parts()
         try:
@@ -122,6 +124,20 @@ class Engine:
             if self.sites[later].window is None and not self.pruner.router.one_pass:
                 return False
         return False
+
+    # ---------------------------------------------------------------- what a skipped token gets
+
+    def skipped(self, hidden: Tensor, index: int, part: str) -> Tensor:
+        """What tokens hidden (B, n, D) become where they skip: of a block the residual stream behind it, of a part its
+        update. The compensation is taken where the tokens are, in their dtype."""
+        compensation = self.pruner.compensation
+        if compensation is None or part not in compensation.parts:  # of a part that was not fitted padding alone skips
+            return hidden if part == "block" else torch.zeros_like(hidden)
+        place = hidden.device, hidden.dtype
+        if place not in self._compensations:
+            self._compensations[place] = compensation.to(*place)
+        update = self._compensations[place].update(hidden, index, part)
+        return hidden + update if part == "block" else update
 
     # ---------------------------------------------------------------- the model's forward
 

@@ -42,14 +42,16 @@ def prompt_flops(
 
     With A tokens in the attention and M in the MLP, of T (A, M = kept tokens, or T where that part is not skipped):
     evict: A(keys, values) + A(attention) + M(mlp) + pairs(A among A). keep: T(keys, values) + A(attention) + M(mlp) +
-    pairs(A over T). `head` is added once (last logit only).
+    pairs(A over T). Tokens that skip add `BlockCost.skip`, once for a block, for parts each by its own. `head` is added
+    once (last logit only).
     """
     total = head
     for cost, sparsity, mode in zip(costs, schedule.sparsity, _modes(kv, len(costs)), strict=True):
         attended, fed = _computed(tokens, sparsity, parts)
         keeps = mode == "keep"
         pairs = causal_pairs(attended, tokens, cost.window) if keeps else evicted_pairs(attended, tokens, cost.window)
-        total += _flops(cost, tokens if keeps else attended, attended, fed, pairs)
+        skips = tokens - attended if parts == "block" else 2 * tokens - attended - fed
+        total += _flops(cost, tokens if keeps else attended, attended, fed, pairs) + skips * cost.skip
     return total
 
 
@@ -72,12 +74,13 @@ def flops_reduction(
     kv: str | Sequence[str],
     parts: Parts = "block",
     new_tokens: int = 0,
+    rank: int = 0,
 ) -> float:
-    """Share of the FLOPs that the schedule saves, in [0, 1), output head included; for planning, see `causal_pairs`.
+    """Share of the FLOPs that the schedule saves, below 1, output head included; for planning, see `causal_pairs`.
 
-    Of the prompt alone, or of the prompt and `new_tokens` forwards of one token after it.
+    Of the prompt alone, or of the prompt and `new_tokens` forwards of one token after it. `rank`: see `block_costs`.
     """
-    return 1.0 - 1.0 / speedup_limit(model, schedule, prompt_tokens, kv, parts, new_tokens)
+    return 1.0 - 1.0 / speedup_limit(model, schedule, prompt_tokens, kv, parts, new_tokens, rank)
 
 
 def speedup_limit(
@@ -87,14 +90,15 @@ def speedup_limit(
     kv: str | Sequence[str],
     parts: Parts = "block",
     new_tokens: int = 0,
+    rank: int = 0,
 ) -> float:
     """FLOPs limit of the prefill speed-up at this length, for planning: dense FLOPs / pruned FLOPs, kept tokens spread
-    evenly; with `new_tokens` that of the whole request.
+    evenly; with `new_tokens` that of the whole request. `rank`: see `block_costs`.
 
     Under `keep` a router that keeps the latest tokens pays for more pairs than that; `realised_speedup_limit` counts
     them.
     """
-    costs, head = block_costs(model), head_flops(model)
+    costs, head = block_costs(model, rank), head_flops(model)
 
     def total(of: Schedule, mode: str | Sequence[str]) -> float:
         stored = stored_tokens(of, length, mode, parts)
@@ -104,30 +108,38 @@ def speedup_limit(
     return total(Schedule.uniform(len(costs), 0.0), "evict") / total(schedule, kv)
 
 
-def realised_speedup_limit(model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0) -> float:
+def realised_speedup_limit(
+    model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0, rank: int = 0
+) -> float:
     """FLOPs limit of the prompt that was routed: dense FLOPs / FLOPs of the tokens that were really computed."""
-    dense, pruned = realised_flops(model, trace, kv, new_tokens)
+    dense, pruned = realised_flops(model, trace, kv, new_tokens, rank)
     return dense / pruned
 
 
-def realised_flops_reduction(model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0) -> float:
+def realised_flops_reduction(
+    model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0, rank: int = 0
+) -> float:
     """Share of the FLOPs that was saved on the prompt that was routed, with `new_tokens` on the whole request."""
-    return 1.0 - 1.0 / realised_speedup_limit(model, trace, kv, new_tokens)
+    return 1.0 - 1.0 / realised_speedup_limit(model, trace, kv, new_tokens, rank)
 
 
-def realised_flops(model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0) -> tuple[float, float]:
+def realised_flops(
+    model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0, rank: int = 0
+) -> tuple[float, float]:
     """(dense, pruned) FLOPs of the prompt that was routed on an empty cache, rows added up.
 
     Pairs are counted one by one: a computed token sees, within the window of original positions, all tokens up to
     itself under `keep`, and those computed in the attention under `evict`. `new_tokens` densely computed tokens per row
-    may follow.
+    may follow. `rank` (see `block_costs`) is counted for every real token that skips: once for a block, whose two parts
+    share one mask in the trace, else by each part.
     """
-    costs, real = block_costs(model), trace.real
+    costs, real = block_costs(model, rank), trace.real
     attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
     dense = pruned = head_flops(model) * len(real) * (1 + new_tokens)
     for cost, attended, fed, mode in zip(costs, attention, mlp, _modes(kv, len(costs)), strict=True):
         dense += _traced_flops(cost, real, real, real, real, new_tokens)
         pruned += _traced_flops(cost, real, real if mode == "keep" else attended, attended, fed, new_tokens)
+        pruned += cost.skip * sum(int((real & ~mask).sum()) for mask in {id(m): m for m in (attended, fed)}.values())
     return dense, pruned
 
 
@@ -196,7 +208,8 @@ def decode_bytes(
     """Bytes read to decode one token of one row: weights of the computed blocks, cached keys and values that the token
     sees, and the output head.
 
-    A block that the token skips reads the projections of its key and value under `keep`, nothing under `evict`.
+    A block that the token skips reads the projections of its key and value under `keep`, nothing under `evict`, and its
+    compensation where `costs` were made for one.
     """
     skips = [False] * len(costs) if skipped is None else skipped
     total = _head_bytes(model)
@@ -204,8 +217,8 @@ def decode_bytes(
         if not skip:
             seen = stored if cost.window is None else min(stored, cost.window)
             total += cost.weight_bytes + seen * cost.cached_bytes
-        elif mode == "keep":
-            total += cost.deposit_bytes
+        else:
+            total += cost.skip_bytes + (cost.deposit_bytes if mode == "keep" else 0.0)
     return total
 
 
@@ -215,9 +228,10 @@ def decode_speedup_limit(
     stored_per_block: Sequence[int],
     skipped: Sequence[bool] | None = None,
     kv: str | Sequence[str] = "keep",
+    rank: int = 0,
 ) -> float:
     """Limit in bytes of the decode speed-up of one row: bytes that the dense model reads / bytes that are read."""
-    costs = block_costs(model)
+    costs = block_costs(model, rank)
     dense = decode_bytes(model, costs, [tokens_before] * len(costs))
     return dense / decode_bytes(model, costs, stored_per_block, skipped, kv)
 

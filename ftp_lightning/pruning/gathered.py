@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 
 
 def run_gathered(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
-    """Rows gathered, the block run on them, rows scattered back; skipped rows get `skip`. (B, T, hidden)."""
+    """Rows gathered, the block run on them, rows scattered back; skipped rows get what `skip` says. (B, T, hidden)."""
     rows = chosen.attention
     engine.current.trace.add(rows.keep, rows.keep)
     output = run_rows(engine, index, inner, call, rows)
-    update = engine.pruner.skip_update(call.hidden, index, "block")
-    base = call.hidden if update is None else call.hidden + update
-    return base if output is None else rows.put(base, tensor_of(output))
+    return scattered(engine, index, "block", call.hidden, rows, None if output is None else tensor_of(output))
+
+
+def scattered(engine: Engine, index: int, part: str, hidden: Tensor, rows: Rows, computed: Tensor | None) -> Tensor:
+    """(B, T, D): `computed` (B, K, D) for the kept rows, what `skip` says for the others, from hidden (B, T, D).
+
+    A compensation is computed for the skipped rows alone where rows are even, else for all of them.
+    """
+    if computed is not None and rows.even and engine.pruner.compensation is not None:
+        return rows.join(computed, engine.skipped(rows.rest.take(hidden), index, part))
+    base = engine.skipped(hidden, index, part)
+    return base if computed is None else rows.put(base, computed)
 
 
 def run_rows(engine: Engine, index: int, inner, call: Call, rows: Rows):
@@ -132,18 +141,7 @@ def _merge(rows: Rows, fresh: Tensor, deposited: Tensor) -> Tensor:
     elsewhere. A token's heads stay side by side in memory, as the projections leave them."""
     fresh, deposited = fresh.transpose(1, 2), deposited.transpose(1, 2)
     if rows.even:
-        batch, tokens = rows.keep.shape
-        merged = fresh.new_empty(batch, tokens, *fresh.shape[2:])
-        _put_(merged, rows.index, fresh)
-        _put_(merged, rows.rest.index, deposited)
+        merged = rows.join(fresh, deposited)
     else:
         merged = rows.put(deposited.flatten(2), fresh.flatten(2)).view_as(deposited)
     return merged.transpose(1, 2)
-
-
-def _put_(target: Tensor, index: Tensor, source: Tensor) -> None:
-    """target (B, T, ...) gets the rows source (B, n, ...) at index (B, n), in place."""
-    if len(target) == 1:
-        target.index_copy_(1, index[0], source)
-    else:
-        target.scatter_(1, index.view(*index.shape, 1, 1).expand_as(source), source)

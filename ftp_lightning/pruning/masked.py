@@ -27,9 +27,7 @@ def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) ->
     keep = chosen.attention.keep
     engine.current.trace.add(keep, keep)
     rows = tensor_of(run_all_rows(engine, index, inner, call, keep))
-    update = engine.pruner.skip_update(call.hidden, index, "block")
-    base = call.hidden if update is None else call.hidden + update
-    return engine.pruner.gates.blend(rows, base, keep, chosen.gates[0])
+    return engine.pruner.gates.blend(rows, engine.skipped(call.hidden, index, "block"), keep, chosen.gates[0])
 
 
 def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor):

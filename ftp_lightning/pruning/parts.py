@@ -1,7 +1,8 @@
 """Decisions about parts of a block: its attention and its MLP are entered by different tokens.
 
 The block runs on all rows (norms and residuals cost next to nothing); its attention module and its feed-forward part
-are wrapped, gather the rows that enter them and return an update of zero for the others.
+are wrapped, gather the rows that enter them and return for the others the update that `skip` says: zero, or what a
+compensation makes of the rows that would have entered.
 
 Shapes: B rows, T new tokens, K kept tokens of the fullest row, D hidden size.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ftp_lightning.pruning.calls import Call
 from ftp_lightning.pruning.dense import run_dense
-from ftp_lightning.pruning.gathered import run_rows
+from ftp_lightning.pruning.gathered import run_rows, scattered
 from ftp_lightning.pruning.masked import run_all_rows
 from ftp_lightning.pruning.state import Chosen
 from ftp_lightning.pruning.tokens import Rows
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class PartPlan:
-    """The rows of the block that is running; `mlp_base` (B, T, D): what those that skip its MLP get from it."""
+    """The rows of the block that is running; `mlp_hidden` (B, T, D): what came to its MLP."""
 
     attention: Rows | None
     mlp: Rows | None
     gates: tuple[Tensor | None, Tensor | None]
-    mlp_base: Tensor | None = None
+    mlp_hidden: Tensor | None = None
 
 
 def run_parts(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
@@ -52,12 +53,13 @@ def run_attention_part(engine: Engine, index: int, inner, args: tuple, kwargs: d
     if plan is None or plan.attention is None:
         return inner(*args, **kwargs)
     call = Call(engine.sites[index].part, args, kwargs)
-    base = _skipped(engine, call.hidden, index, "attention")
     if engine.current.masked:
         output = run_all_rows(engine, index, inner, call, plan.attention.keep)
+        base = engine.skipped(call.hidden, index, "attention")
         return engine.pruner.gates.blend(output[0], base, plan.attention.keep, plan.gates[0]), None
     output = run_rows(engine, index, inner, call, plan.attention)
-    return base if output is None else plan.attention.put(base, output[0]), None
+    computed = None if output is None else output[0]
+    return scattered(engine, index, "attention", call.hidden, plan.attention, computed), None
 
 
 def run_mlp_entry(engine: Engine, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
@@ -68,31 +70,25 @@ def run_mlp_entry(engine: Engine, index: int, inner, args: tuple, kwargs: dict) 
     entry, leave = engine.sites[index].mlp
     hidden, *rest = args
     by_row = hidden.reshape(*engine.current.real.shape, -1)
-    plan.mlp_base = _skipped(engine, by_row, index, "mlp")
+    plan.mlp_hidden = by_row
     rows = by_row if engine.current.masked else plan.mlp.take(by_row)
     output = inner(rows.flatten(0, 1) if hidden.dim() == 2 else rows, *rest, **kwargs)
-    return _leave(engine, output) if leave is entry else output
+    return _leave(engine, index, output) if leave is entry else output
 
 
 def run_mlp_exit(engine: Engine, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
     """The forward of the module through which tokens leave it, where that is another one: (B T, D) or (B, T, D)."""
     output = inner(*args, **kwargs)
     plan = engine.part_plan
-    return output if plan is None or plan.mlp is None else _leave(engine, output)
+    return output if plan is None or plan.mlp is None else _leave(engine, index, output)
 
 
-def _leave(engine: Engine, output: Tensor) -> Tensor:
+def _leave(engine: Engine, index: int, output: Tensor) -> Tensor:
     """The update of every token, what `skip` says (zero: the identity) for those that did not enter."""
-    plan, base = engine.part_plan, engine.part_plan.mlp_base
-    rows = output.reshape(len(base), -1, base.shape[-1])
+    plan, hidden = engine.part_plan, engine.part_plan.mlp_hidden
+    rows = output.reshape(len(hidden), -1, hidden.shape[-1])
     if engine.current.masked:
-        whole = engine.pruner.gates.blend(rows, base, plan.mlp.keep, plan.gates[1])
+        whole = engine.pruner.gates.blend(rows, engine.skipped(hidden, index, "mlp"), plan.mlp.keep, plan.gates[1])
     else:
-        whole = plan.mlp.put(base, rows)
+        whole = scattered(engine, index, "mlp", hidden, plan.mlp, rows)
     return whole.flatten(0, 1) if output.dim() == 2 else whole
-
-
-def _skipped(engine: Engine, hidden: Tensor, index: int, part: str) -> Tensor:
-    """What a skipped token's residual stream gets from this part. (B, T, D)."""
-    update = engine.pruner.skip_update(hidden, index, part)
-    return hidden.new_zeros(hidden.shape) if update is None else update

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.compensation import Compensation, check_skip
 from ftp_lightning.pruning.deciding import PARTS
 from ftp_lightning.pruning.engine import Decision, Engine
 from ftp_lightning.pruning.gates import StraightThrough
@@ -20,18 +21,6 @@ from ftp_lightning.schedule import Schedule
 KV = ("evict", "keep")
 CHOICES = ("topk", "threshold")
 ATTENTION = ("window", "exact")
-
-
-def identity_skip(hidden: Tensor, block: int, part: str) -> Tensor | None:
-    """The update a skipped token gets from a block (or its attention, or its MLP) instead of the computed one.
-
-    hidden (B, T, D) is the input of that block or part. Returns (B, T, D), or None for no update: the hidden state
-    stays (paper).
-    """
-    return None
-
-
-SKIP: dict[str, Callable[[Tensor, int, str], Tensor | None]] = {"identity": identity_skip}
 
 
 class TokenPruner:
@@ -49,7 +38,9 @@ class TokenPruner:
             4.4). The last two ask the device at every routed block how many tokens skip.
         attention: queries that the attention score averages over: the last `window` kept ones, or "exact" = all kept
         ones.
-        skip: what a skipped token gets: "identity" (paper).
+        skip: what a skipped token gets: "identity" (h; paper), "mean" (h + b_l) or "low-rank" (h + W_l h + b_l) [ours].
+            The last two need a `compensation`, and go for continuation tokens that skip, too.
+        compensation: from `compensation.fit_compensation`, on the dense model that is pruned; of rank 0 for "mean".
         parts: what a decision addresses: "block" (paper), "attention", "mlp", or "attention+mlp", both apart. The
             schedule's s_l then is that of the part. A FixedRouter says itself what it addresses.
 
@@ -74,6 +65,7 @@ class TokenPruner:
         window: int = 32,
         skip: str = "identity",
         parts: str = "block",
+        compensation: Compensation | None = None,
     ):
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
@@ -87,9 +79,9 @@ class TokenPruner:
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
         self.attention = _one_of("attention", attention, ATTENTION)
-        self.skip = _one_of("skip", skip, tuple(SKIP))
-        self.skip_update = SKIP[skip]
         self.parts = _one_of("parts", parts, PARTS)
+        self.skip, self.compensation = skip, compensation
+        check_skip(skip, compensation, self.addressed, blocks)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}, must be in [0, 1]")
         if window < 1:
@@ -103,6 +95,20 @@ class TokenPruner:
         self._engine: Engine | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
         self._model: nn.Module | None = None
+
+    @property
+    def addressed(self) -> list[str]:
+        """What decisions are about: "block", or "attention" or "mlp" or both."""
+        router = self.router
+        if not isinstance(router, FixedRouter):
+            return self.parts.split("+")
+        lists = {"attention": router.keep_attention, "mlp": router.keep_mlp}
+        return [part for part, masks in lists.items() if masks is not None] if router.by_parts else ["block"]
+
+    @property
+    def skip_rank(self) -> int:
+        """Rank of what a skipped token is multiplied with; 0 where it is not."""
+        return 0 if self.compensation is None else self.compensation.rank
 
     # ---------------------------------------------------------------- in force
 
@@ -126,6 +132,9 @@ class TokenPruner:
         if len(blocks) != len(self.kv):
             raise UserError(f"the pruner was made for {len(self.kv)} blocks, the model has {len(blocks)}.")
         self.router.check_model(len(blocks), decoder.config.hidden_size)
+        if self.compensation is not None and self.compensation.hidden_size != decoder.config.hidden_size:
+            fitted, found = self.compensation.hidden_size, decoder.config.hidden_size
+            raise UserError(f"the compensation was fitted at hidden size {fitted}, the model has {found}.")
         if self._base is not None:
             check_base(self._base, model)
         self.router.to(next(model.parameters()).device)
@@ -175,13 +184,20 @@ class TokenPruner:
     # ---------------------------------------------------------------- on disk
 
     def settings(self) -> dict:
-        """Everything but router and schedule, JSON-able: `TokenPruner(router, schedule, **settings)` is this pruner."""
+        """Everything but router, schedule and compensation, JSON-able. To make a pruner from this one use `changed`:
+        it takes those along, and `TokenPruner(router, schedule, **settings)` refuses a skip without its compensation.
+        """
         names = ("choice", "threshold", "decode", "attention", "window", "skip", "parts")
         return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
 
+    def changed(self, **changes) -> TokenPruner:
+        """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`."""
+        own = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
+        return TokenPruner(**own | self.settings() | changes)
+
     def with_schedule(self, schedule: Schedule) -> TokenPruner:
-        """The same router and settings under another schedule (the router is shared, not copied)."""
-        pruner = TokenPruner(self.router, schedule, **self.settings())
+        """This pruner under another schedule; what it says of its base model goes along."""
+        pruner = self.changed(schedule=schedule)
         pruner._base, pruner._model = self._base, self._model
         return pruner
 

@@ -84,6 +84,13 @@ class Rows:
         """x (B or 1, T, ...) -> (B, K, ...)."""
         return take_rows(x, self.index)
 
+    def join(self, kept: Tensor, others: Tensor) -> Tensor:
+        """(B, T, ...) of kept (B, K, ...) and those of `rest`, others (B, T - K, ...); only where rows are even."""
+        whole = kept.new_empty(*self.keep.shape, *kept.shape[2:])
+        _put_(whole, self.index, kept)
+        _put_(whole, self.rest.index, others)
+        return whole
+
     def put(self, base: Tensor, rows: Tensor) -> Tensor:
         """A copy of base (B, T, D) with the kept rows (B, K, D) in their places; what fillers hold is dropped."""
         if not self.even:
@@ -98,6 +105,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     tail = x.shape[2:]
     expanded = index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail)
     return x.expand(index.shape[0], *x.shape[1:]).gather(1, expanded)
+
+
+def _put_(target: Tensor, index: Tensor, source: Tensor) -> None:
+    """target (B, T, ...) gets the rows source (B, n, ...) at index (B, n), in place."""
+    if len(target) == 1:
+        target.index_copy_(1, index[0], source)
+    else:
+        target.scatter_(1, index.view(*index.shape, *[1] * (source.dim() - 2)).expand_as(source), source)
 
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -32,17 +32,19 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
     changes = {} if settings.attention == "auto" else {"attention": settings.attention}
     kvs = list(dict.fromkeys(settings.modes)) or [base.kv]
     if not settings.budgets and settings.budget_kind == "tokens":
-        return [TokenPruner(router, base.schedule, **base.settings() | changes | {"kv": kv}) for kv in kvs]
+        return [base.changed(router=router, kv=kv, **changes) for kv in kvs]
     budgets = dict.fromkeys(settings.budgets or (settings.budget,))
     return [
-        TokenPruner(router, _uniform(settings, model, budget, kv), **base.settings() | changes | {"kv": kv})
+        base.changed(router=router, schedule=_uniform(settings, model, budget, kv, base.skip_rank), kv=kv, **changes)
         for budget in budgets
         for kv in kvs
     ]
 
 
-def _uniform(settings: BenchmarkStage, model: PreTrainedModel, budget: float, kv: str | Sequence[str]) -> Schedule:
-    return Schedule.uniform(num_blocks(model), token_budget(settings, model, kv, budget))
+def _uniform(
+    settings: BenchmarkStage, model: PreTrainedModel, budget: float, kv: str | Sequence[str], rank: int
+) -> Schedule:
+    return Schedule.uniform(num_blocks(model), token_budget(settings, model, kv, budget, rank))
 
 
 def untrained_router(name: str, seed: int) -> Router:

@@ -131,17 +131,21 @@ def schedule_or_uniform(path: str | None, budget: float | None, model: PreTraine
 
 
 def token_budget(
-    settings: BudgetSettings, model: PreTrainedModel, kv: str | Sequence[str], budget: float | None = None
+    settings: BudgetSettings,
+    model: PreTrainedModel,
+    kv: str | Sequence[str],
+    budget: float | None = None,
+    rank: int = 0,
 ) -> float | None:
     """The share of tokens that `budget`, by default --budget, asks for: itself, or under --budget_kind flops that of
     the uniform schedule with this FLOPs cut; UserError where --budget_length does not fit the model, or the cut is out
-    of reach."""
+    of reach. rank: `TokenPruner.skip_rank`."""
     budget = settings.budget if budget is None else budget
     if settings.budget_kind == "tokens" or budget is None:
         return budget
     check_budget_length(settings, model.config)
     num_blocks(model)
-    budget = solve_budget(model, budget, settings.budget_length, kv).sparsity[0]
+    budget = solve_budget(model, budget, settings.budget_length, kv, rank=rank).sparsity[0]
     check_reachable(budget, settings.prompt_tokens)
     return budget
 
@@ -168,7 +172,7 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
         pruner = load_pruner(settings.pruned, model)
         asked = {"kv": settings.kv, "decode": settings.decode}
         changes = {name: value for name, value in asked.items() if value != "auto"}
-        return TokenPruner(pruner.router, schedule or pruner.schedule, **pruner.settings() | changes)
+        return pruner.changed(schedule=schedule or pruner.schedule, **changes)
     kv = "keep" if settings.kv == "auto" else settings.kv
     schedule = schedule_or_uniform(settings.schedule, token_budget(settings, model, kv), model)
     decode = "dense" if settings.decode == "auto" else settings.decode

@@ -58,7 +58,8 @@ class Bench:
         """The record of one method, see `results.json`; `with_retention` adds what needs all methods."""
         self.tell(f"{name}, text")
         prompt = self._score(pruner, "prompt")
-        cut = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv)  # of the last batch of prompts
+        trace = pruner.trace.prompt  # of the last batch of prompts
+        cut = realised_flops_reduction(self.model, trace, pruner.kv, rank=pruner.skip_rank)
         sequence = self._score(pruner, "sequence")
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner)

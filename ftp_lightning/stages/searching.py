@@ -41,7 +41,8 @@ def carry_out(
     start = starting_pruner(settings, model)
     first, progress = processes.rank == 0, Progress(**timing)
     budgets = sorted(set(settings.budgets)) or [settings.budget]
-    asked = {budget: settings.in_tokens(token_budget(settings, model, start.kv, budget)) for budget in budgets}
+    where = settings, model, start.kv
+    asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank)) for budget in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
         what = "windows" if settings.task is None else f"items of {settings.task}"
@@ -80,7 +81,7 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
         return TokenPruner(router, dense, kv="keep" if settings.kv == "auto" else settings.kv)
     trained = load_pruner(settings.pruned, model)
     changes = {} if settings.kv == "auto" else {"kv": settings.kv}
-    return TokenPruner(trained.router, trained.schedule, **trained.settings() | changes)
+    return trained.changed(**changes)
 
 
 class _Listener:
@@ -143,7 +144,7 @@ def _write(
     def metrics(result: SearchResult) -> dict[str, Any]:
         numbers = {"value": result.value, "allocations": result.allocations, "generations": result.generations}
         if settings.budget_kind == "flops":
-            cut = flops_reduction(model, result.schedule, settings.budget_length, start.kv)
+            cut = flops_reduction(model, result.schedule, settings.budget_length, start.kv, rank=start.skip_rank)
             numbers["flops_reduction"] = cut
         return numbers | {"stopped": result.stopped}
 

@@ -19,7 +19,7 @@ RouterName = Literal["dynamic", "local", "recurrent", "hidden", "hidden+factors"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage(StageSettings):
-    """Train the router under a schedule, the model frozen. Writes pruned/ (router, schedule, settings; a few kB).
+    """Train the router under a schedule, the model frozen. Writes pruned/ (router, schedule, settings, --skip).
 
     Stopped by SIGTERM or SIGUSR1 it saves and leaves; after any interruption the same command goes on.
     """
@@ -55,6 +55,11 @@ class TrainStage(StageSettings):
     random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three")
     recompute: bool = option(False, "activation checkpointing: less memory, more time", passive=True)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
+    skip: Literal["identity", "mean", "low-rank"] = option(
+        "identity", "what a skipped token gets: nothing, the block's mean update, or a fitted linear map of its state"
+    )
+    skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1)
+    skip_windows: int = option(64, "windows of training text that mean or map are fitted on", least=1)
     validations: int = option(5, "times the router is measured on validation windows", least=1)
     validation_windows: int = option(16, "windows it is measured on", least=1)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
@@ -91,7 +96,7 @@ class TrainStage(StageSettings):
         windows = mixed_windows(self, tokenizer, total, self.recall_share)
         held_out = mixed_windows(self, tokenizer, self.validation_windows, self.recall_share, "validation")
         about = {name: getattr(self, name) for name in ("kv", "choice", "attention", "window")}
-        pruner = TokenPruner(self.new_router(model), schedule, **about)
+        pruner = TokenPruner(self.new_router(model), schedule, **about, **self.skipping(model, tokenizer))
         settings, place = picked(TrainingSettings, self), folder.place("checkpoints").parent
         system = RouterTraining(model, pruner, settings, family, self.budgets or (0.0, 0.0))
         whole = self.prompt_tokens + self.continuation_tokens
@@ -106,6 +111,17 @@ class TrainStage(StageSettings):
         pruner.save(folder.place("pruned"), base=self.model, model=model)
         folder.write_json("metrics.json", found | {"windows": windows.hash()})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
+
+    def skipping(self, model, tokenizer) -> dict[str, Any]:
+        """What the pruner is told of --skip; mean or map are fitted here, before the router is trained with them."""
+        if self.skip == "identity":
+            return {}
+        from ftp_lightning.pruning.compensation import fit_compensation
+        from ftp_lightning.stages.inputs import mixed_windows
+
+        windows = mixed_windows(self, tokenizer, self.skip_windows, self.recall_share)
+        rank = self.skip_rank if self.skip == "low-rank" else 0
+        return {"skip": self.skip, "compensation": fit_compensation(model, windows, rank, batch_size=self.batch_size)}
 
     def _family(self) -> ScheduleFamily | None:
         if not self.budgets:
