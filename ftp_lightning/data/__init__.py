@@ -1,1 +1,1 @@
-"""Text becomes token windows: stories and sources, splits, recall passages, windows, multiple-choice items."""
+"""Text becomes rows of tokens: stories and sources, splits, recall passages, windows, examples, multiple choice."""

@@ -7,7 +7,17 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from ftp_lightning.data.examples import Examples
 from ftp_lightning.data.windows import Windows
+from ftp_lightning.errors import UserError
+
+
+def random_split(tokens: int, rng: random.Random, least: int, most: int) -> int:
+    """How many of a row's `tokens` are its prompt, each number in [least, most] equally likely [ours]; one token at
+    least is left to follow. ValueError unless 1 <= least <= most and least < tokens."""
+    if not 1 <= least <= most or least >= tokens:
+        raise ValueError(f"no prompt of {least} to {most} tokens in a row of {tokens}")
+    return rng.randint(least, min(most, tokens - 1))
 
 
 class TrainingBatches:
@@ -38,7 +48,8 @@ class TrainingBatches:
         places = range(number * self.batch_size, (number + 1) * self.batch_size)
         batch = self.collate([self._row(place) for place in places]) | {"number": number}
         if self.random_prompt is not None:
-            batch["prompt_tokens"] = random.Random(f"{self.seed}/prompt/{number}").randint(*self.random_prompt)
+            rng = random.Random(f"{self.seed}/prompt/{number}")
+            batch["prompt_tokens"] = random_split(batch["input_ids"].shape[1], rng, *self.random_prompt)
         return batch
 
     def _row(self, place: int) -> int:
@@ -50,10 +61,11 @@ class TrainingBatches:
 
 
 class WindowsData(LightningDataModule):
-    """Batches `{"input_ids": (B, P + C) int64, "prompt_tokens": P}` of windows.
+    """Batches of windows or of examples, as their `batch` makes them: `{"input_ids": (B, P + C) int64,
+    "prompt_tokens": P}`, and `"attention_mask"` (B, P + C) where examples are padded.
 
     To train: shuffled, without end, see `TrainingBatches`. In order to validate (`validation_windows`) and to predict
-    (`windows`).
+    (`windows`). A random prompt length is for windows, with room for it; examples have their own (UserError).
 
     Attributes:
         batches_done: of the whole training, by all processes, before this one goes on.
@@ -61,8 +73,8 @@ class WindowsData(LightningDataModule):
 
     def __init__(
         self,
-        windows: Windows,
-        validation_windows: Windows | None = None,
+        windows: Windows | Examples,
+        validation_windows: Windows | Examples | None = None,
         batch_size: int = 1,
         seed: int = 0,
         random_prompt: tuple[int, int] | None = None,
@@ -70,11 +82,15 @@ class WindowsData(LightningDataModule):
         super().__init__()
         if batch_size < 1 or not len(windows):
             raise ValueError(f"batch_size {batch_size} and the number of windows {len(windows)} must be at least 1")
+        if validation_windows is not None and type(validation_windows) is not type(windows):
+            raise ValueError("rows to train and to validate on must be of one kind, windows or examples")
+        if random_prompt is not None:
+            _check_random_prompt(windows, *random_prompt)
         self.windows, self.validation_windows = windows, validation_windows
         self.batch_size, self.seed, self.random_prompt, self.batches_done = batch_size, seed, random_prompt, 0
 
     def train_dataloader(self) -> TrainingBatches:
-        about = (len(self.windows), self.batch_size, _collate(self.windows), self.seed, self.random_prompt)
+        about = (len(self.windows), self.batch_size, self.windows.batch, self.seed, self.random_prompt)
         batches = TrainingBatches(*about)
         batches.done = self.batches_done
         if self.trainer is not None:
@@ -87,12 +103,17 @@ class WindowsData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self._loader(self.windows)
 
-    def _loader(self, windows: Windows) -> DataLoader:
-        return DataLoader(range(len(windows)), batch_size=self.batch_size, collate_fn=_collate(windows))
+    def _loader(self, windows: Windows | Examples) -> DataLoader:
+        return DataLoader(range(len(windows)), batch_size=self.batch_size, collate_fn=windows.batch)
 
 
-def _collate(windows: Windows) -> Callable[[list[int]], dict]:
-    def collate(rows: list[int]) -> dict[str, torch.Tensor | int]:
-        return {"input_ids": windows.input_ids[rows], "prompt_tokens": windows.prompt_tokens}
-
-    return collate
+def _check_random_prompt(windows: Windows | Examples, least: int, most: int) -> None:
+    """UserError where rows leave no room for such prompts."""
+    if isinstance(windows, Examples):
+        raise UserError("a random prompt length is for windows; an example has its own prompt.")
+    tokens = windows.input_ids.shape[1]
+    if not 1 <= least <= most < tokens:
+        raise UserError(
+            f"random prompt lengths are {least} to {most}, must be at least 1 and below the windows' {tokens} tokens\n"
+            "Give other lengths, or longer windows."
+        )

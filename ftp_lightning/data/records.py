@@ -1,9 +1,9 @@
-"""Records of JSON, JSONL and Hub data sets, each made one document."""
+"""Records of JSON, JSONL and Hub data sets, each made one document, or what else a function makes of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ftp_lightning.errors import UserError
 
@@ -17,7 +17,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-
+T = TypeVar("T")
 LONE_SURROGATE = "holds half a character (a lone surrogate such as \\ud800)"
 
 
@@ -32,7 +32,11 @@ def record_text(record: Any) -> str:
       response that appropriately completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`;
       without one the shorter wording of the same.
     """
-    text = _text(record)
+    return valid_text(_text(record))
+
+
+def valid_text(text: str) -> str:
+    """`text` itself; ValueError where it cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -46,7 +50,7 @@ def _text(record: Any) -> str:
     if "text" in record:
         return _string(record, "text")
     if "messages" in record:
-        return _chat_text(record["messages"])
+        return chat_text(record["messages"])
     if "instruction" in record and "output" in record:
         return alpaca_prompt(record) + _string(record, "output")
     raise ValueError(
@@ -67,50 +71,52 @@ def _string(record: Mapping[str, Any], key: str) -> str:
     return record[key]
 
 
-def _chat_text(messages: Any) -> str:
+def chat_text(messages: Any) -> str:
+    """`role: content` per message, a blank line between; ValueError where these are no messages."""
     try:
         return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
     except (TypeError, KeyError):
         raise ValueError("'messages' must be a list of objects with 'role' and 'content'") from None
 
 
-def jsonl_documents(path: Path) -> list[str]:
-    """One document per line; blank lines are skipped. A broken line is a UserError that names file and line."""
-    documents = []
+def jsonl_records(path: Path, make: Callable[[Any], T]) -> list[T]:
+    """What `make` makes of every line's record; blank lines are skipped. Where it raises ValueError, or the line is
+    broken, a UserError names file and line."""
+    made = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                documents.append(_line_document(path, number, line))
-    return documents
+                made.append(_line_record(path, number, line, make))
+    return made
 
 
-def _line_document(path: Path, number: int, line: bytes) -> str:
+def _line_record(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
     try:
-        return record_text(json.loads(line))
+        return make(json.loads(line))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise UserError(f"{path}, line {number}: {error}\nrepair or remove the line") from None
 
 
-def json_documents(path: Path) -> list[str]:
-    """One document per record of a JSON array. UserErrors name the file and the record."""
+def json_records(path: Path, make: Callable[[Any], T]) -> list[T]:
+    """What `make` makes of every record of a JSON array. UserErrors name the file and the record."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}\nfor one record per line name it .jsonl") from None
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a JSON array of records, not {type(records).__name__}")
-    return [_array_document(path, i, record) for i, record in enumerate(records, 1)]
+    return [_array_record(path, i, record, make) for i, record in enumerate(records, 1)]
 
 
-def _array_document(path: Path, number: int, record: Any) -> str:
+def _array_record(path: Path, number: int, record: Any, make: Callable[[Any], T]) -> T:
     try:
-        return record_text(record)
+        return make(record)
     except ValueError as error:
         raise UserError(f"{path}, record {number}: {error}\nrepair or remove the record") from None
 
 
-def hub_documents(name: str) -> list[str]:
-    """Records of the Hub data set `NAME` or `NAME:CONFIG`: its `train` part, or the first; blank ones are skipped."""
+def hub_records(name: str, make: Callable[[Any], T]) -> list[T]:
+    """What `make` makes of the records of the Hub data set `NAME` or `NAME:CONFIG`: its `train` part, or the first."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -125,9 +131,9 @@ def hub_documents(name: str) -> list[str]:
         ) from None
     records = parts["train" if "train" in parts else next(iter(parts))]
     try:
-        return [text for record in records if (text := record_text(record)).strip()]
+        return [make(record) for record in records]
     except ValueError as error:
-        raise UserError(f"data set {name}: {error}\nsave it as JSONL with a field 'text' and give that file") from None
+        raise UserError(f"data set {name}: {error}\nsave it as JSONL in such a form and give that file") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,11 @@
 """Where text comes from: embedded stories, files of several formats, a Hub data set; always documents per split."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ftp_lightning.data.records import hub_documents, json_documents, jsonl_documents
+from ftp_lightning.data.records import hub_records, json_records, jsonl_records, record_text
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.text import normalise_book, paragraphs_of
 from ftp_lightning.errors import UserError
@@ -12,6 +13,8 @@ from ftp_lightning.errors import UserError
 SHARES = {"calibration": 0.30, "training": 0.40, "validation": 0.10, "test": 0.20}
 MANY_DOCUMENTS = 20
 MINIMUM_WORDS = 50
+_READERS = {".jsonl": jsonl_records, ".json": json_records}
+T = TypeVar("T")
 
 
 def load_documents(source: str, split: str) -> list[str]:
@@ -31,8 +34,7 @@ def load_documents(source: str, split: str) -> list[str]:
     Splitting a source that has none of its own is fixed [ours]: see `split_documents`. Duplicated documents count once.
     Raises UserError for unknown sources and splits, broken records, and fewer than 50 words in the split.
     """
-    if split not in (*SPLITS, "all"):
-        raise UserError(f"unknown split {split!r}\nchoose one of: {', '.join(SPLITS)}, all")
+    check_split(split)
     if source == "embedded":
         documents = [story.text for name in SPLITS if split in (name, "all") for story in load_stories(name)]
     else:
@@ -43,6 +45,12 @@ def load_documents(source: str, split: str) -> list[str]:
             f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\ngive it more text"
         )
     return documents
+
+
+def check_split(split: str) -> None:
+    """UserError where this is neither a split nor "all"."""
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"unknown split {split!r}\nchoose one of: {', '.join(SPLITS)}, all")
 
 
 def split_documents(documents: Sequence[str], split: str) -> list[str]:
@@ -93,18 +101,31 @@ def _paragraph_splits(text: str) -> list[tuple[str, str]]:
     return result
 
 
-def _read(source: str) -> list[str]:
+def has_records(source: str) -> bool:
+    """False where `source` is text on this disk: our stories, a text file, a folder of them."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
+    is_text = path.is_file() and path.suffix.lower() not in _READERS
+    return not (source == "embedded" or path.is_dir() or is_text)
+
+
+def read_records(source: str, make: Callable[[Any], T]) -> list[T]:
+    """What `make` makes of every record of a JSON(L) file or a Hub data set, in order; where it raises ValueError a
+    UserError names the place."""
+    path = Path(source).expanduser()
     if path.is_file():
-        reader = {".jsonl": jsonl_documents, ".json": json_documents}.get(path.suffix.lower(), _read_text)
-        return reader(path)
+        return _READERS[path.suffix.lower()](path, make)
     if path.suffix.lower() in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
         raise UserError(
             f"data source {source} does not exist\ngive a text file, a folder of .txt files, JSON(L), or 'embedded'"
         )
-    return hub_documents(source)
+    return hub_records(source, make)
+
+
+def _read(source: str) -> list[str]:
+    if has_records(source):
+        return read_records(source, record_text)
+    path = Path(source).expanduser()
+    return _read_folder(path) if path.is_dir() else _read_text(path)
 
 
 def _read_folder(folder: Path) -> list[str]:

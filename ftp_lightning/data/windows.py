@@ -51,6 +51,10 @@ class Windows:
         """C, the tokens of a row after its prompt."""
         return self.input_ids.shape[1] - self.prompt_tokens
 
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor | int]:
+        """`{"input_ids": (B, P + C) int64, "prompt_tokens": P}` of the rows."""
+        return {"input_ids": self.input_ids[list(rows)], "prompt_tokens": self.prompt_tokens}
+
     def subset(self, indices: Iterable[int]) -> "Windows":
         """The rows `indices`, in that order."""
         rows = list(indices)

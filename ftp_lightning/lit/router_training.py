@@ -91,7 +91,7 @@ class RouterTraining(L.LightningModule):
     def outputs(self, batch: dict) -> dict[str, Tensor]:
         """Of the scored positions: "hidden" (B, C, D), and where a loss wants them "logits" (B, C, V)."""
         ids, first = batch["input_ids"], self._scored_from(batch)
-        about = {"attention_mask": batch.get("attention_mask"), "use_cache": False}
+        about = _masked(batch) | {"use_cache": False}
         if self.settings.distillation == "mse":
             return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1]}
         from ftp_lightning.search.criteria import entering_head
@@ -225,7 +225,7 @@ class RouterTraining(L.LightningModule):
         if mask is None:
             return continuation_logits(self.model, ids, prompt)
         keep = ids.shape[1] - prompt + 1
-        return self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+        return self.model(input_ids=ids, **_masked(batch), use_cache=False, logits_to_keep=keep).logits[:, :-1]
 
     def on_validation_epoch_end(self) -> None:
         self.validations.append({"step": self.global_step, "kl": torch.cat(self._kl).mean().item()})
@@ -237,6 +237,12 @@ class RouterTraining(L.LightningModule):
         optimizer = torch.optim.Adam(self.router.parameters(), lr=self.settings.learning_rate)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1.0 - step / self.settings.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+def _masked(batch: dict) -> dict[str, Tensor]:
+    """What a model is told of padded rows: which tokens are real, and their positions counted in them alone."""
+    mask = batch.get("attention_mask")
+    return {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def _realised(decision) -> float:

@@ -72,7 +72,8 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
             gate = torch.where(routed.reserved, 1.0, gate)  # always computed: nothing to learn from
     if state.masked:
         tail = state.real[:, routed.real.shape[1] :]
-        keep, kept = torch.cat([keep, tail], 1), tuple(n + tail.shape[1] for n in kept)
+        after = tail.sum(1).tolist() if state.padded else [tail.shape[1]] * len(tail)
+        keep, kept = torch.cat([keep, tail], 1), tuple(n + more for n, more in zip(kept, after))
     return Rows(keep, kept), gate
 
 

@@ -54,6 +54,9 @@ class TrainStage(StageSettings):
     scope: Literal["prompt", "sequence"] = option("prompt", "what is routed: the prompt, or the whole text (paper)")
     random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three")
     recompute: bool = option(False, "activation checkpointing: less memory, more time", passive=True)
+    rows: Literal["windows", "examples"] = option(
+        "windows", "windows of text, or examples: instruction and chat records, the prompt routed, the response scored"
+    )
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     skip: Literal["identity", "mean", "low-rank"] = option(
         "identity", "what a skipped token gets: nothing, the block's mean update, or a fitted linear map of its state"
@@ -70,6 +73,8 @@ class TrainStage(StageSettings):
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
             self._check_budgets()
+        if self.rows == "examples" and self.random_prompt:
+            raise UserError("rows are examples, which have prompts of their own\nLeave --random_prompt out.")
 
     def _check_budgets(self) -> None:
         if len(self.budgets) != 2 or not 0 <= self.budgets[0] < self.budgets[1] < 1:
@@ -84,7 +89,7 @@ class TrainStage(StageSettings):
         from ftp_lightning.lit.router_training import RouterTraining
         from ftp_lightning.lit.training_settings import TrainingSettings
         from ftp_lightning.pruning import TokenPruner
-        from ftp_lightning.stages.inputs import load_model, mixed_windows, schedule_or_uniform
+        from ftp_lightning.stages.inputs import load_model, schedule_or_uniform
         from ftp_lightning.tracking import logging_to
 
         model, tokenizer = load_model(self)
@@ -92,16 +97,14 @@ class TrainStage(StageSettings):
         if family is not None and middle is None:
             middle = sum(self.budgets) / 2
         schedule = schedule_or_uniform(self.schedule, middle, model)
-        total = self.steps * self.accumulate * self.batch_size
-        windows = mixed_windows(self, tokenizer, total, self.recall_share)
-        held_out = mixed_windows(self, tokenizer, self.validation_windows, self.recall_share, "validation")
+        rows, held_out = self.training_rows(tokenizer)
         about = {name: getattr(self, name) for name in ("kv", "choice", "attention", "window")}
         pruner = TokenPruner(self.new_router(model), schedule, **about, **self.skipping(model, tokenizer))
         settings, place = picked(TrainingSettings, self), folder.place("checkpoints").parent
         system = RouterTraining(model, pruner, settings, family, self.budgets or (0.0, 0.0))
         whole = self.prompt_tokens + self.continuation_tokens
         drawn = (max(4, whole // 4), 3 * whole // 4) if self.random_prompt else None
-        data = WindowsData(windows, held_out, self.batch_size, self.seed, drawn)
+        data = WindowsData(rows, held_out, self.batch_size, self.seed, drawn)
 
         def tell(step: int, steps: int) -> None:
             progress.step(step, steps, f"step {step} of {steps}")
@@ -109,8 +112,22 @@ class TrainStage(StageSettings):
         with logging_to(self.tracking, folder.place("logs").parent, self.config(), "train") as logger:
             found = fit(system, data, place, logger, tell, folder.fingerprint)
         pruner.save(folder.place("pruned"), base=self.model, model=model)
-        folder.write_json("metrics.json", found | {"windows": windows.hash()})
+        counts = rows.counts() if self.rows == "examples" else {}
+        folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
+
+    def training_rows(self, tokenizer) -> tuple[Any, Any]:
+        """What the router is trained on, and what it is measured on."""
+        from ftp_lightning.stages.inputs import mixed_windows
+
+        total = self.steps * self.accumulate * self.batch_size
+        sizes = ((self.chosen_split, total), ("validation", self.validation_windows))
+        if self.rows == "windows":
+            return tuple(mixed_windows(self, tokenizer, n, self.recall_share, split) for split, n in sizes)
+        from ftp_lightning.data.examples import load_examples
+
+        limits = (tokenizer, self.prompt_tokens, self.continuation_tokens)
+        return tuple(load_examples(self.data, split, *limits).sample(n, self.seed) for split, n in sizes)
 
     def skipping(self, model, tokenizer) -> dict[str, Any]:
         """What the pruner is told of --skip; mean or map are fitted here, before the router is trained with them."""
