@@ -18,9 +18,9 @@ from ftp_lightning import Schedule, StaticRouter, TokenPruner
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.windows import calibration_windows
 from ftp_lightning.models import load
+from ftp_lightning.processes import launch
 from ftp_lightning.search.fitness import ContinuationFitness
 from ftp_lightning.search.genetic import genetic_search
-from ftp_lightning.search.processes import launch
 from ftp_lightning.search.settings import SearchSettings
 
 GIB = 1 << 30

@@ -6,12 +6,12 @@ import random
 import pytest
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.processes import Processes
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search import allocations
 from ftp_lightning.search.family import NEIGHBOUR, search_family
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.genetic import enough_chunks, genetic_search
-from ftp_lightning.search.processes import Processes
 from ftp_lightning.search.settings import SearchSettings
 
 BLOCKS, BUDGET = 8, 0.4

@@ -5,7 +5,9 @@ import itertools
 
 import pytest
 import torch
+from families import family
 from test_engine import BLOCKS, seeded, tiny_llama
+from test_masked_padding import LENGTHS, ROWS, padded
 from test_router_training import SCHEDULE, windows
 
 from ftp_lightning import DynamicRouter, FixedRouter, Schedule, TokenPruner, UserError, losses
@@ -230,3 +232,23 @@ def test_history_counts_what_was_seen(tmp_path):
     for row in steps:
         weighted = [row[f"weighted_{name}"] for name in ("distillation", "sparsity", "guide")]
         assert sum(weighted) == pytest.approx(row["total"]) and 0 <= row["f1"] <= 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padded_rows_lose_what_they_lose_alone(name):
+    """GPT-2 adds its positions to the input: it shows at once where they count padding."""
+    model = family(name).double() if name == "gpt2" else tiny_llama(torch.float64)
+    pruner = TokenPruner(seeded(DynamicRouter), Schedule([0.0, 0.5, 0.5, 0.5]), kv="keep")
+    found = RouterTraining(model, pruner, TrainingSettings(distillation="both"))
+    ids, mask = padded()
+    together = found.training_step({"input_ids": ids, "attention_mask": mask, "prompt_tokens": 18}, 0)
+    alone = [
+        found.training_step({"input_ids": row[None], "prompt_tokens": prompt}, 0)
+        for row, (prompt, _) in zip(ROWS, LENGTHS)
+    ]
+    assert together.item() == pytest.approx(sum(alone).item() / len(alone), rel=1e-6)
+    kl = [
+        found.validate_rows({"input_ids": row[None], "prompt_tokens": p}).item() for row, (p, _) in zip(ROWS, LENGTHS)
+    ]
+    both = found.validate_rows({"input_ids": ids, "attention_mask": mask, "prompt_tokens": 18})
+    assert both.tolist() == pytest.approx(kl, rel=1e-6)

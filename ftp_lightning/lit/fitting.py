@@ -10,11 +10,14 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from ftp_lightning.data.module import WindowsData
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
+from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
 
 LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
@@ -27,6 +30,7 @@ def fit(
     logger=None,
     progress: Callable[[int, int], None] | None = None,
     fingerprint: str = "",
+    processes: Processes | None = None,
 ) -> dict:
     """Train the system's router in place and keep the state that was best on the validation rows (under the choice
     `threshold`: the last).
@@ -38,11 +42,14 @@ def fit(
     Args:
         progress: told (step, steps).
         fingerprint: of all that decides the result; a checkpoint of another one is thrown away.
+        processes: those that train together, each with a share of the batches: W of them are one that accumulates W
+            times as many. Every one of them calls this function with equal arguments.
 
     Returns the stage's metrics: the curve of every loss, validation KL, target, soft and realised sparsity per block.
     """
     settings, pruner, place = system.settings, system.pruner, Path(folder) / "checkpoints"
-    resume = _to_resume(place, fingerprint)
+    processes = processes or Processes()
+    resume = processes.from_first(_to_resume(place, fingerprint) if processes.rank == 0 else None)
     system.fingerprint, record = fingerprint, History(system, place / HISTORY)
     best = ModelCheckpoint(place, "best", monitor="validation_kl", enable_version_counter=False)
     last = ModelCheckpoint(place, "last", enable_version_counter=False)  # behind: it holds what the best one knows
@@ -52,7 +59,7 @@ def fit(
     every = max(1, settings.steps // settings.validations) * settings.accumulate
     trainer = L.Trainer(
         accelerator="gpu" if next(system.model.parameters()).is_cuda else "cpu",
-        devices=1,
+        **_together(processes),
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
         val_check_interval=every,
@@ -68,7 +75,7 @@ def fit(
     if resume is None:
         trainer.validate(system, datamodule=data, verbose=False)
     else:
-        data.batches_done = resume["global_step"] * settings.accumulate
+        data.batches_done = resume * settings.accumulate * processes.count
     trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
     if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
         system.load_state_dict(torch.load(place / BEST, weights_only=True)["state_dict"])
@@ -84,12 +91,34 @@ def fit(
     }
 
 
-def _to_resume(place: Path, fingerprint: str) -> dict | None:
-    """The checkpoint to go on from; one of another training, or one that cannot be read, is thrown away."""
+def _together(processes: Processes) -> dict:
+    """What the Trainer is told of the processes: they are there, and in touch."""
+    if processes.count == 1:
+        return {"devices": 1}
+    strategy = DDPStrategy(cluster_environment=_Started(processes), find_unused_parameters=True)
+    return {"devices": processes.count, "strategy": strategy, "use_distributed_sampler": False}
+
+
+class _Started(LightningEnvironment):
+    """Processes of this machine that `processes.launch` has started."""
+
+    creates_processes_externally = True
+
+    def __init__(self, processes: Processes):
+        super().__init__()
+        self.processes = processes
+        self._global_rank, self._world_size = processes.rank, processes.count
+
+    def local_rank(self) -> int:
+        return self.processes.rank
+
+
+def _to_resume(place: Path, fingerprint: str) -> int | None:
+    """The step to go on from; a checkpoint of another training, or one that cannot be read, is thrown away."""
     try:
         checkpoint = torch.load(place / LAST, weights_only=True)
         if fingerprint and checkpoint.get("fingerprint") == fingerprint:
-            return checkpoint
+            return checkpoint["global_step"]
     except FileNotFoundError:
         return None
     except Exception:  # torch raises a dozen kinds for a broken file

@@ -193,6 +193,8 @@ class RouterTraining(L.LightningModule):
         row = {name: sum(found[name] for found in rows) for name in rows[0]}
         row |= {name: row[name] / len(rows) for name in row if name not in counted}
         gradients = [p.grad.norm() for p in self.router.parameters() if p.grad is not None]
+        if self.trainer.world_size > 1:
+            row = self._over_processes(row, counted)
         row["gradient_norm"] = torch.stack(gradients).norm().item() if gradients else 0.0
         row["seen"] = row.pop("tokens") + (self.history[-1]["seen"] if self.history else 0)
         logged = row | {f"soft_sparsity/block_{block}": s for block, s in enumerate(self.last_soft)}
@@ -200,23 +202,33 @@ class RouterTraining(L.LightningModule):
         self.log_dict({f"train/{name}": float(value) for name, value in logged.items()}, sync_dist=True, batch_size=1)
         self.history.append({"step": self.global_step + 1, **row})
 
+    def _over_processes(self, row: dict, counted: Sequence[str]) -> dict:
+        """The row of all processes together: sums of what is counted, means of the rest."""
+        values = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
+        total = dict(zip(row, self.trainer.strategy.reduce(values, reduce_op="sum").tolist()))
+        return {n: int(t) if n in counted else t / self.trainer.world_size for n, t in total.items()}
+
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self._kl: list[Tensor] = []
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """KL per continuation token of the deployed computation, the mean over the validation schedules."""
-        ids, prompt, mask = batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask")
+        kl = self.validate_rows(batch)
+        self._kl.append(kl)
+        self.log("validation_kl", kl.mean(), batch_size=len(kl), sync_dist=True)
+
+    @torch.no_grad()
+    def validate_rows(self, batch: dict) -> Tensor:
+        """(B,): KL per continuation token of the deployed computation, the mean over the validation schedules."""
+        prompt, mask = batch["prompt_tokens"], batch.get("attention_mask")
         teacher, scored = self._continuation(batch), None if mask is None else mask[:, prompt:].bool()
         rows = []
         for schedule in self.validation_schedules():
             pruner = self.pruner.with_schedule(schedule)
             with pruner(self.model), nullcontext() if mask is None else pruner.masked(prompt):
                 rows.append(losses.kl_rows(self._continuation(batch), teacher, scored))
-        kl = torch.stack(rows).mean(0)
-        self._kl.append(kl)
-        self.log("validation_kl", kl.mean(), batch_size=len(ids), sync_dist=True)
+        return torch.stack(rows).mean(0)
 
     def _continuation(self, batch: dict) -> Tensor:
         """Logits (B, C, V): prefill and cached continuation, or the masked executor's same numbers where rows are

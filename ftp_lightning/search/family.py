@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from ftp_lightning.processes import Processes
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.allocations import project
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.genetic import SearchResult, genetic_search
-from ftp_lightning.search.processes import Processes
 from ftp_lightning.search.settings import SearchSettings
 
 NEIGHBOUR, FOUND = "neighbour", "found"

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.processes import Processes
 from ftp_lightning.schedule import Schedule, level_step
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.operators import (
@@ -29,7 +30,6 @@ from ftp_lightning.search.operators import (
     top_level,
     tournament,
 )
-from ftp_lightning.search.processes import Processes
 from ftp_lightning.search.settings import SearchSettings
 from ftp_lightning.search.state import SearchState, population_hash
 from ftp_lightning.search.surrogate import Surrogate

@@ -103,7 +103,7 @@ class SearchStage(BudgetSettings, StageSettings):
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.models import resolve_device
-        from ftp_lightning.search.processes import Processes, launch
+        from ftp_lightning.processes import Processes, launch
         from ftp_lightning.stages.searching import carry_out
 
         if self.budget_kind == "tokens":  # bad values are told before the model is loaded

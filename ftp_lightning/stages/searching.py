@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.flops import flops_reduction
 from ftp_lightning.routing import RandomRouter, StaticRouter
@@ -17,7 +18,6 @@ from ftp_lightning.search.criteria import CRITERIA
 from ftp_lightning.search.family import search_family
 from ftp_lightning.search.fitness import ContinuationFitness, MemoFitness
 from ftp_lightning.search.genetic import SearchResult, genetic_search
-from ftp_lightning.search.processes import Processes
 from ftp_lightning.stages.inputs import load_model, load_pruner, mixed_windows, num_blocks, token_budget
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage

@@ -1,4 +1,4 @@
-"""Many processes, one search: each measures a share, all know all results, and a drift between them is an error."""
+"""Many processes, one piece of work: each does a share, all know all results, and a drift between them is an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """The processes of a Lightning Fabric that walk through the same search in step; without one, this process alone.
+    """The processes of a Lightning Fabric that walk through the same work in step; without one, this process alone.
 
     Every rank calls the same methods in the same order. Python objects travel by gloo or NCCL.
     """
@@ -49,7 +49,7 @@ class Processes:
         if other is not None:
             raise UserError(
                 f"{what} of process {other} is {_short(found[other])}, that of process 0 {_short(found[0])}\n"
-                "All processes of a search need the same model, data, settings and software."
+                "All processes need the same model, data, settings and software."
             )
 
     def from_first(self, value: Any) -> Any:

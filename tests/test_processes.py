@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.processes import Processes, launch
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search import allocations
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.genetic import genetic_search
-from ftp_lightning.search.processes import Processes, launch
 from ftp_lightning.search.settings import SearchSettings
 
 BLOCKS, SETTINGS = 6, SearchSettings(budget=0.4, generations=4, offspring=7, survivors=(3,), stage_windows=(2,))

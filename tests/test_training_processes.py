@@ -1,0 +1,37 @@
+"""Several processes train the router that one process trains."""
+
+import pytest
+import torch
+from test_engine import seeded, tiny_llama
+from test_router_training import SCHEDULE, windows
+
+from ftp_lightning import DynamicRouter, TokenPruner
+from ftp_lightning.data.module import WindowsData
+from ftp_lightning.lit.fitting import fit, fit_router
+from ftp_lightning.lit.router_training import RouterTraining
+from ftp_lightning.lit.training_settings import TrainingSettings
+from ftp_lightning.processes import launch
+
+TOGETHER = {"steps": 20, "batch_size": 2, "gates": "gumbel", "validations": 2, "seed": 4}
+
+
+def in_step(processes, device, folder):
+    """What one of several processes trains; the rows of all of them together."""
+    pruner, settings = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep"), TrainingSettings(**TOGETHER)
+    system = RouterTraining(tiny_llama(torch.float32), pruner, settings)
+    data = WindowsData(windows(32), windows(4, 9), settings.batch_size, settings.seed)
+    metrics = fit(system, data, folder, processes=processes, fingerprint="same")
+    return metrics, torch.cat([value.flatten() for value in pruner.router.state_dict().values()]).tolist()
+
+
+def test_two_processes_are_one_that_accumulates_twice(tmp_path):
+    two, weights = launch(2, torch.device("cpu"), in_step, tmp_path / "two")
+    pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
+    settings = TrainingSettings(**TOGETHER, accumulate=2)
+    one = fit_router(tiny_llama(torch.float32), pruner, windows(32), windows(4, 9), settings, tmp_path / "one")
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[name] == pytest.approx(a[name], abs=1e-5, rel=1e-5) for name in a)
+    assert [v["kl"] for v in two["validation_kl"]] == pytest.approx([v["kl"] for v in one["validation_kl"]], abs=1e-5)
+    own = torch.cat([value.flatten() for value in pruner.router.state_dict().values()])
+    assert torch.allclose(torch.tensor(weights), own, atol=1e-5)
