@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings, holds_family, picked
+from ftp_lightning.stages.base import StageSettings, holds_family
 from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
-
-if TYPE_CHECKING:
-    from ftp_lightning.schedule_family import ScheduleFamily
 
 RouterName = Literal["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass"]
 
@@ -66,6 +63,7 @@ class TrainStage(StageSettings):
     validations: int = option(5, "times the router is measured on validation windows", least=1)
     validation_windows: int = option(16, "windows it is measured on", least=1)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
+    processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
 
     def check(self) -> None:
         if self.schedule and self.budget is not None and not holds_family(self.schedule):
@@ -84,84 +82,12 @@ class TrainStage(StageSettings):
         check_reachable(self.budgets[1], self.prompt_tokens)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
-        from ftp_lightning.data.module import WindowsData
-        from ftp_lightning.lit.fitting import fit
-        from ftp_lightning.lit.router_training import RouterTraining
-        from ftp_lightning.lit.training_settings import TrainingSettings
-        from ftp_lightning.pruning import TokenPruner
-        from ftp_lightning.stages.inputs import load_model, schedule_or_uniform
-        from ftp_lightning.tracking import logging_to
+        from ftp_lightning.models import resolve_device
+        from ftp_lightning.processes import Processes, launch
+        from ftp_lightning.stages.training import carry_out
 
-        model, tokenizer = load_model(self)
-        family, middle = self._family(), self.budget
-        if family is not None and middle is None:
-            middle = sum(self.budgets) / 2
-        schedule = schedule_or_uniform(self.schedule, middle, model)
-        rows, held_out = self.training_rows(tokenizer)
-        about = {name: getattr(self, name) for name in ("kv", "choice", "attention", "window")}
-        pruner = TokenPruner(self.new_router(model), schedule, **about, **self.skipping(model, tokenizer))
-        settings, place = picked(TrainingSettings, self), folder.place("checkpoints").parent
-        system = RouterTraining(model, pruner, settings, family, self.budgets or (0.0, 0.0))
-        whole = self.prompt_tokens + self.continuation_tokens
-        drawn = (max(4, whole // 4), 3 * whole // 4) if self.random_prompt else None
-        data = WindowsData(rows, held_out, self.batch_size, self.seed, drawn)
-
-        def tell(step: int, steps: int) -> None:
-            progress.step(step, steps, f"step {step} of {steps}")
-
-        with logging_to(self.tracking, folder.place("logs").parent, self.config(), "train") as logger:
-            found = fit(system, data, place, logger, tell, folder.fingerprint)
-        pruner.save(folder.place("pruned"), base=self.model, model=model)
-        counts = rows.counts() if self.rows == "examples" else {}
-        folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
-        progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
-
-    def training_rows(self, tokenizer) -> tuple[Any, Any]:
-        """What the router is trained on, and what it is measured on."""
-        from ftp_lightning.stages.inputs import mixed_windows
-
-        total = self.steps * self.accumulate * self.batch_size
-        sizes = ((self.chosen_split, total), ("validation", self.validation_windows))
-        if self.rows == "windows":
-            return tuple(mixed_windows(self, tokenizer, n, self.recall_share, split) for split, n in sizes)
-        from ftp_lightning.data.examples import load_examples
-
-        limits = (tokenizer, self.prompt_tokens, self.continuation_tokens)
-        return tuple(load_examples(self.data, split, *limits).sample(n, self.seed) for split, n in sizes)
-
-    def skipping(self, model, tokenizer) -> dict[str, Any]:
-        """What the pruner is told of --skip; mean or map are fitted here, before the router is trained with them."""
-        if self.skip == "identity":
-            return {}
-        from ftp_lightning.pruning.compensation import fit_compensation
-        from ftp_lightning.stages.inputs import mixed_windows
-
-        windows = mixed_windows(self, tokenizer, self.skip_windows, self.recall_share)
-        rank = self.skip_rank if self.skip == "low-rank" else 0
-        return {"skip": self.skip, "compensation": fit_compensation(model, windows, rank, batch_size=self.batch_size)}
-
-    def _family(self) -> ScheduleFamily | None:
-        if not self.budgets:
-            return None
-        from ftp_lightning.schedule_family import ScheduleFamily
-
-        family = ScheduleFamily.load(self.schedule)
-        family.at(self.budgets[1])  # UserError where it does not reach so far
-        return family
-
-    def new_router(self, model: Any):
-        """The router with weights drawn from the seed; the global random state is left as it was."""
-        import torch
-
-        from ftp_lightning.routing import make_router
-        from ftp_lightning.stages.inputs import num_blocks
-
-        options = {"width": self.width, "names": self.factors or None}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            try:
-                return make_router(
-                    self.router, num_blocks(model), model.config.get_text_config().hidden_size, **options
-                )
-            except ValueError as error:
-                raise UserError(f"factors: {error}") from None
+        device, more = resolve_device(self.device), (self, folder, progress.place())
+        if self.processes == 1:
+            carry_out(Processes(), device, *more)
+        else:
+            folder.adopt(launch(self.processes, device, carry_out, *more))
