@@ -38,6 +38,7 @@ class TrainingSettings:
         sparsity_loss: "one-sided" (paper) or "symmetric".
         guide_share, guide_decay, guide_balanced: see `losses.guide_weight` and `losses.guide_loss`.
         gates: see `pruning.gates`; all are deterministic at evaluation.
+        key_gates: under `evict` gradients also go through keys and values, see `pruning.key_gates`.
         temperature: of "gumbel" gates, at the first step and at the last, geometric between.
         scope: "prompt" (the deployed computation) or "sequence": the whole text is routed and scored (paper).
         recompute: activation checkpointing of the frozen blocks.
@@ -60,6 +61,7 @@ class TrainingSettings:
     guide_balanced: bool = False
     gates: str = "straight-through"
     temperature: tuple[float, float] = (1.0, 0.3)
+    key_gates: bool = False
     scope: str = "prompt"
     recompute: bool = False
     validations: int = 5
@@ -84,12 +86,13 @@ class TrainingSettings:
     def gates_at(self, step: int, number: int) -> StraightThrough:
         """The gates of one forward: batch `number` of the whole training, in step `step`."""
         if self.gates == "soft":
-            return Soft()
+            return Soft(keys=self.key_gates)
         if self.gates == "straight-through":
-            return StraightThrough()
+            return StraightThrough(keys=self.key_gates)
         first, last = self.temperature
         reached = step / max(1, self.steps - 1)
-        return Gumbel(first * (last / first) ** reached, torch.Generator().manual_seed(self.number(f"noise/{number}")))
+        noise = torch.Generator().manual_seed(self.number(f"noise/{number}"))
+        return Gumbel(first * (last / first) ** reached, noise, keys=self.key_gates)
 
     def number(self, purpose: str) -> int:
         """A seed for one purpose, in [0, 2^63)."""

@@ -72,7 +72,8 @@ class Sight:
     `new` is the number of keys that this forward brings; `causal`: queries are the keys, in order; `everything`: there
     is one query and it sees all keys. Both spare the mask, and hold only where all tokens are valid and within the
     window. `themselves`: every query sees its own key (queries and keys are the same slots), valid or not. `complete`:
-    keys are all slots up to the last one, in order.
+    keys are all slots up to the last one, in order. `real`, `key_gates`: where training lets gradients through the keys
+    (`key_gates`), which keys are no padding and their gates, (B, S).
     """
 
     queries: Tokens
@@ -83,6 +84,13 @@ class Sight:
     everything: bool = False
     themselves: bool = False
     complete: bool = False
+    real: Tensor | None = None
+    key_gates: Tensor | None = None
+
+    def reachable(self, start: int, stop: int) -> Tensor:
+        """(B, 1, q, S) bool: keys of other tokens that queries start:stop would see, if all real ones were kept."""
+        slots, keys = self.queries.slots[:, start:stop], Tokens(self.keys.slots, self.real, False)
+        return (visible_keys(slots, keys, self.window) & (slots[:, :, None] != keys.slots[:, None, :]))[:, None]
 
     def mask(self, start: int, stop: int, low: int, high: int) -> Tensor:
         """(B, 1, q, s) bool for queries start:stop and keys low:high."""

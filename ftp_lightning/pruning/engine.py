@@ -21,6 +21,7 @@ from ftp_lightning.pruning.deciding import choose
 from ftp_lightning.pruning.dense import run_dense
 from ftp_lightning.pruning.gathered import run_gathered
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
+from ftp_lightning.pruning.key_gates import gated_keys
 from ftp_lightning.pruning.masked import recomputed, run_masked
 from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
@@ -299,7 +300,13 @@ class Engine:
             self.tapped = Tapped(query, key, scaling, kwargs.get("softcap"), site.window)
         if self.sight is None:
             return interface(site.backend.name, module)(module, query, key, value, mask, **kwargs)
-        return attend(site.backend, self.sight, module, query, key, value, kwargs)
+        output, weights = attend(site.backend, self.sight, module, query, key, value, kwargs)
+        if self.sight.key_gates is not None:
+            if kwargs.get("softcap") is not None:
+                raise UserError("key gates do not know soft-capped attention logits.\nTrain without --key_gates.")
+            scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+            output = gated_keys(output, self.sight.key_gates, query, key, value, self.sight, scale)
+        return output, weights
 
     @torch.no_grad()
     def write_scores(self, rows: Rows | None, queries: Tokens, keys: Tokens, layer: RoutedLayer | None) -> None:

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, P routed ones, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """The decision of inference forward, d output / d p_compute = block(x) - skip(x) backward (paper: hard gates)."""
+    """The decision of inference forward, d output / d p_compute = block(x) - skip(x) backward (paper: hard gates).
+
+    keys: under `evict` also what others lose with a token's key and value has a gradient, see `key_gates` [ours].
+    """
+
+    keys: bool = field(default=False, kw_only=True)
 
     def relax(self, probability: Tensor) -> Tensor:
         """What tokens are ranked by, and what the gradient goes through: (B, P) from p_compute (B, P)."""

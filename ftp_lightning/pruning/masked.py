@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,17 +27,20 @@ def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) ->
     """
     keep = chosen.attention.keep
     engine.current.trace.add(keep, keep)
-    rows = tensor_of(run_all_rows(engine, index, inner, call, keep))
+    rows = tensor_of(run_all_rows(engine, index, inner, call, keep, chosen.gates[0]))
     return engine.pruner.gates.blend(rows, engine.skipped(call.hidden, index, "block"), keep, chosen.gates[0])
 
 
-def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor):
+def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor, gate: Tensor | None):
     """What `inner` (a block, or its attention) returns for all rows; under `evict` keys of skipped tokens are hidden
     from all but themselves."""
     state, window = engine.current, engine.sites[index].window
-    slots = state.new.slots
-    keys = Tokens(slots, keep if engine.pruner.kv[index] == "evict" else state.real, False)
-    engine.sight = Sight(Tokens(slots, state.real, False), keys, window, slots.shape[1], themselves=True)
+    slots, evicts, more = state.new.slots, engine.pruner.kv[index] == "evict", {}
+    keys = Tokens(slots, keep if evicts else state.real, False)
+    if evicts and engine.pruner.gates.keys and gate is not None:
+        tail = torch.nn.functional.pad(gate, (0, keep.shape[1] - gate.shape[1]), value=1.0)
+        more = {"real": state.real, "key_gates": tail}
+    engine.sight = Sight(Tokens(slots, state.real, False), keys, window, slots.shape[1], themselves=True, **more)
     output = call.run(inner, attention_mask=None, cache=None)
     engine.sight = None
     engine.write_scores(None, Tokens(slots, keep, False), keys, None)

@@ -54,7 +54,7 @@ def run_attention_part(engine: Engine, index: int, inner, args: tuple, kwargs: d
         return inner(*args, **kwargs)
     call = Call(engine.sites[index].part, args, kwargs)
     if engine.current.masked:
-        output = run_all_rows(engine, index, inner, call, plan.attention.keep)
+        output = run_all_rows(engine, index, inner, call, plan.attention.keep, plan.gates[0])
         base = engine.skipped(call.hidden, index, "attention")
         return engine.pruner.gates.blend(output[0], base, plan.attention.keep, plan.gates[0]), None
     output = run_rows(engine, index, inner, call, plan.attention)

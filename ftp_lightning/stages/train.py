@@ -47,6 +47,7 @@ class TrainStage(StageSettings):
     guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how it decays")
     guide_balanced: bool = option(False, "tokens to compute and tokens to skip weigh alike in the guide loss")
     gates: Literal["straight-through", "gumbel", "soft"] = option("straight-through", "how decisions get a gradient")
+    key_gates: bool = option(False, "under evict gradients also tell what others lose with a token's key and value")
     temperature: tuple[float, ...] = option((1.0, 0.3), "of gumbel gates: at the first step, at the last")
     scope: Literal["prompt", "sequence"] = option("prompt", "what is routed: the prompt, or the whole text (paper)")
     random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three")
