@@ -55,7 +55,7 @@ def test_the_share_of_tokens_is_read_off_both_curves(study):
     assert study.share_of_tokens([(10, 2.0)], rival) is None
 
 
-def test_a_seed_that_lacks_a_search_is_in_no_table_and_no_figure(study, monkeypatch, tmp_path, capsys):
+def test_a_seed_that_lacks_ours_is_in_no_table_and_no_figure(study, monkeypatch, tmp_path, capsys):
     row = {"sparsity": [0.5, 0.5], "curve": [[10, 1.0]], "calibration": 1.0}
     (tmp_path / "keep-0.5-0.json").write_text(json.dumps({"ours": row}))
     call(study, monkeypatch, tmp_path, "--tables")
