@@ -1,6 +1,10 @@
 """Stage `train` end to end: rows of both kinds, families, variants; what it refuses."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -63,3 +67,28 @@ def test_budgets_beyond_the_family_or_the_wrong_way_round_are_told(tmp_path):
     for budgets, said in (((0.6, 0.2), "lowest"), ((0.2, 0.8), "at most 0.6"), ((0.2,), "lowest")):
         with pytest.raises(UserError, match=said):
             train(tmp_path / "run", schedule=path, budgets=budgets)
+
+
+@pytest.mark.slow
+def test_the_command_stopped_by_a_signal_goes_on(tmp_path):
+    command = [sys.executable, "-m", "ftp_lightning", "train", "--budget=0.3", "--steps=12", "--batch_size=2"]
+    command += ["--validations=3", "--validation_windows=2", "--tracking=none", "--device=cpu", "--dtype=float64"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, f"--output={tmp_path / 'whole'}"], check=True, **quiet)
+    stopped = subprocess.Popen([*command, f"--output={tmp_path / 'stopped'}"], **quiet)
+    history, deadline = tmp_path / "stopped" / "checkpoints" / "history.jsonl", time.monotonic() + 120
+    while not (history.exists() and history.read_text().count("total") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(60) == 128 + signal.SIGTERM
+    assert not (tmp_path / "stopped" / "provenance.json").exists()
+    subprocess.run([*command, f"--output={tmp_path / 'stopped'}"], check=True, **quiet)
+    for name in ("metrics.json", "pruned/router.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_by_a_flag(tmp_path):
+    metrics, pruner = train(tmp_path / "run", budget=0.3, processes=2)
+    assert len(metrics["steps"]) == 2 and metrics["steps"][0]["seen"] == 2 * 2 * 256
+    assert pruner.router.parameter_count == 450
