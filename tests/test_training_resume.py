@@ -65,6 +65,10 @@ def test_after_a_kill_it_goes_on_from_the_last_validation(whole, tmp_path):
     assert metrics == whole[0] and torch.equal(weights, whole[1])
 
 
+def test_one_that_is_done_and_asked_again_says_the_same(whole, tmp_path):
+    assert train(tmp_path)[0] == train(tmp_path)[0] == whole[0]
+
+
 def test_a_checkpoint_of_another_training_or_a_broken_one_is_not_gone_on_from(whole, tmp_path):
     with pytest.raises(SystemExit):
         train(tmp_path, 3, fingerprint="another")

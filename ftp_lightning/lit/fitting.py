@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
+from ftp_lightning.artifact import write_text
 from ftp_lightning.data.module import WindowsData
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
@@ -141,7 +143,8 @@ class History(L.Callback):
         rows = [json.loads(line) for line in lines if line.endswith("}")]
         system.history = [row for row in rows if row["step"] <= done and "kl" not in row]
         system.validations = [row for row in rows if row["step"] <= done and "kl" in row]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in [*system.validations, *system.history]))
+        if trainer.is_global_zero:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in [*system.validations, *system.history]))
         self.written = [len(system.history), len(system.validations)]
 
     def on_train_batch_end(self, trainer, *args) -> None:
@@ -166,12 +169,21 @@ class _Leaving(L.Callback):
     processes do so together."""
 
     def __init__(self, path: Path):
-        self.path, self.received, self.validated = path, 0, False
+        self.path, self.received, self.validated, self.before = path, 0, False, {}
 
     def on_train_start(self, trainer, *args) -> None:
+        if threading.current_thread() is not threading.main_thread():  # there alone handlers may be set
+            return
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
+            before = signal.getsignal(number)
+            if number == signal.SIGTERM or before == signal.SIG_DFL:  # a scheduler's requeue hears SIGUSR1 itself
+                self.before[number] = before
                 signal.signal(number, self._hear)
+
+    def teardown(self, trainer, system, stage: str) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
     def _hear(self, number: int, frame) -> None:
         self.received = number

@@ -243,7 +243,10 @@ class RouterTraining(L.LightningModule):
         self.validations.append({"step": self.global_step, "kl": torch.cat(self._kl).mean().item()})
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["fingerprint"] = self.fingerprint
+        checkpoint |= {"fingerprint": self.fingerprint, "last_sparsity": [self.last_soft, self.last_realised]}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.last_soft, self.last_realised = checkpoint["last_sparsity"]
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.router.parameters(), lr=self.settings.learning_rate)

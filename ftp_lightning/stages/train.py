@@ -76,8 +76,8 @@ class TrainStage(StageSettings):
             raise UserError("rows are examples, which have prompts of their own\nLeave --random_prompt out.")
 
     def _check_budgets(self) -> None:
-        if len(self.budgets) != 2 or not 0 <= self.budgets[0] < self.budgets[1] < 1:
-            raise UserError(f"budgets are {list(self.budgets)}, must be the lowest and the highest, in [0, 1)")
+        if len(self.budgets) != 2 or not 0 < self.budgets[0] < self.budgets[1] < 1:
+            raise UserError(f"budgets are {list(self.budgets)}, must be the lowest and the highest, in (0, 1)")
         if not (self.schedule and holds_family(self.schedule)):
             raise UserError("budgets are drawn from a family of schedules\nGive its schedules.json by --schedule.")
         check_reachable(self.budgets[1], self.prompt_tokens)
