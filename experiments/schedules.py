@@ -288,12 +288,29 @@ def run_cell(args, kv, budget, seed):
         if "kept" not in row:
             row |= test.measure(pruner)
         row |= {part: held.measure(part, pruner) for part in HELD if part not in row}
+        known[name] = compact(row)
         study.write(target, known)
         print(
             f"{kv} {budget:.0%} seed {seed} {name}: calibration KL {row['calibration']:.5f}, "
             f"held out {row['held']['kl']:.5f}, kept {row['kept']['share']:.3f}, {row['curve'][-1][0]:,} tokens",
             flush=True,
         )
+
+
+def compact(value):
+    """What is kept of a row: of a curve the steps, of numbers seven digits, of answers 0 or 1."""
+    if isinstance(value, dict):
+        found = {name: compact(one) for name, one in value.items() if name not in ("curve", "sparsity")}
+        if "curve" in value:
+            curve, steps = value["curve"], [value["curve"][0]]
+            for point in curve[1:]:
+                if point[1] < steps[-1][1]:
+                    steps.append(point)
+            found["curve"] = steps if steps[-1][0] == curve[-1][0] else [*steps, curve[-1]]
+        return found | ({"sparsity": value["sparsity"]} if "sparsity" in value else {})
+    if isinstance(value, list):
+        return [compact(one) for one in value]
+    return int(value) if isinstance(value, bool) else float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 REFERENCES = {"ours": "held-out KL", "ours tv": "kept, points"}

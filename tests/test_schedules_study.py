@@ -55,6 +55,13 @@ def test_the_share_of_tokens_is_read_off_both_curves(study):
     assert study.share_of_tokens([(10, 2.0)], rival) is None
 
 
+def test_a_row_is_kept_without_what_no_table_reads(study):
+    row = {"curve": [(1, 3.0), (2, 3.0), (3, 2.0), (4, 2.0)], "right": [True, False], "held": {"kl": 1 / 3}}
+    found = study.compact(row | {"sparsity": [1 / 3]})
+    assert found["curve"] == [(1, 3.0), (3, 2.0), (4, 2.0)] and found["right"] == [1, 0]
+    assert found["held"]["kl"] == 0.3333333 and found["sparsity"] == [1 / 3]
+
+
 def test_a_seed_that_lacks_ours_is_in_no_table_and_no_figure(study, monkeypatch, tmp_path, capsys):
     row = {"sparsity": [0.5, 0.5], "curve": [[10, 1.0]], "calibration": 1.0}
     (tmp_path / "keep-0.5-0.json").write_text(json.dumps({"ours": row}))
