@@ -12,7 +12,7 @@ from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.measuring import with_retention
-from ftp_lightning.stages.run import SHARES
+from ftp_lightning.stages.run import SHARES, gains
 from ftp_lightning.stages.searching import starting_pruner
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
@@ -234,3 +234,39 @@ def test_settings_of_the_chain_pass_on_what_they_share():
         "test",
     ]
     assert stages["search"].budget == stages["finetune"].budget == 0.5
+
+
+def test_rounds_adapt_router_and_schedule_to_each_other_again(tmp_path):
+    run = parse("run", ["--model", "random:tiny", "--rounds", "2", "--output", str(tmp_path)])
+    stages = run.stages()
+    assert list(stages) == [
+        "sensitivity",
+        "search",
+        "round1/train",
+        "round1/finetune",
+        "train",
+        "finetune",
+        "evaluate",
+        "benchmark",
+    ]
+    first, tuned, second, last = (stages[name] for name in list(stages)[2:6])
+    at = lambda name: str(tmp_path / name)  # noqa: E731
+    assert (first.schedule, first.pruned) == (at("search/schedule.json"), None)
+    assert (tuned.schedule, tuned.pruned) == (at("search/schedule.json"), at("round1/train/pruned"))
+    assert (second.schedule, second.pruned) == (None, at("round1/finetune/pruned"))
+    assert (last.schedule, last.pruned) == (at("round1/finetune/schedule.json"), at("train/pruned"))
+
+
+def test_the_gain_of_each_round_is_told(tmp_path):
+    for place, (kl, loss) in {"round1/": (0.3, 0.2), "": (0.15, 0.1)}.items():
+        for name, record in (
+            ("train", {"validation_kl": [{"step": 0, "kl": 2 * kl}], "best_validation_kl": kl}),
+            ("finetune", {"allocations": {"given": 2 * loss}, "value": loss}),
+        ):
+            (tmp_path / f"{place}{name}").mkdir(parents=True)
+            (tmp_path / f"{place}{name}" / "metrics.json").write_text(json.dumps(record))
+    assert gains(tmp_path, 2)[1] == {
+        "round": 2,
+        "router_validation_kl": {"before": 0.3, "after": 0.15},
+        "schedule_calibration_kl": {"before": 0.2, "after": 0.1},
+    }

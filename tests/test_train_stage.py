@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from ftp_lightning import Schedule, TokenPruner, UserError
 from ftp_lightning.schedule_family import ScheduleFamily
@@ -92,3 +93,13 @@ def test_two_processes_by_a_flag(tmp_path):
     metrics, pruner = train(tmp_path / "run", budget=0.3, processes=2)
     assert len(metrics["steps"]) == 2 and metrics["steps"][0]["seen"] == 2 * 2 * 256
     assert pruner.router.parameter_count == 450
+
+
+def test_it_goes_on_from_a_pruner(tmp_path):
+    _, first = train(tmp_path / "first", budget=0.3, router="local", kv="evict")
+    metrics, second = train(tmp_path / "second", pruned=str(tmp_path / "first" / "pruned"), learning_rate=1e-9)
+    assert second.schedule == first.schedule and second.kv == first.kv
+    for one, two in zip(first.router.parameters(), second.router.parameters()):
+        assert torch.allclose(one, two, atol=1e-6)
+    with pytest.raises(UserError, match="router is given"):
+        train(tmp_path / "third", pruned=str(tmp_path / "first" / "pruned"), router="local")

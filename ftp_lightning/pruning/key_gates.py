@@ -5,7 +5,12 @@ others lose when it is not. Here a key carries its token's gate g_j, 0 or 1 forw
 
     out_i = sum_j g_j e^(s_ij) v_j / sum_j g_j e^(s_ij),
 
-and backward d out_i / d g_j = e^(s_ij) / Z_i (v_j - out_i), with Z_i the sum over the keys that are seen.
+and backward it counts, as a block's gate does, by what the decision changes:
+
+    d out_i / d g_j = out_i with key j - out_i without = w_ij (v_j - out_i),
+
+where r_ij = e^(s_ij) / Z_i, Z_i the sum over the keys that are seen, and w = r / (1 + r) for a hidden key, r / (1 - r)
+for one that is seen. The derivative r (v - out) itself has no bound where a hidden key is what a query looks for.
 
 Shapes: B rows, H query heads, G key heads, Q queries, S keys, D head size.
 """
@@ -18,7 +23,7 @@ from torch import Tensor
 CHUNK = 128
 """Queries whose logits are made at once in backward [ours]."""
 MOST = 10.0
-"""A hidden key whose logit is far above all that is seen would have a share e^s / Z without bound; it is cut here."""
+"""A query that sees next to nothing but one key would lose everything without it: w is cut here [ours]."""
 
 
 def gated_keys(output: Tensor, gate: Tensor, query: Tensor, key: Tensor, value: Tensor, sight, scale: float) -> Tensor:
@@ -46,14 +51,16 @@ class _GatedKeys(torch.autograd.Function):
         for start in range(0, query.shape[2], CHUNK):
             stop = min(start + CHUNK, query.shape[2])
             out, up = (x[:, start:stop].transpose(1, 2) for x in (output, upstream))
-            share = _shares(query[:, :, start:stop], key, ctx.sight, ctx.scale, start, stop)
+            weight = _weights(query[:, :, start:stop], key, ctx.sight, ctx.scale, start, stop)
             gain = up @ value.transpose(-1, -2) - (up * out).sum(-1, keepdim=True)
-            gradient += (share * gain).sum((1, 2)).to(gate.dtype)
+            gradient += (weight * gain).sum((1, 2)).to(gate.dtype)
         return upstream, gradient, None, None, None, None, None
 
 
-def _shares(query: Tensor, key: Tensor, sight, scale: float, start: int, stop: int) -> Tensor:
-    """e^(s_ij) / Z_i (B, H, q, S) of every key that is seen or would be, were it kept; 0 of a query's own key."""
+def _weights(query: Tensor, key: Tensor, sight, scale: float, start: int, stop: int) -> Tensor:
+    """w_ij (B, H, q, S) of every key that is seen or would be, were it kept; 0 of a query's own key."""
+    seen = sight.mask(start, stop, 0, key.shape[2])
     logits = (query @ key.transpose(-1, -2)).float() * scale
-    seen = logits.masked_fill(~sight.mask(start, stop, 0, key.shape[2]), -torch.inf).logsumexp(-1, keepdim=True)
-    return (logits - seen).exp().clamp(max=MOST).masked_fill(~sight.reachable(start, stop), 0.0).to(query.dtype)
+    share = (logits - logits.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)).exp()
+    weight = torch.where(seen, share / (1 - share).clamp(min=1e-6), 1 / (1 + 1 / share))
+    return weight.clamp(max=MOST).masked_fill(~sight.reachable(start, stop), 0.0).to(query.dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ftp_lightning.artifact import write_text
 from ftp_lightning.stages.base import BudgetSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import BASELINES, OUR_TASKS, EvaluateStage
@@ -19,6 +20,7 @@ from ftp_lightning.stages.train import TrainStage
 
 SHARES = {"sensitivity": 3, "search": 16, "train": 19, "finetune": 11, "evaluate": 49, "benchmark": 2}
 """Rough shares of the time at the default sizes, for the time left."""
+ROUND = ("train", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class RunStage(BudgetSettings):
     generations: int = option(15, "generations of the search", least=0)
     finetune_generations: int = option(6, "generations of the fine-tuning", least=0)
     offspring: int = option(8, "children per generation", least=1)
+    rounds: int = option(1, "times that router and schedule are adapted to each other: train, finetune", least=1)
     steps: int = option(200, "steps of router training", least=1)
     batch_size: int = option(4, "windows per step of router training", least=1)
     learning_rate: float = option(1e-2, "of router training", above=0.0)
@@ -63,45 +66,79 @@ class RunStage(BudgetSettings):
         started, before, stages = time.monotonic(), 0.0, self.stages()
         check_inputs(stages)
         for number, (name, settings) in enumerate(stages.items(), start=1):
-            share = SHARES[name] / sum(SHARES.values())
+            share = _share(name) / sum(map(_share, stages))
             label = f"[{number}/{len(stages) + 1}] {name}"
             settings.execute(Progress(label, before, share, started))
             before += share
+        write_text(self.folder / "rounds.json", json.dumps(gains(self.folder, self.rounds), indent=1) + "\n")
         page = build_report(self.folder)
         print(headline(json.loads((self.folder / "evaluate" / "results.json").read_text(encoding="utf-8"))))
         Progress(f"[{len(stages) + 1}/{len(stages) + 1}] report", started=started).done(f"wrote {page}")
         return self.folder
 
     def stages(self) -> dict[str, StageSettings]:
-        """The settings of every stage of the chain, in order; each reads what those before it wrote."""
-        at = {name: self.folder / name for name in SHARES}
-        measured, searched = str(at["sensitivity"] / "sensitivity.json"), str(at["search"] / "schedule.json")
-        trained, tuned = str(at["train"] / "pruned"), str(at["finetune"] / "pruned")
+        """The settings of every stage of the chain, in order; each reads what those before it wrote. All rounds but the
+        last lie in folders of their own, round1/train, …"""
+        measured, searched = self._at("sensitivity/sensitivity.json"), self._at("search/schedule.json")
+        trained, tuned = self._at("train/pruned"), self._at("finetune/pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
         search = sizes | budget | {"kv": self.kv, "sensitivity": measured}
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
-        tuning = search | {"generations": self.finetune_generations, "pruned": trained, "schedule": searched}
+        tuning = search | {"generations": self.finetune_generations}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
             "sensitivity": (SensitivityStage, self._sensitivity()),
             "search": (SearchStage, search | {"generations": self.generations}),
-            "train": (TrainStage, self._training() | {"schedule": searched}),
-            "finetune": (SearchStage, tuning),
+            **self._rounds(tuning, searched),
             "evaluate": (EvaluateStage, self._evaluation() | evaluate | {"pruned": tuned}),
             "benchmark": (BenchmarkStage, {"lengths": self.lengths, "pairs": self.pairs, "pruned": tuned}),
         }
-        return {
-            name: kind(**self.shared() | {"output": str(at[name])} | changes) for name, (kind, changes) in chain.items()
-        }
+        shared = self.shared()
+        return {name: kind(**shared | {"output": self._at(name)} | more) for name, (kind, more) in chain.items()}
+
+    def _at(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def _rounds(self, tuning: dict[str, Any], searched: str) -> dict[str, tuple[type[StageSettings], dict[str, Any]]]:
+        """Train and finetune, round after round: the next goes on from the pruner that the one before has tuned."""
+        chain, schedule, start = {}, searched, {"schedule": searched, "kv": self.kv}
+        for place in round_places(self.rounds):
+            trained = {"pruned": self._at(f"{place}train/pruned"), "schedule": schedule}
+            chain[f"{place}train"] = (TrainStage, self._training() | start)
+            chain[f"{place}finetune"] = (SearchStage, tuning | trained)
+            schedule = self._at(f"{place}finetune/schedule.json")
+            start = {"pruned": self._at(f"{place}finetune/pruned")}
+        return chain
 
     def _sensitivity(self) -> dict[str, Any]:
         return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}
 
     def _training(self) -> dict[str, Any]:
-        names = ("kv", "steps", "batch_size", "learning_rate", "recall_share")
+        names = ("steps", "batch_size", "learning_rate", "recall_share")
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:
         names = ("tasks", "items", "limit", "task_data", "num_fewshot", "apply_chat_template")
         text = {"data": self.test_data or self.data, "split": self.test_split, "windows": self.test_windows}
         return {name: getattr(self, name) for name in names} | text
+
+
+def round_places(rounds: int) -> list[str]:
+    """Where the rounds lie in a run's folder; the last lies where a single one does."""
+    return [*(f"round{number}/" for number in range(1, rounds)), ""]
+
+
+def gains(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Of each round the KL before and after: of the router on validation windows, of the schedule on calibration
+    windows with that router."""
+    found = []
+    for number, place in enumerate(round_places(rounds), start=1):
+        trained, tuned = (json.loads((folder / f"{place}{name}/metrics.json").read_text()) for name in ROUND)
+        router = {"before": trained["validation_kl"][0]["kl"], "after": trained["best_validation_kl"]}
+        schedule = {"before": tuned["allocations"]["given"], "after": tuned["value"]}
+        found.append({"round": number, "router_validation_kl": router, "schedule_calibration_kl": schedule})
+    return found
+
+
+def _share(name: str) -> int:
+    return SHARES[name.split("/")[-1]]

@@ -24,6 +24,7 @@ class TrainStage(StageSettings):
     stage: ClassVar[str] = "train"
     default_split: ClassVar[str] = "training"
 
+    pruned: str | None = option(None, "folder of a pruner to go on from: router, schedule, settings", is_file=True)
     schedule: str | None = option(None, "schedule.json to train under", is_file=True)
     budget: float | None = option(None, "uniform schedule of this budget, without --schedule", least=0.0, below=1.0)
     budgets: tuple[float, ...] = option((), "LOW,HIGH: every forward draws a budget; --schedule is a schedules.json")
@@ -67,6 +68,8 @@ class TrainStage(StageSettings):
     processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
 
     def check(self) -> None:
+        if self.pruned:
+            self._check_pruned()
         if self.schedule and self.budget is not None and not holds_family(self.schedule):
             raise UserError("budget is given beside a schedule that has its own\nLeave --budget or --schedule out.")
         check_reachable(self.budget or 0.0, self.prompt_tokens)
@@ -74,6 +77,14 @@ class TrainStage(StageSettings):
             self._check_budgets()
         if self.rows == "examples" and self.random_prompt:
             raise UserError("rows are examples, which have prompts of their own\nLeave --random_prompt out.")
+
+    def _check_pruned(self) -> None:
+        """UserError where something is asked of the router or pruner that the folder says already."""
+        names = ("budget", "kv", "router", "width", "factors", "choice", "window", "attention", "skip")
+        given = [name for name in names if getattr(self, name) != getattr(TrainStage, name)]
+        if given:
+            name = given[0]
+            raise UserError(f"{name} is given beside a pruner that has its own\nLeave --{name} or --pruned out.")
 
     def _check_budgets(self) -> None:
         if len(self.budgets) != 2 or not 0 < self.budgets[0] < self.budgets[1] < 1:

@@ -20,7 +20,14 @@ from ftp_lightning.pruning.compensation import fit_compensation
 from ftp_lightning.routing import Router, make_router
 from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.stages.base import picked
-from ftp_lightning.stages.inputs import load_model, mixed_windows, num_blocks, schedule_or_uniform
+from ftp_lightning.stages.inputs import (
+    load_model,
+    load_pruner,
+    load_schedule,
+    mixed_windows,
+    num_blocks,
+    schedule_or_uniform,
+)
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.train import TrainStage
 from ftp_lightning.tracking import logging_to
@@ -57,7 +64,10 @@ def carry_out(
 
 def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: ScheduleFamily | None = None) -> TokenPruner:
     """The untrained router under the schedule, and what a skipped token gets; mean or map are fitted here, before the
-    router is trained with them."""
+    router is trained with them. With --pruned the one that is there."""
+    if settings.pruned:
+        loaded = load_pruner(settings.pruned, model)
+        return loaded.with_schedule(load_schedule(settings.schedule, model)) if settings.schedule else loaded
     budget = sum(settings.budgets) / 2 if family is not None and settings.budget is None else settings.budget
     about = {name: getattr(settings, name) for name in ("kv", "choice", "attention", "window", "skip")}
     if settings.skip != "identity":
