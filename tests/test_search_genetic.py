@@ -314,3 +314,18 @@ def test_impossible_settings_are_named(changes, name):
 def test_seeds_of_another_shape_or_budget_are_refused(bad):
     with pytest.raises(UserError, match="seed"):
         genetic_search(Distance(), BLOCKS, settings(), bad)
+
+
+def test_proposals_may_begin_anywhere(monkeypatch):
+    """Also within bounds, and with nothing but such proposals the search finds its way."""
+    from ftp_lightning.search import genetic
+
+    assert any(anywhere for _, _, anywhere in genetic.REACH)
+    monkeypatch.setattr(genetic, "REACH", tuple(one for one in genetic.REACH if one[-1]))
+    bounds = {"min_sparsity": (0.1,) * 4 + (0.2,) * 4, "max_sparsity": (0.9,)}
+    about = settings(generations=10, proposed=1.0, **bounds)
+    start = {"uniform": allocations.uniform(BLOCKS, BUDGET)}
+    result = genetic_search(Distance(), BLOCKS, about, start)
+    assert abs(result.schedule.budget - BUDGET) <= 1e-9
+    assert all(low - 1e-9 <= s <= 0.9 + 1e-9 for s, low in zip(result.schedule.sparsity, bounds["min_sparsity"]))
+    assert result.value < 0.7 * result.allocations["uniform"]

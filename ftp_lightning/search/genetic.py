@@ -20,6 +20,7 @@ import numpy as np
 from ftp_lightning.errors import UserError
 from ftp_lightning.processes import Processes
 from ftp_lightning.schedule import Schedule, level_step
+from ftp_lightning.search.allocations import random_allocation
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.operators import (
     Individual,
@@ -37,9 +38,10 @@ from ftp_lightning.search.surrogate import Surrogate
 log = logging.getLogger(__name__)
 ATTEMPTS = 20  # draws per child until it is one not seen in this generation
 DRAWS, ELITE = 80, 8  # a proposal: mutants drawn in each of its rounds, how many of them go on
-REACH = ((2, 0.0), (4, 0.3), (8, 1.0))
-"""Of a proposal: its rounds, and the deviations by which what is uncertain counts as better. Which suits depends on the
-model, the budget and the kv mode."""
+REACH = ((2, 0.0, False), (4, 0.3, False), (8, 1.0, False), (16, 1.0, True))
+"""Of a proposal: its rounds, the deviations by which what is uncertain counts as better, and whether it begins at
+random schedules in place of the best. Which suits depends on the model, the budget and the kv mode; the last leaves a
+place that is better than all around it."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ class _Search:
         best = _ranked(dict(zip(state.tried, surrogate(sparsity).tolist())))
         chosen, seen = [], set(state.tried)
         for reach in state.rng.choices(range(len(REACH)), [(1 + wins) ** 2 for wins in state.wins], k=count):
-            proposal = self._proposal(surrogate, best, seen, state.rng, *REACH[reach])
+            rounds, deviations, anywhere = REACH[reach]
+            pool = self._random(surrogate, state.rng) if anywhere else best
+            proposal = self._proposal(surrogate, pool, seen, state.rng, rounds, deviations)
             if proposal is None:
                 break
             chosen.append((list(proposal), reach))
@@ -182,6 +186,12 @@ class _Search:
                 expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations).tolist()))
                 pool = _ranked(expected)
         return pool[0] if expected else None
+
+    def _random(self, surrogate: Surrogate, rng: random.Random) -> list[Individual]:
+        """`ELITE` random schedules, each with what is expected of it as its loss."""
+        about = (len(self.tops), self.settings.budget, rng, self.lower, self.upper)
+        drawn = [to_levels(random_allocation(*about), self.step, self.tops, self.lower) for _ in range(ELITE)]
+        return _ranked(dict(zip(map(tuple, drawn), surrogate(self._sparsity(drawn)).tolist())))
 
     def _sparsity(self, individuals: Sequence[Sequence[int]]) -> np.ndarray:
         return np.array([self.schedule(levels).sparsity for levels in individuals])
