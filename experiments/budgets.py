@@ -119,6 +119,16 @@ def methods(folder, kv, seed, budget, measured):
     }
 
 
+def own_cells(args, cells):
+    """Those that this process does; several processes have a thread each."""
+    import torch
+
+    index, workers = map(int, args.worker.split("/"))
+    if workers > 1:
+        torch.set_num_threads(1)
+    return [cell for place, cell in enumerate(cells) if place % workers == index]
+
+
 def write(path, record):
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(record))

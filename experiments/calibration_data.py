@@ -135,14 +135,9 @@ def run_cell(args, kv, seed):
 
 
 def run(args):
-    import torch
-
-    index, workers = map(int, args.worker.split("/"))
-    if workers > 1:
-        torch.set_num_threads(1)
-    for place, (seed, kv) in enumerate(itertools.product(map(int, args.seeds.split(",")), args.kv.split(","))):
-        if place % workers == index:
-            run_cell(args, kv, seed)
+    cells = itertools.product(map(int, args.seeds.split(",")), args.kv.split(","))
+    for seed, kv in study.own_cells(args, cells):
+        run_cell(args, kv, seed)
 
 
 def table(args, kv):

@@ -254,13 +254,8 @@ class Held:
 
 
 def run(args):
-    import torch
-
-    index, workers = map(int, args.worker.split("/"))
-    if workers > 1:
-        torch.set_num_threads(1)
     cells = itertools.product(map(int, args.seeds.split(",")), map(float, args.budgets.split(",")), args.kv.split(","))
-    for seed, budget, kv in [cell for place, cell in enumerate(cells) if place % workers == index]:
+    for seed, budget, kv in study.own_cells(args, cells):
         run_cell(args, kv, budget, seed)
 
 

@@ -37,6 +37,15 @@ def distillation_loss(student: Tensor, teacher: Tensor, scored: Tensor | None = 
     return (error.sum(1) / scale.sum(1).clamp(min=1e-12)).mean()
 
 
+def kl_per_token(teacher_logprobs: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, in nats; p the teacher, q = softmax(logits).
+
+    teacher_logprobs, logits: (B, C, V). Returns (B, C).
+    """
+    difference = teacher_logprobs - logits.log_softmax(dim=-1)
+    return (teacher_logprobs.exp() * difference).sum(dim=-1)
+
+
 def kl_rows(student: Tensor, teacher: Tensor, scored: Tensor | None = None) -> Tensor:
     """Mean KL(teacher || student) of each row's scored tokens, in nats [ours: an option of L_d, its mean over rows].
 
@@ -45,8 +54,7 @@ def kl_rows(student: Tensor, teacher: Tensor, scored: Tensor | None = None) -> T
     """
     if student.dtype != torch.float64:
         student, teacher = student.float(), teacher.float()
-    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
-    divergence = (p.exp() * (p - q)).sum(-1)
+    divergence = kl_per_token(teacher.log_softmax(-1), student)
     return _per_row(divergence, torch.ones_like(divergence) if scored is None else scored.to(divergence.dtype))
 
 

@@ -126,8 +126,9 @@ def test_gumbel_noise_comes_from_the_batch_number_and_is_gone_at_evaluation():
 def test_soft_blends_and_hard_chooses():
     rows, base = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
     keep, gate = torch.tensor([[True, False, True]]), torch.tensor([[0.8, 0.4]], requires_grad=True)
-    assert Soft().blend(rows, base, keep, gate)[0, :, 0].tolist() == pytest.approx([0.8, 0.4, 1.0])
-    hard = StraightThrough().blend(rows, base, keep, gate)
+    whole = torch.nn.functional.pad(gate, (0, 1), value=1.0)  # the last token is computed whatever the router says
+    assert Soft().blend(rows, base, keep, whole)[0, :, 0].tolist() == pytest.approx([0.8, 0.4, 1.0])
+    hard = StraightThrough().blend(rows, base, keep, whole)
     assert hard[0, :, 0].tolist() == [1.0, 0.0, 1.0]
     hard.sum().backward()
     assert gate.grad.tolist() == [[2.0, 2.0]]

@@ -37,6 +37,7 @@ class TrainingBatches:
     ):
         self.rows, self.batch_size, self.collate, self.seed = rows, batch_size, collate, seed
         self.random_prompt, self.done, self.rank, self.world = random_prompt, 0, 0, 1
+        self._pass, self._order = -1, []
 
     def __iter__(self) -> Iterator[dict]:
         number = self.done + self.rank
@@ -54,7 +55,7 @@ class TrainingBatches:
 
     def _row(self, place: int) -> int:
         of_pass, place = divmod(place, self.rows)
-        if of_pass != getattr(self, "_pass", None):
+        if of_pass != self._pass:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + of_pass)
             self._pass, self._order = of_pass, torch.randperm(self.rows, generator=generator).tolist()
         return self._order[place]

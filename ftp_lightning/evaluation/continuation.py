@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ftp_lightning.losses import kl_per_token
+
 MODES = ("prompt", "sequence")
 
 
@@ -44,15 +46,6 @@ def sequence_logits(model, input_ids: Tensor, prompt_tokens: int) -> Tensor:
     _, continuation = _split(input_ids, prompt_tokens)
     logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=continuation.shape[1] + 1).logits
     return _at_least_float32(logits[:, :-1])
-
-
-def kl_per_token(teacher_logprobs: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, in nats; p the teacher, q = softmax(logits).
-
-    teacher_logprobs, logits: (B, C, V). Returns (B, C).
-    """
-    difference = teacher_logprobs - logits.log_softmax(dim=-1)
-    return (teacher_logprobs.exp() * difference).sum(dim=-1)
 
 
 def nll_per_token(logits: Tensor, targets: Tensor) -> Tensor:

@@ -58,13 +58,26 @@ def fit(
     callbacks = [record, best, last, _Leaving(place / LAST), _Progress(progress, settings.steps)]
     if settings.patience is not None:
         callbacks.append(EarlyStopping("validation_kl", patience=settings.patience))
-    every = max(1, settings.steps // settings.validations) * settings.accumulate
-    trainer = L.Trainer(
+    trainer = _trainer(system, processes, logger, callbacks)
+    if resume is None:
+        trainer.validate(system, datamodule=data, verbose=False)
+    else:
+        data.batches_done = resume * settings.accumulate * processes.count
+    trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
+    if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
+        system.load_state_dict(torch.load(place / BEST, weights_only=True)["state_dict"])
+    pruner.router.eval()
+    return _metrics(system, best.best_model_score)
+
+
+def _trainer(system: RouterTraining, processes: Processes, logger, callbacks: list[L.Callback]) -> L.Trainer:
+    settings = system.settings
+    return L.Trainer(
         accelerator="gpu" if next(system.model.parameters()).is_cuda else "cpu",
         **_together(processes),
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
-        val_check_interval=every,
+        val_check_interval=max(1, settings.steps // settings.validations) * settings.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
@@ -74,20 +87,15 @@ def fit(
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    if resume is None:
-        trainer.validate(system, datamodule=data, verbose=False)
-    else:
-        data.batches_done = resume * settings.accumulate * processes.count
-    trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
-    if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
-        system.load_state_dict(torch.load(place / BEST, weights_only=True)["state_dict"])
-    pruner.router.eval()
+
+
+def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
     return {
-        "parameters": pruner.router.parameter_count,
+        "parameters": system.router.parameter_count,
         "steps": system.history,
         "validation_kl": system.validations,
-        "best_validation_kl": best.best_model_score.item() if best.best_model_score is not None else None,
-        "target_sparsity": list(pruner.schedule.sparsity),
+        "best_validation_kl": best_kl.item() if best_kl is not None else None,
+        "target_sparsity": list(system.pruner.schedule.sparsity),
         "soft_sparsity": system.last_soft,
         "realised_sparsity": system.last_realised,
     }
@@ -148,14 +156,13 @@ class History(L.Callback):
         self.written = [len(system.history), len(system.validations)]
 
     def on_train_batch_end(self, trainer, *args) -> None:
-        self._write()
+        self._write(trainer)
 
     def on_validation_end(self, trainer, *args) -> None:
-        if not trainer.sanity_checking:
-            self._write()
+        self._write(trainer)
 
-    def _write(self) -> None:
-        if not self.system.trainer.is_global_zero or not self.path.parent.exists():
+    def _write(self, trainer) -> None:
+        if not trainer.is_global_zero or not self.path.parent.exists():  # before training there is no folder yet
             return
         kept = self.system.history, self.system.validations
         fresh = [row for rows, before in zip(kept, self.written) for row in rows[before:]]

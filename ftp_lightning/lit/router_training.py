@@ -1,5 +1,5 @@
 """Router training: a frozen model, a router of a few hundred parameters, three losses. A thin system; formulas are in
-`losses`, running it is in `fit`."""
+`losses`, running it is in `fitting`."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class RouterTraining(L.LightningModule):
             raise UserError(
                 f"the loss is {total.item()} at step {self.global_step}: {_readable(terms)}\nLower --learning_rate."
             )
-        self._remember(terms, weights, total, batch, decisions, static, soft)
+        self._remember(terms, weights, total, batch, scored, decisions, static, soft)
         return total
 
     def weights(self) -> dict[str, float]:
@@ -164,7 +164,7 @@ class RouterTraining(L.LightningModule):
     # ---------------------------------------------------------------- the record
 
     @torch.no_grad()
-    def _remember(self, terms, weights, total, batch, decisions, static, soft) -> None:
+    def _remember(self, terms, weights, total, batch, scored, decisions, static, soft) -> None:
         row = {name: value.item() for name, value in terms.items()}
         row |= {f"weighted_{name}": weights[name] * row[name] for name in terms}
         agreement = [_agreement(d, s) for d, s in zip(decisions, static)]
@@ -172,7 +172,6 @@ class RouterTraining(L.LightningModule):
         row |= {name: sum(found[name] for found in agreement) / len(agreement) for name in ("agreement", "f1")}
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        scored = self._scored(batch)
         row |= {"tokens": tokens, "empty_rows": 0 if scored is None else int((~scored.any(1)).sum())}
         self._forwards.append(row)
         by_block = {d.context.block: s.mean().item() for d, s in zip(decisions, soft)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -97,7 +97,3 @@ class TrainingSettings:
     def number(self, purpose: str) -> int:
         """A seed for one purpose, in [0, 2^63)."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()[:8], "big") >> 1
-
-    def identity(self) -> dict:
-        """JSON-able; what has to be equal for a training to go on."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}

@@ -74,6 +74,7 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
         tail = state.real[:, routed.real.shape[1] :]
         after = tail.sum(1).tolist() if state.padded else [tail.shape[1]] * len(tail)
         keep, kept = torch.cat([keep, tail], 1), tuple(n + more for n, more in zip(kept, after))
+        gate = None if gate is None else torch.nn.functional.pad(gate, (0, tail.shape[1]), value=1.0)
     return Rows(keep, kept), gate
 
 

@@ -293,10 +293,9 @@ class Engine:
     # ---------------------------------------------------------------- attention, and what it says of its keys
 
     def attend(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, kwargs: dict):
-        site, state = self.sites[index], self.current
+        site, state, scaling = self.sites[index], self.current, kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if state is not None and state.table is not None and self.scores_matter(index):
-            scaling = kwargs.get("scaling")
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             self.tapped = Tapped(query, key, scaling, kwargs.get("softcap"), site.window)
         if self.sight is None:
             return interface(site.backend.name, module)(module, query, key, value, mask, **kwargs)
@@ -304,8 +303,7 @@ class Engine:
         if self.sight.key_gates is not None:
             if kwargs.get("softcap") is not None:
                 raise UserError("key gates do not know soft-capped attention logits.\nTrain without --key_gates.")
-            scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-            output = gated_keys(output, self.sight.key_gates, query, key, value, self.sight, scale)
+            output = gated_keys(output, self.sight.key_gates, query, key, value, self.sight, scaling)
         return output, weights
 
     @torch.no_grad()

@@ -27,12 +27,13 @@ class StraightThrough:
     def blend(self, rows: Tensor, base: Tensor, keep: Tensor, gate: Tensor | None) -> Tensor:
         """Output (B, T, D) from what the block computes for a token (`rows`) and what a skipped one gets (`base`).
 
-        keep (B, T): the decision; gate (B, P): `relax` of the routed tokens, None where no router was asked.
+        keep (B, T): the decision; gate (B, T): `relax` of the routed tokens, 1 for those that are computed whatever the
+        router says; None where no router was asked.
         """
         output = torch.where(keep[..., None], rows, base)
         if gate is None:
             return output
-        soft = _padded(gate - gate.detach(), keep.shape[1])
+        soft = gate - gate.detach()
         return output + (soft[..., None] * (rows - base).detach()).to(output.dtype)
 
 
@@ -63,11 +64,4 @@ class Soft(StraightThrough):
     def blend(self, rows: Tensor, base: Tensor, keep: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
             return torch.where(keep[..., None], rows, base)
-        tail = keep.shape[1] - gate.shape[1]
-        share = torch.nn.functional.pad(gate, (0, tail), value=1.0)
-        return base + (share[..., None] * (rows - base)).to(base.dtype)
-
-
-def _padded(gate: Tensor, tokens: int) -> Tensor:
-    """(B, P) -> (B, tokens), zeros behind."""
-    return torch.nn.functional.pad(gate, (0, tokens - gate.shape[1]))
+        return base + (gate[..., None] * (rows - base)).to(base.dtype)

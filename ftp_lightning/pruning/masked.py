@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -38,8 +37,7 @@ def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor, ga
     slots, evicts, more = state.new.slots, engine.pruner.kv[index] == "evict", {}
     keys = Tokens(slots, keep if evicts else state.real, False)
     if evicts and engine.pruner.gates.keys and gate is not None:
-        tail = torch.nn.functional.pad(gate, (0, keep.shape[1] - gate.shape[1]), value=1.0)
-        more = {"real": state.real, "key_gates": tail}
+        more = {"real": state.real, "key_gates": gate}
     engine.sight = Sight(Tokens(slots, state.real, False), keys, window, slots.shape[1], themselves=True, **more)
     output = call.run(inner, attention_mask=None, cache=None)
     engine.sight = None

@@ -103,7 +103,7 @@ class SearchStage(BudgetSettings, StageSettings):
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.models import resolve_device
-        from ftp_lightning.processes import Processes, launch
+        from ftp_lightning.processes import run_in
         from ftp_lightning.stages.searching import carry_out
 
         if self.budget_kind == "tokens":  # bad values are told before the model is loaded
@@ -111,10 +111,7 @@ class SearchStage(BudgetSettings, StageSettings):
                 replace(self, budget=budget, budgets=()).search_settings()
         device = resolve_device(self.device)
         more = (self, folder, progress.place(), folder.load_state())
-        if self.processes == 1:
-            carry_out(Processes(), device, *more)
-        else:
-            folder.adopt(launch(self.processes, device, carry_out, *more))
+        folder.adopt(run_in(self.processes, device, carry_out, *more))
 
     def in_tokens(self, budget: float) -> SearchStage:
         """The same settings for one budget, told in tokens."""

@@ -95,11 +95,8 @@ class TrainStage(StageSettings):
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.models import resolve_device
-        from ftp_lightning.processes import Processes, launch
+        from ftp_lightning.processes import run_in
         from ftp_lightning.stages.training import carry_out
 
-        device, more = resolve_device(self.device), (self, folder, progress.place())
-        if self.processes == 1:
-            carry_out(Processes(), device, *more)
-        else:
-            folder.adopt(launch(self.processes, device, carry_out, *more))
+        device = resolve_device(self.device)
+        folder.adopt(run_in(self.processes, device, carry_out, self, folder, progress.place()))
