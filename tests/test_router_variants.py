@@ -12,7 +12,7 @@ from ftp_lightning.routing import ROUTERS, RoutingContext
 from ftp_lightning.routing.factors import FACTORS, average_rank, factors
 
 N, D, F = 4, 12, len(FACTORS)
-LEARNED = ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass"]
+LEARNED = ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected"]
 SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
 COUNTS = {
     "dynamic": lambda w: (F + 1) * w + 2 * w + 2,
@@ -21,6 +21,7 @@ COUNTS = {
     "hidden": lambda w: (D + 1) * w + 2 * w + 2,
     "hidden+factors": lambda w: (D + F + 1) * w + 2 * w + 2,
     "one_pass": lambda w: (F + 1) * w + N * (2 * w + 2),
+    "projected": lambda w: 12 * D + (12 + F + 1) * w + 2 * w + 2,
 }
 
 
@@ -68,7 +69,9 @@ def test_make_router_gives_each_what_it_takes():
     for name, kind in ROUTERS.items():
         router = made(name, width=3, names=("position", "sparsity"), seed=None)
         assert type(router) is kind and not router.needs_attention
-        assert router.needs_hidden == ("hidden" in name) and router.one_pass == (name == "one_pass")
+        assert router.needs_hidden == (name in ("hidden", "hidden+factors", "projected")) and router.one_pass == (
+            name == "one_pass"
+        )
         router.check_schedule(SCHEDULE)
     assert made("random", width=3).seed == 0 and make_router("random", N, D, seed=5).seed == 5
     with pytest.raises(UserError, match="unknown"):
@@ -88,6 +91,7 @@ def test_another_model_or_schedule_is_refused():
         ("one_pass", (N - 1, D)),
         ("hidden", (N, 9)),
         ("hidden+factors", (N, 9)),
+        ("projected", (N, 9)),
     ]:
         with pytest.raises(UserError, match="was made for"):
             made(name).check_model(*other)

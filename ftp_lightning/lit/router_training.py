@@ -17,7 +17,9 @@ from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_decoder
+from ftp_lightning.pruning.listening import listening, needed_later
 from ftp_lightning.routing import StaticRouter
+from ftp_lightning.routing.choice import choose_topk
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
 
@@ -102,7 +104,7 @@ class RouterTraining(L.LightningModule):
 
     def student_and_teacher(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], TokenPruner]:
         """Outputs of the pruned and of the dense model, and the pruner that was in force."""
-        with torch.no_grad():
+        with torch.no_grad(), self._listening(batch) as self.heard:
             teacher = self.outputs(batch)
         number = batch.get("number", 0)
         pruner = self.pruner.with_schedule(self.training_schedule(number))
@@ -117,12 +119,13 @@ class RouterTraining(L.LightningModule):
         decisions = pruner.decisions
         soft = [losses.soft_sparsity(d.probability, d.part.real, d.part.reserved) for d in decisions]
         static = [self.teacher_router.probability(d.context) for d in decisions]
+        guides = static if self.settings.guide == "static" else self._by_the_future(decisions)
         terms = {
             "distillation": self._distillation(student, teacher, scored),
             "sparsity": losses.sparsity_loss(
                 [d.context.sparsity for d in decisions], soft, self.settings.sparsity_loss
             ),
-            "guide": torch.stack([self._guide(d, s) for d, s in zip(decisions, static)]).mean(),
+            "guide": torch.stack([self._guide(d, s) for d, s in zip(decisions, guides)]).mean(),
         }
         weights = self.weights()
         total = sum(weights[name] * term for name, term in terms.items())
@@ -146,6 +149,22 @@ class RouterTraining(L.LightningModule):
         if kind != "mse":
             parts.append(losses.kl_rows(student["logits"], teacher["logits"], scored).mean())
         return torch.stack(parts).sum()
+
+    def _listening(self, batch: dict):
+        """Hears what the scored tokens attend to, where the guide wants to know."""
+        if self.settings.guide == "static":
+            return nullcontext()
+        mask, last = batch.get("attention_mask"), batch["input_ids"].shape[1] - batch["prompt_tokens"]
+        return listening(self.model, last, None if mask is None else mask.bool())
+
+    def _by_the_future(self, decisions) -> list[Tensor]:
+        """(B, P) of each decision: as many tokens as the schedule wants, those that are most attended to later."""
+        needed, guides = needed_later(self.heard), []
+        for d in decisions:
+            part, tokens = d.part, d.part.real.shape[1]
+            kept = part.kept(d.context.sparsity)
+            guides.append(choose_topk(needed[d.context.block][:, :tokens], part, kept).float())
+        return guides
 
     def _guide(self, decision, static: Tensor) -> Tensor:
         return losses.guide_loss(decision.probability, static, decision.part.real, self.settings.guide_balanced)

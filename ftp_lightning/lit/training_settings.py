@@ -13,9 +13,10 @@ from ftp_lightning.pruning.gates import Gumbel, Soft, StraightThrough
 
 GATES = ("straight-through", "gumbel", "soft")
 SCOPES = ("prompt", "sequence")
+GUIDES = ("static", "future")
 _ONE_OF = {
     "distillation": losses.DISTILLATION, "sparsity_loss": losses.SPARSITY, "guide_decay": losses.DECAYS,
-    "gates": GATES, "scope": SCOPES,
+    "gates": GATES, "scope": SCOPES, "guide": GUIDES,
 }  # fmt: skip
 
 
@@ -36,6 +37,8 @@ class TrainingSettings:
         lambda_d, lambda_s, lambda_g: weights of distillation, sparsity and (at the start) guide loss.
         distillation: "mse" of the last hidden state (paper), "kl" of the logits, or "both" added.
         sparsity_loss: "one-sided" (paper) or "symmetric".
+        guide: what the guide loss teaches: the decisions of the "static" router (paper), or those that the "future"
+            makes: the tokens that the continuation attends to in the dense model [ours], see `pruning.listening`.
         guide_share, guide_decay, guide_balanced: see `losses.guide_weight` and `losses.guide_loss`.
         gates: see `pruning.gates`; all are deterministic at evaluation.
         key_gates: under `evict` gradients also go through keys and values, see `pruning.key_gates`.
@@ -56,6 +59,7 @@ class TrainingSettings:
     lambda_g: float = 1.0
     distillation: str = "mse"
     sparsity_loss: str = "one-sided"
+    guide: str = "static"
     guide_share: float = 0.25
     guide_decay: str = "linear"
     guide_balanced: bool = False

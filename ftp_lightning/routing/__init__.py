@@ -10,6 +10,7 @@ from ftp_lightning.routing.hidden import HiddenRouter
 from ftp_lightning.routing.hidden_factors import HiddenFactorsRouter
 from ftp_lightning.routing.local import LocalRouter
 from ftp_lightning.routing.one_pass import OnePassRouter
+from ftp_lightning.routing.projected import ProjectedRouter
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.recurrent import RecurrentRouter
 from ftp_lightning.routing.static import StaticRouter
@@ -23,6 +24,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hidden": HiddenRouter,
     "hidden+factors": HiddenFactorsRouter,
     "one_pass": OnePassRouter,
+    "projected": ProjectedRouter,
 }
 """Routers that a pruned folder may name; the keys are what its JSON and the command line say."""
 
@@ -55,6 +57,7 @@ __all__ = [
     "HiddenRouter",
     "LocalRouter",
     "OnePassRouter",
+    "ProjectedRouter",
     "RandomRouter",
     "RecurrentRouter",
     "Router",

@@ -11,7 +11,7 @@ from ftp_lightning.stages.base import StageSettings, holds_family
 from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
-RouterName = Literal["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass"]
+RouterName = Literal["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,9 @@ class TrainStage(StageSettings):
     lambda_g: float = option(1.0, "first weight of the guide loss", least=0.0)
     distillation: Literal["mse", "kl", "both"] = option("mse", "of the last hidden state, of the logits, or both added")
     sparsity_loss: Literal["one-sided", "symmetric"] = option("one-sided", "whether over-pruning is penalised too")
+    guide: Literal["static", "future"] = option(
+        "static", "what the guide loss teaches: the static router's decisions, or what the continuation attends to"
+    )
     guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
     guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how it decays")
     guide_balanced: bool = option(False, "tokens to compute and tokens to skip weigh alike in the guide loss")

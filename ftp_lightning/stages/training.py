@@ -67,6 +67,8 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
     router is trained with them. With --pruned the one that is there."""
     if settings.pruned:
         loaded = load_pruner(settings.pruned, model)
+        if family is not None:
+            return loaded.with_schedule(family.at(sum(settings.budgets) / 2))
         return loaded.with_schedule(load_schedule(settings.schedule, model)) if settings.schedule else loaded
     budget = sum(settings.budgets) / 2 if family is not None and settings.budget is None else settings.budget
     about = {name: getattr(settings, name) for name in ("kv", "choice", "attention", "window", "skip")}
