@@ -32,7 +32,7 @@ def by_hand(attentions, real, last):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_scores_are_those_of_the_formula_and_the_forward_is_the_stock_one(padded):
-    model, ids = tiny_llama(torch.float32), windows(2).input_ids  # float32: stock eager gives nan for padding in float64
+    model, ids = tiny_llama(torch.float32), windows(2).input_ids  # stock eager gives nan for padding in float64
     real = torch.ones_like(ids, dtype=torch.bool)
     if padded:
         real[1, :5] = False
