@@ -176,7 +176,7 @@ def test_a_row_without_a_token_to_score_counts_for_nothing():
     assert found._forwards[0]["empty_rows"] == 1 and found._forwards[0]["tokens"] == 3 * 24 - 6
 
 
-@pytest.mark.parametrize("name", ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass"])
+@pytest.mark.parametrize("name", ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected"])
 def test_every_variant_trains(name, tmp_path):
     model = tiny_llama(torch.float32)
     torch.manual_seed(0)
@@ -185,7 +185,22 @@ def test_every_variant_trains(name, tmp_path):
     settings = TrainingSettings(steps=3, batch_size=2, validations=1)
     metrics = fit_router(model, TokenPruner(router, SCHEDULE, kv="keep"), windows(8), windows(2, 9), settings, tmp_path)
     assert metrics["parameters"] == router.parameter_count
-    assert any(not torch.equal(value, before[key]) for key, value in router.state_dict().items())
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(last[f"router.{key}"], value) for key, value in before.items())
+    best = min(metrics["validation_kl"], key=lambda row: row["kl"])  # the state that is kept is the best, or the given
+    for key, value in router.state_dict().items():
+        assert torch.equal(value, last[f"router.{key}"] if best["step"] else before[key])
+
+
+def test_a_training_that_harms_leaves_the_router_as_it_was(tmp_path):
+    model, pruner = tiny_llama(torch.float32), TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
+    fit_router(model, pruner, windows(32), windows(4, 9), TrainingSettings(steps=20, batch_size=2), tmp_path / "first")
+    before, rows = copy.deepcopy(pruner.router.state_dict()), (windows(8), windows(4, 9))
+    wild = TrainingSettings(steps=4, batch_size=2, learning_rate=30.0, lambda_d=0.0)
+    metrics = fit_router(model, pruner, *rows, wild, tmp_path / "second")
+    assert all(row["kl"] >= metrics["validation_kl"][0]["kl"] for row in metrics["validation_kl"])
+    assert metrics["best_validation_kl"] == metrics["validation_kl"][0]["kl"]
+    assert all(torch.equal(value, before[key]) for key, value in pruner.router.state_dict().items())
 
 
 def test_training_stops_where_validation_no_longer_falls(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
@@ -34,8 +35,8 @@ def fit(
     fingerprint: str = "",
     processes: Processes | None = None,
 ) -> dict:
-    """Train the system's router in place and keep the state that was best on the validation rows (under the choice
-    `threshold`: the last).
+    """Train the system's router in place and keep the state that was best on the validation rows, be it the one that
+    it came with (under the choice `threshold`: the last).
 
     `folder`/checkpoints holds the last and the best state (router, optimiser, counters; never the model) and the
     history, from which the same call goes on: the result is that of a training without interruption, to the bit on a
@@ -53,6 +54,7 @@ def fit(
     processes = processes or Processes()
     resume = processes.from_first(_to_resume(place, fingerprint) if processes.rank == 0 else None)
     system.fingerprint, record = fingerprint, History(system, place / HISTORY)
+    given = copy.deepcopy(system.state_dict())
     best = ModelCheckpoint(place, "best", monitor="validation_kl", enable_version_counter=False)
     last = ModelCheckpoint(place, "last", enable_version_counter=False)  # behind: it holds what the best one knows
     callbacks = [record, best, last, _Leaving(place / LAST), _Progress(progress, settings.steps)]
@@ -65,7 +67,9 @@ def fit(
         data.batches_done = resume * settings.accumulate * processes.count
     trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
     if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
-        system.load_state_dict(torch.load(place / BEST, weights_only=True)["state_dict"])
+        before = system.validations[0]["kl"] <= best.best_model_score.item()
+        trained = None if before else torch.load(place / BEST, weights_only=True)["state_dict"]
+        system.load_state_dict(given if before else trained)
     pruner.router.eval()
     return _metrics(system, best.best_model_score)
 
@@ -94,7 +98,7 @@ def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
         "parameters": system.router.parameter_count,
         "steps": system.history,
         "validation_kl": system.validations,
-        "best_validation_kl": best_kl.item() if best_kl is not None else None,
+        "best_validation_kl": min(best_kl.item(), system.validations[0]["kl"]) if best_kl is not None else None,
         "target_sparsity": list(system.pruner.schedule.sparsity),
         "soft_sparsity": system.last_soft,
         "realised_sparsity": system.last_realised,
