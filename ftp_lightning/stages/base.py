@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import hash_path
-from ftp_lightning.schedule_family import is_family
+from ftp_lightning.json_file import read_json
+from ftp_lightning.schedule_family import LARGEST, is_family
 from ftp_lightning.stages.option import check_bounds, check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
@@ -167,7 +167,7 @@ class PrunedSettings(BudgetSettings, StageSettings):
 def holds_family(path: str) -> bool:
     """Whether a file is a schedules.json, which needs a budget to say which; False where it cannot be read."""
     try:
-        return is_family(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))
+        return is_family(read_json(Path(path).expanduser(), LARGEST))
     except (OSError, ValueError):
         return False
 
