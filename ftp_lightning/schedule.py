@@ -57,7 +57,8 @@ class Schedule:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedule as JSON, whole or not at all."""
-        write_record(Path(path), {"format": FORMAT, "version": VERSION, "sparsity": list(self.sparsity)})
+        numbers = {"sparsity": list(self.sparsity), "key": self.key()}
+        write_record(Path(path), {"format": FORMAT, "version": VERSION} | numbers)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Schedule:
@@ -66,7 +67,10 @@ class Schedule:
             record = read_json(path, _LARGEST)
             if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            return cls(finite_numbers(record["sparsity"], "sparsity"))
+            found = cls(finite_numbers(record["sparsity"], "sparsity"))
+            if record.get("key") not in (None, found.key()):
+                raise ValueError('its numbers are not those it was written with; if you changed them, take "key" out')
+            return found
         except OSError as error:
             raise UserError(
                 f"cannot read the schedule {path}: {error.strerror}\nGive the path of a schedule.json."

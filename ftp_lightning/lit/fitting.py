@@ -19,10 +19,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from ftp_lightning.artifact import write_text
 from ftp_lightning.data.module import WindowsData
 from ftp_lightning.fingerprint import digest
+from ftp_lightning.launcher import Place
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.started import Started
 
 LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
 
@@ -107,22 +109,12 @@ def _together(processes: Processes) -> dict:
     """What the Trainer is told of the processes: they are there, and in touch."""
     if processes.count == 1:
         return {"devices": 1, "plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
-    strategy = DDPStrategy(cluster_environment=_Started(processes), find_unused_parameters=True)
-    return {"devices": processes.count, "strategy": strategy, "use_distributed_sampler": False}
-
-
-class _Started(LightningEnvironment):
-    """Processes of this machine that `processes.launch` has started."""
-
-    creates_processes_externally = True
-
-    def __init__(self, processes: Processes):
-        super().__init__()
-        self.processes = processes
-        self._global_rank, self._world_size = processes.rank, processes.count
-
-    def local_rank(self) -> int:
-        return self.processes.rank
+    fabric = processes.fabric
+    nodes = fabric.strategy.num_nodes
+    place = Place(processes.rank, processes.count, fabric.local_rank, fabric.node_rank, nodes)
+    strategy = DDPStrategy(cluster_environment=Started(place), find_unused_parameters=True)
+    counts = {"devices": processes.count // nodes, "num_nodes": nodes}
+    return counts | {"strategy": strategy, "use_distributed_sampler": False}
 
 
 def _to_resume(place: Path, fingerprint: str) -> int | None:

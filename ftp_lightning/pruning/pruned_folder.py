@@ -10,6 +10,7 @@ Written beside the target and swapped in, so that a folder is whole or not there
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -94,12 +95,22 @@ def _check_target(folder: Path) -> None:
 def _write(folder: Path, record: dict, pruner) -> None:
     from safetensors.torch import save
 
-    (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.router.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(state))
     if pruner.compensation is not None:
         stored = pruner.compensation.to("cpu", torch.float32).tensors
         (folder / COMPENSATION).write_bytes(save({name: tensor.contiguous() for name, tensor in stored.items()}))
+    record = record | {"sha256": _checksum(record, folder)}
+    (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _checksum(record: dict, folder: Path) -> str:
+    """sha256 (hex) over what is said and the files of weights: a flipped bit is another pruner, and looks like one."""
+    said = json.dumps({name: record[name] for name in sorted(record) if name != "sha256"}, sort_keys=True)
+    hashed = hashlib.sha256(said.encode())
+    for path in (folder / WEIGHTS, folder / COMPENSATION):
+        hashed.update(path.read_bytes() if path.exists() else b"")
+    return hashed.hexdigest()
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -143,6 +154,11 @@ def load_pruner(folder):
         error = " ".join(str(error).split())[:300]
         raise UserError(f"{Path(folder) / SETTINGS} does not describe a pruner: {error}") from None
     _load_weights(router, Path(folder) / WEIGHTS)
+    if record.get("sha256") not in (None, _checksum(record, Path(folder))):
+        raise UserError(
+            f"{folder} is not as it was written: a file of it is broken or was changed.\n"
+            f'Copy it anew; if you changed it, take "sha256" out of {SETTINGS}.'
+        )
     pruner._base = {name: record.get(name) for name in ("base", "base_identity")}
     return pruner
 
