@@ -67,6 +67,7 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
+    estimate: str | None = option(None, "DEVICESxGB: say what it takes on 8x80, and do nothing", passive=True)
     tracking: Literal["csv", "wandb", "none"] = option("csv", "where metrics of the way are logged", passive=True)
     prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
     continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
@@ -120,6 +121,8 @@ class StageSettings(ModelSettings):
 
     def execute(self, progress: Progress | None = None) -> Path:
         """Fill the folder, unless it holds the same stage, finished. UserError where it holds another one."""
+        if self.estimate is not None:
+            return self.say_estimate()
         progress = progress or Progress(self.stage)
         again = self.overwrite or (self.repeats and (read_provenance(self.folder) or {}).get("stage") == self.stage)
         with StageFolder(self.folder, self.stage, self.config(), self.identity(), self.command(), again) as folder:
@@ -127,6 +130,13 @@ class StageSettings(ModelSettings):
                 progress.say(f"{self.folder} is done already; --overwrite runs it again")
             else:
                 self.work(folder, progress)
+        return self.folder
+
+    def say_estimate(self) -> Path:
+        """Print what the stage would take."""
+        from ftp_lightning.stages.estimating import told
+
+        print(told(self))
         return self.folder
 
     def identity(self) -> dict[str, Any]:

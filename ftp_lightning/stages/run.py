@@ -65,6 +65,8 @@ class RunStage(BudgetSettings):
         from ftp_lightning.stages.checks import check_inputs
 
         started, before, stages = time.monotonic(), 0.0, self.stages()
+        if self.estimate is not None:
+            return self._say_estimates(stages)
         check_inputs(stages)
         for number, (name, settings) in enumerate(stages.items(), start=1):
             share = _share(name) / sum(map(_share, stages))
@@ -75,6 +77,13 @@ class RunStage(BudgetSettings):
         page = build_report(self.folder)
         print(headline(json.loads((self.folder / "evaluate" / "results.json").read_text(encoding="utf-8"))))
         Progress(f"[{len(stages) + 1}/{len(stages) + 1}] report", started=started).done(f"wrote {page}")
+        return self.folder
+
+    def _say_estimates(self, stages: dict[str, StageSettings]) -> Path:
+        """What every stage would take that takes long."""
+        for settings in stages.values():
+            if settings.stage != "benchmark":
+                settings.say_estimate()
         return self.folder
 
     def stages(self) -> dict[str, StageSettings]:

@@ -114,12 +114,20 @@ def run(arguments: list[str], kill_after: float | None = None, before: Callable[
             if found:
                 ended = os.waitstatus_to_exitcode(status)
             elif kill_after is not None and time.monotonic() - began > kill_after:
-                os.killpg(child, signal.SIGKILL)
+                _kill(child)
                 kill_after = None
             else:
                 time.sleep(0.001)
         text = said.read_text(errors="replace") if said.exists() else ""
         return Ended(ended, text, time.monotonic() - began)
+
+
+def _kill(child: int) -> None:
+    """It and what it has started, where it has come so far as to lead a group."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(child, signal.SIGKILL)
 
 
 def arguments_of(name: str, base: Path, output: Path) -> list[str]:
