@@ -45,7 +45,9 @@ _HOMES = {
     "OnePassRouter": "ftp_lightning.routing",
     "make_router": "ftp_lightning.routing",
     "fit_compensation": "ftp_lightning.pruning.compensation",
+    "from_pretrained": "ftp_lightning.hub",
     "load_pruned": "ftp_lightning.pruning.pruned_folder",
+    "push_to_hub": "ftp_lightning.hub",
     "UserError": "ftp_lightning.errors",
 }
 
@@ -64,8 +66,10 @@ __all__ = [
     "TokenPruner",
     "UserError",
     "fit_compensation",
+    "from_pretrained",
     "load_pruned",
     "make_router",
+    "push_to_hub",
 ]
 
 
