@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftp_lightning.errors import UserError
+    from ftp_lightning.hub import from_pretrained, push_to_hub
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.compensation import fit_compensation
     from ftp_lightning.pruning.pruned_folder import load_pruned
