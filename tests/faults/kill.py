@@ -321,7 +321,7 @@ def broken_input(name: str, what: str, base: Path, work: Path, rng: random.Rando
     """What an earlier stage has written is damaged: an error, or a damage that changes nothing."""
     row, whole = Row(f"damaged input {what}, `{name}`"), files(base / name, name)
     for number in range(times):
-        copy = work / f"input-{name}-{number}"
+        copy = work / f"input-{name}-{Path(what).name}-{number}"
         shutil.copytree(base / "train", copy / "train")
         shutil.copytree(base / "search", copy / "search")
         path = copy / what
