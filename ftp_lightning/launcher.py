@@ -41,6 +41,7 @@ def place() -> Place:
         raise UserError(f"srun started {tasks} tasks on {nodes} nodes\nGive --ntasks-per-node, equal on all.")
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)  # Lightning wants it said, however many ways there are
     job = SLURMEnvironment(auto_requeue=False)
     os.environ |= {"MASTER_ADDR": job.main_address, "MASTER_PORT": str(job.main_port)}
     return Place(number["SLURM_PROCID"], tasks, number["SLURM_LOCALID"], number["SLURM_NODEID"], nodes)

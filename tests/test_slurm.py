@@ -59,7 +59,7 @@ def state(env, job):
     return call(env, "scontrol", "show", "job", job).split("JobState=")[1].split()[0]
 
 
-def wait_for(env, job, log, condition, seconds=240):
+def wait_for(env, job, log, condition, seconds=900):
     """Until `condition()`; a job that is gone wrong, or time that has run out, fails with its log."""
     until = time.monotonic() + seconds
     while not condition():
