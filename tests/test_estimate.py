@@ -70,8 +70,12 @@ def measured_search(model):
     return live.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
+CASES = [(name, dtype) for name in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+FEW = [("base", torch.float32), ("wider", torch.bfloat16), ("grouped", torch.float32), ("many words", torch.bfloat16)]
+SPREAD = [pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "dtype"), SPREAD)
 def test_the_sum_of_a_training_step_holds(name, dtype):
     model = model_of(dtype, **SHAPES[name])
     stated = training_bytes(Shape.of(model), ROWS, PROMPT, CONTINUATION, routed=model.config.num_hidden_layers - 1)
@@ -86,15 +90,13 @@ def test_the_sum_knows_recomputing_and_logits(settings):
     assert stated == pytest.approx(measured_training(model, **settings), rel=0.15)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), SPREAD)
 def test_the_sum_of_a_search_forward_holds(name, dtype):
     model = model_of(dtype, **SHAPES[name])
     assert forward_bytes(Shape.of(model), ROWS, PROMPT, CONTINUATION) == pytest.approx(measured_search(model), rel=0.15)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("words", [4000, 16000])
+@pytest.mark.parametrize(("words", "dtype"), [(4000, torch.float32), (16000, torch.bfloat16)])
 def test_the_sum_of_an_evaluation_holds(words, dtype):
     class Windows:
         prompt_tokens = PROMPT

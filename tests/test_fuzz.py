@@ -19,7 +19,7 @@ from ftp_lightning.pruning.pruned_folder import load_pruned, read_settings
 from ftp_lightning.stages.inputs import load_sensitivity
 
 some = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 numbers = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8)
 values = st.recursive(
@@ -189,7 +189,7 @@ words = st.text(string.printable, max_size=10) | st.sampled_from(
 )
 
 
-@settings(some, max_examples=120)
+@settings(some, max_examples=50)
 @given(
     stage=st.sampled_from(sorted(STAGES)), given=st.lists(st.tuples(st.sampled_from(flags.split()), words), max_size=3)
 )
