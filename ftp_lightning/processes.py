@@ -6,6 +6,7 @@ They are started here (`--processes N`, on this machine), or by torchrun, `fabri
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -91,6 +92,8 @@ def launch(count: int, device: torch.device, function: Callable, *arguments: Any
     here = LightningEnvironment()  # also inside of a SLURM job
     fabric = Fabric(accelerator=accelerator, devices=count, strategy="ddp_spawn", plugins=[here])
     threads = max(1, torch.get_num_threads() // count)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we tell how one of them ended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the new ones: DDP's advice on speed
     with tempfile.TemporaryDirectory() as notes:
         try:
             return pickle.loads(fabric.launch(_run, threads, notes, pickle.dumps((function, arguments))))
@@ -114,6 +117,8 @@ def _run(fabric: Fabric, threads: int, notes: str, job: bytes) -> bytes:
     """The pickled answer of a pickled (function, arguments): Lightning searches both for tensors, and takes no frozen
     dataclass. What the user can mend is noted: a process that dies of it leaves a trace that nobody can read."""
     torch.set_num_threads(threads)
+    for name in ("lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     function, arguments = pickle.loads(job)
     try:
         return pickle.dumps(function(Processes(fabric), fabric.device, *arguments))

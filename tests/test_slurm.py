@@ -13,8 +13,8 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--model random:tiny --device cpu --tracking none --prompt_tokens 96 --continuation_tokens 16".split()
-SEARCH = "--windows 4 --stage_windows 2 --generations 60 --offspring 4 --survivors 2 --batch_size 2".split()
-TRAIN = "--steps 120 --batch_size 1 --validations 12 --validation_windows 2 --budget 0.4".split()
+SEARCH = "--windows 4 --stage_windows 2 --generations 40 --offspring 4 --survivors 2 --batch_size 2".split()
+TRAIN = "--steps 40 --batch_size 1 --validations 8 --validation_windows 2 --budget 0.4".split()
 EVALUATE = "--tasks story_name --limit 3 --windows 2 --batch_size 2".split()
 SMALL = "--gpus-per-node=0 --cpus-per-task=1".split()
 

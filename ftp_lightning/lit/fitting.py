@@ -219,7 +219,7 @@ class _Leaving(L.Callback):
     def on_train_batch_end(self, trainer, system, outputs, batch, batch_idx: int) -> None:
         self.validated = (batch_idx + 1) % trainer.val_check_batch == 0  # next, and its checkpoint saved after it
         if not system.within_step and not self.validated and self._is_told(trainer):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             self._leave()
 
     def on_train_batch_start(self, trainer, system, *args) -> None:
