@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 KINDS = {"user": UserError, "interrupted": Interrupted}
+for _name in ("fabric.utilities.distributed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
+    logging.getLogger(f"lightning.{_name}").setLevel(logging.WARNING)  # here: a new process imports this first of all
 
 
 class Processes:
@@ -117,8 +119,6 @@ def _run(fabric: Fabric, threads: int, notes: str, job: bytes) -> bytes:
     """The pickled answer of a pickled (function, arguments): Lightning searches both for tensors, and takes no frozen
     dataclass. What the user can mend is noted: a process that dies of it leaves a trace that nobody can read."""
     torch.set_num_threads(threads)
-    for name in ("lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     function, arguments = pickle.loads(job)
     try:
         return pickle.dumps(function(Processes(fabric), fabric.device, *arguments))
