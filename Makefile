@@ -5,7 +5,7 @@ SETUP := $(VENV)/.installed
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report bench ablation-allocation test check
+.PHONY: help setup demo report bench ablation-allocation test slurm-test faults check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ ablation-allocation: $(SETUP)  ## compare ways to a schedule at equal forward to
 
 test: $(SETUP)  ## the fast tests, offline
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+slurm-test: $(SETUP)  ## search, training and evaluation on a real SLURM on this machine (Debian, as root)
+	PYTHON=$(CURDIR)/$(PYTHON) tests/slurm/run.sh
+
+faults: $(SETUP)  ## do faults to every stage: kills, full disks, broken files (a quarter of an hour)
+	$(PYTHON) tests/faults/kill.py
 
 check: $(SETUP)  ## lint, format, tests
 	$(PYTHON) -m ruff check .

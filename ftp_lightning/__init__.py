@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftp_lightning.errors import UserError
+    from ftp_lightning.hub import from_pretrained, push_to_hub
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.compensation import fit_compensation
     from ftp_lightning.pruning.pruned_folder import load_pruned
@@ -45,7 +46,9 @@ _HOMES = {
     "OnePassRouter": "ftp_lightning.routing",
     "make_router": "ftp_lightning.routing",
     "fit_compensation": "ftp_lightning.pruning.compensation",
+    "from_pretrained": "ftp_lightning.hub",
     "load_pruned": "ftp_lightning.pruning.pruned_folder",
+    "push_to_hub": "ftp_lightning.hub",
     "UserError": "ftp_lightning.errors",
 }
 
@@ -64,8 +67,10 @@ __all__ = [
     "TokenPruner",
     "UserError",
     "fit_compensation",
+    "from_pretrained",
     "load_pruned",
     "make_router",
+    "push_to_hub",
 ]
 
 

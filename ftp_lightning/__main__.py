@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.launcher import launched
 
 STAGES = {
     "run": ("RunStage", "the whole chain: sensitivity, search, train, finetune, evaluate, benchmark, report"),
@@ -62,6 +63,7 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available on your system but is not used.*")
 
 
 def _is_warning(record: logging.LogRecord) -> bool:
@@ -83,7 +85,11 @@ def _run(argv: list[str]) -> int:
         print(__version__)
         return 0
     settings = parse(argv[0], argv[1:])
-    if settings is not None:
+    if settings is not None and launched():
+        from ftp_lightning.stages.in_step import execute_in_step
+
+        execute_in_step(settings)
+    elif settings is not None:
         settings.execute()
     return 0
 

@@ -14,10 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import Interrupted, UserError, unwritable
 from ftp_lightning.fingerprint import PROVENANCE, code_version, digest, git_commit, versions
+from ftp_lightning.json_file import read_json
 
-STATE = "state.json"
+STATE, LOCK = "state.json", ".lock"
+_LARGEST_RECORD, _LARGEST_STATE = 64_000_000, 2_000_000_000
+"""Bytes that a provenance and a saved state may have [ours]."""
 
 
 class StageFolder:
@@ -43,10 +46,28 @@ class StageFolder:
         self._files: list[str] = []
         self._created: list[Path] = []
         self._started = time.monotonic()
+        self._lock = Lock(self.path / LOCK)
+
+    def __getstate__(self) -> dict:
+        """For a copy in another process, which the lock does not go with."""
+        return self.__dict__ | {"_lock": None}
 
     def __enter__(self) -> StageFolder:
         self._created = make_folder(self.path)
+        if not self._lock.take():
+            raise UserError(f"another run is at work in {self.path}\nWait for it, stop it, or give another --output.")
+        try:
+            return self._entered()
+        except BaseException:
+            self._lock.free()
+            raise
+
+    def _entered(self) -> StageFolder:
         former = read_provenance(self.path)
+        if former:
+            (self.path / STATE).unlink(missing_ok=True)  # of a run that was killed after its last file
+        for left in (*self.path.glob(".*.partial"), *self.path.glob(".*.old")):  # of one killed while it wrote
+            _remove(left)
         if former and not self.overwrite:
             self.finished = former.get("fingerprint") == self.fingerprint
             if not self.finished:
@@ -58,11 +79,20 @@ class StageFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None:
-            if not self.finished:
+        told = unwritable(error)
+        try:
+            if kind is None and not self.finished:
                 self._finish()
-        elif self._created and (issubclass(kind, UserError) or not self._resumable()):
-            remove_created(self.path, self._created)
+            elif self._created and kind is not None and not (_may_resume(kind) and self._resumable()):
+                remove_created(self.path, self._created)
+        except OSError as failed:
+            if unwritable(failed) is None:
+                raise
+            told = told or unwritable(failed)
+        finally:
+            self._lock.free()
+        if told is not None:
+            raise told from error
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
@@ -74,6 +104,8 @@ class StageFolder:
 
     def place(self, name: str) -> Path:
         """The path for somebody else's file or folder; the first of a new run takes the former run's away."""
+        if inside(self.path, name) is None:
+            raise ValueError(f"{name!r} is no name of a file in {self.path}")
         if not self._files:
             self._forget_former()
         if name not in self._files:
@@ -93,22 +125,28 @@ class StageFolder:
         """What an interrupted stage resumes from; gone when it is finished."""
         if not self._files:
             self._forget_former()
-        write_text(self.path / STATE, json.dumps({"fingerprint": self.fingerprint, "state": state}))
+        text = json.dumps(state)
+        record = {"fingerprint": self.fingerprint, "sha256": digest(text.encode()), "state": text}
+        write_text(self.path / STATE, json.dumps(record))
 
     def load_state(self) -> Any:
-        """The state saved by an interrupted run of this very fingerprint, else None."""
+        """The state saved by an interrupted run of this very fingerprint, else None, also where a bit of it flipped."""
         try:
-            saved = json.loads((self.path / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return saved["state"] if saved.get("fingerprint") == self.fingerprint else None
+            saved = read_json(self.path / STATE, _LARGEST_STATE)
+            if saved["fingerprint"] == self.fingerprint and saved["sha256"] == digest(saved["state"].encode()):
+                return json.loads(saved["state"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return None
 
     def _forget_former(self) -> None:
         """No provenance means not finished, so it goes first; then the former products, which need not come again."""
         former = read_provenance(self.path) or {}
         (self.path / PROVENANCE).unlink(missing_ok=True)
-        for name in former.get("files", []):
-            _remove(self.path / name)
+        listed = former.get("files")
+        for path in (inside(self.path, name) for name in (listed if isinstance(listed, list) else ())):
+            if path is not None:
+                _remove(path)
 
     def _resumable(self) -> bool:
         return (self.path / STATE).exists() or any(self.path.rglob("*.ckpt"))
@@ -117,7 +155,6 @@ class StageFolder:
         import yaml
 
         self.write_text("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-        (self.path / STATE).unlink(missing_ok=True)
         record = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -130,6 +167,56 @@ class StageFolder:
             "seconds": round(time.monotonic() - self._started, 1),
         }
         write_text(self.path / PROVENANCE, json.dumps(record, indent=1, default=str) + "\n")
+        (self.path / STATE).unlink(missing_ok=True)
+
+
+class Lock:
+    """One run at a time in a folder: a file that the kernel unlocks when its holder dies, by whatever death."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
+
+    def take(self) -> bool:
+        """False where another holds it. True also on a file system without locks: there is none to respect [ours]."""
+        while True:
+            self.file = self.path.open("ab")
+            try:
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._close()
+                return False
+            except (OSError, ImportError):
+                return True
+            if self._is_there():
+                return True
+            self._close()  # its holder has taken it away between our opening and our locking
+
+    def free(self) -> None:
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self._close()
+
+    def _is_there(self) -> bool:
+        """Whether the file that was opened still lies where others look for it."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _close(self) -> None:
+        self.file.close()
+        self.file = None
+
+
+def inside(folder: Path, name: Any) -> Path | None:
+    """The path of what `name`, which a file may say, names in `folder`; None where that would lie outside of it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    path, root = folder / name, folder.resolve()
+    plain = not Path(name).is_absolute() and ".." not in Path(name).parts and Path(name).parts
+    return path if plain and root in (path.parent.resolve() / path.name).parents else None
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -173,6 +260,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
+    except OSError as error:
+        raise unwritable(error) or error from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -180,10 +269,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_provenance(folder: Path) -> dict | None:
     """The provenance of a finished stage; None where there is none that can be read."""
     try:
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        record = read_json(folder / PROVENANCE, _LARGEST_RECORD)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _may_resume(kind: type[BaseException]) -> bool:
+    """Whether the same command may come to a good end: bad input stays bad."""
+    return issubclass(kind, Interrupted) or not issubclass(kind, UserError)
 
 
 def _difference(former: dict, now: dict) -> str:
@@ -207,7 +301,7 @@ def _finite(value: Any) -> Any:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

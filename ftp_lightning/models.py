@@ -47,6 +47,10 @@ SHAPES = {
     "tiny": _shape(3, 64, 4, 2, 128, 4096),
     "llama-110m": _shape(12, 768, 12, 12, 3072, 32000, max_position_embeddings=16384),
     "llama-7b": _shape(32, 4096, 32, 32, 11008, 32000, max_position_embeddings=16384),  # LLaMA2-7B, its 4096 stretched
+    "llama-13b": _shape(40, 5120, 40, 40, 13824, 32000),  # LLaMA2-13B
+    "llama3-8b": _shape(32, 4096, 32, 8, 14336, 128256, max_position_embeddings=8192),
+    "qwen1.5-7b": _shape(32, 4096, 32, 32, 11008, 151936, max_position_embeddings=32768, attention_bias=True),
+    "qwen2.5-7b": _shape(28, 3584, 28, 4, 18944, 152064, max_position_embeddings=131072, attention_bias=True),
     "llama-8b": _shape(  # Llama-3.1-8B
         32, 4096, 32, 8, 14336, 128256, max_position_embeddings=131072, rope_parameters=LLAMA_3_1_ROPE
     ),

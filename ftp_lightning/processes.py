@@ -1,18 +1,32 @@
-"""Many processes, one piece of work: each does a share, all know all results, and a drift between them is an error."""
+"""Many processes, one piece of work: each does a share, all know all results, and a drift between them is an error.
+
+They are started here (`--processes N`, on this machine), or by torchrun, `fabric run` or srun (`launcher`).
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import pickle
+import signal
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftp_lightning.errors import UserError
+from ftp_lightning import launcher
+from ftp_lightning.errors import Interrupted, UserError, unwritable
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+KINDS = {"user": UserError, "interrupted": Interrupted}
+for _name in ("fabric.utilities.distributed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
+    logging.getLogger(f"lightning.{_name}").setLevel(logging.WARNING)  # here: a new process imports this first of all
 
 
 class Processes:
@@ -37,7 +51,7 @@ class Processes:
         for rank, (_, error) in enumerate(shares):
             if error is not None:
                 kind, text = error
-                raise UserError(text) if kind == "user" else RuntimeError(f"process {rank} failed:\n{text}")
+                raise KINDS[kind](text) if kind in KINDS else RuntimeError(f"process {rank} failed:\n{text}")
         return [shares[place % self.count][0][place // self.count] for place in range(len(items))]
 
     def check_equal(self, what: str, value: Any) -> None:
@@ -69,46 +83,147 @@ def launch(count: int, device: torch.device, function: Callable, *arguments: Any
     """function(processes, device, *arguments) in `count` new processes of this machine; returns what rank 0 returns.
 
     On CUDA rank r has device r; on a CPU the cores are shared out, at least one thread each. UserError for more
-    processes than GPUs.
+    processes than GPUs, and what any of them raises; Interrupted where one of them was killed.
     """
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import LightningEnvironment
 
     accelerator = "cuda" if device.type == "cuda" else "cpu"
     if accelerator == "cuda" and count > torch.cuda.device_count():
         raise UserError(f"{count} processes were asked for, there are {torch.cuda.device_count()} GPUs")
-    fabric = Fabric(accelerator=accelerator, devices=count, strategy="ddp_spawn")
+    here = LightningEnvironment()  # also inside of a SLURM job
+    fabric = Fabric(accelerator=accelerator, devices=count, strategy="ddp_spawn", plugins=[here])
     threads = max(1, torch.get_num_threads() // count)
-    answer, error = pickle.loads(fabric.launch(_run, threads, pickle.dumps((function, arguments))))
-    if error is not None:
-        raise UserError(error)
-    return answer
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we tell how one of them ended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the new ones: DDP's advice on speed
+    with tempfile.TemporaryDirectory() as notes:
+        try:
+            return pickle.loads(fabric.launch(_run, threads, notes, pickle.dumps((function, arguments))))
+        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+            raise _told(Path(notes), error) from error
 
 
 def run_in(count: int, device: torch.device, function: Callable, *arguments: Any) -> Any:
-    """`launch`, but that one process is this one."""
+    """`launch`, but that one process is this one, and that processes which a launcher has started are taken."""
     if count == 1:
         return function(Processes(), device, *arguments)
+    if _TOGETHER:
+        there = _TOGETHER[0].processes.count
+        if count != there:
+            raise UserError(f"{count} processes were asked for, {there} were started\nLeave --processes out.")
+        return _TOGETHER[0].lead(function, *arguments)
     return launch(count, device, function, *arguments)
 
 
-def _run(fabric: Fabric, threads: int, job: bytes) -> bytes:
-    """Pickled (answer, error) of a pickled (function, arguments): Lightning searches both for tensors, and takes no
-    frozen dataclass. A UserError goes home as text: a process that dies of it leaves a trace that nobody can read."""
+def _run(fabric: Fabric, threads: int, notes: str, job: bytes) -> bytes:
+    """The pickled answer of a pickled (function, arguments): Lightning searches both for tensors, and takes no frozen
+    dataclass. What the user can mend is noted: a process that dies of it leaves a trace that nobody can read."""
     torch.set_num_threads(threads)
     function, arguments = pickle.loads(job)
     try:
-        return pickle.dumps((function(Processes(fabric), fabric.device, *arguments), None))
-    except UserError as error:
-        return pickle.dumps((None, str(error)))
+        return pickle.dumps(function(Processes(fabric), fabric.device, *arguments))
+    except (UserError, OSError) as error:
+        known = unwritable(error) or error
+        if isinstance(known, UserError):
+            _note(Path(notes), fabric.global_rank, known)
+        raise
+
+
+def _note(notes: Path, rank: int, error: UserError) -> None:
+    text = json.dumps([_kind(error), str(error)])
+    (notes / f"{rank:06}").write_text(text, encoding="utf-8")
+
+
+def _told(notes: Path, error: Exception) -> Exception:
+    """What to say of processes that did not end well: what the first of them noted, or how one was killed."""
+    noted = sorted(path for path in notes.iterdir() if path.name.isdigit())
+    if noted:
+        kind, text = json.loads(noted[0].read_text(encoding="utf-8"))
+        return KINDS[kind](text)
+    name = getattr(error, "signal_name", None)
+    if name is None:
+        return RuntimeError(str(error))
+    cause = "often out of memory" if name == signal.SIGKILL.name else "by somebody else"
+    return Interrupted(f"process {error.error_index} was ended by {name} ({cause})\nThe same command goes on.")
+
+
+# ---------------------------------------------------------------- processes that a launcher has started
+
+_TOGETHER: list[Together] = []
+"""At most one: what `together` has found."""
+_PATIENCE_DAYS = 7
+
+
+class Together:
+    """Processes that were started together: the first leads, the others help whenever it has work for all.
+
+    While it works alone they wait, without a limit that would matter: on a channel of their own, by gloo. `busy`: in
+    the middle of what all do.
+    """
+
+    def __init__(self, fabric: Fabric):
+        from datetime import timedelta
+
+        self.processes, self.device = Processes(fabric), fabric.device
+        waiting = {"backend": "gloo", "timeout": timedelta(days=_PATIENCE_DAYS)}
+        self.channel, self.busy = torch.distributed.new_group(**waiting), False
+
+    def lead(self, function: Callable, *arguments: Any) -> Any:
+        """function(processes, device, *arguments) in all processes; returns what the first returns."""
+        self._say((function, arguments))
+        return self._do(function, arguments)
+
+    def help(self) -> None:
+        """Of every process but the first: do what it says until it has nothing more."""
+        while (job := self._say(None)) is not None:
+            self._do(*job)
+
+    def dismiss(self) -> None:
+        """The first has nothing more to do."""
+        self._say(None)
+
+    def _do(self, function: Callable, arguments: Sequence[Any]) -> Any:
+        self.busy = True
+        answer = function(self.processes, self.device, *arguments)
+        self.busy = False
+        return answer
+
+    def _say(self, job: Any) -> Any:
+        """What the first process says; frozen dataclasses travel as they are, pickled."""
+        said = [pickle.dumps(job) if self.processes.rank == 0 else None]
+        torch.distributed.broadcast_object_list(said, src=0, group=self.channel)
+        return pickle.loads(said[0])
+
+
+def together(device: torch.device) -> Together:
+    """The processes that a launcher has started; call it once in each of them, where they are `launcher.launched`."""
+    from lightning.fabric import Fabric
+
+    from ftp_lightning.started import Started
+
+    place = launcher.place()
+    for name in [name for name in os.environ if name.startswith("LT_")]:
+        del os.environ[name]  # of `fabric run`, under which Fabric would launch nothing
+    about = {"devices": place.count // place.nodes, "num_nodes": place.nodes, "plugins": [Started(place)]}
+    fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", strategy="ddp", **about)
+    fabric.launch()
+    launcher.forget()
+    _TOGETHER.append(Together(fabric))
+    return _TOGETHER[0]
 
 
 def _caught(function: Callable, items: Sequence[Any]) -> tuple[list[Any], tuple[str, str] | None]:
     try:
         return [function(item) for item in items], None
     except UserError as error:
-        return [], ("user", str(error))
-    except Exception:
-        return [], ("other", traceback.format_exc())
+        return [], (_kind(error), str(error))
+    except Exception as error:
+        known = unwritable(error)
+        return [], ("other", traceback.format_exc()) if known is None else (_kind(known), str(known))
+
+
+def _kind(error: UserError) -> str:
+    return "interrupted" if isinstance(error, Interrupted) else "user"
 
 
 def _short(value: Any) -> str:

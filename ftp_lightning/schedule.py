@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.json_file import finite_numbers, read_json
 
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
+_LARGEST = 1_000_000
+"""Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,20 @@ class Schedule:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedule as JSON, whole or not at all."""
-        write_record(Path(path), {"format": FORMAT, "version": VERSION, "sparsity": list(self.sparsity)})
+        numbers = {"sparsity": list(self.sparsity), "key": self.key()}
+        write_record(Path(path), {"format": FORMAT, "version": VERSION} | numbers)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Schedule:
         """Read what `save` wrote. UserError where the file is missing, broken or something else."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = read_json(path, _LARGEST)
             if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            return cls(record["sparsity"])
+            found = cls(finite_numbers(record["sparsity"], "sparsity"))
+            if record.get("key") not in (None, found.key()):
+                raise ValueError('its numbers are not those it was written with; if you changed them, take "key" out')
+            return found
         except OSError as error:
             raise UserError(
                 f"cannot read the schedule {path}: {error.strerror}\nGive the path of a schedule.json."

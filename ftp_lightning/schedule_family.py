@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.schedule import Schedule, write_record
 
 FORMAT = "ftp-lightning/schedules"
 VERSION = 1
+LARGEST = 64_000_000
+"""Bytes a family may have [ours]: thousands of schedules."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ class ScheduleFamily:
     def load(cls, path: str | os.PathLike) -> ScheduleFamily:
         """Read what `save` wrote. UserError where the file is missing, broken or something else."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = read_json(path, LARGEST)
             if not is_family(record) or record.get("version") != VERSION:
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            return cls([Schedule(row["sparsity"]) for row in record["schedules"]])
+            return cls([Schedule(finite_numbers(row["sparsity"], "sparsity")) for row in record["schedules"]])
         except OSError as error:
             reason = f"{error.strerror}"
         except KeyError as error:

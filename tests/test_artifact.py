@@ -1,11 +1,15 @@
 """A stage's folder is finished or not; bad ends leave nothing, or what can be resumed."""
 
+import errno
 import json
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 
-from ftp_lightning.artifact import StageFolder, make_folder
-from ftp_lightning.errors import UserError
+from ftp_lightning.artifact import LOCK, STATE, Lock, StageFolder, make_folder
+from ftp_lightning.errors import Interrupted, UserError
 from ftp_lightning.fingerprint import hash_path
 
 CONFIG = {"budget": 0.3, "output": "somewhere", "seed": 7}
@@ -127,3 +131,89 @@ def test_a_list_read_back_is_no_difference_to_a_tuple(tmp_path):
     changed = folder(tmp_path, levels=(0.3, 0.6), kv="evict")
     with pytest.raises(UserError, match="other settings: kv None -> evict\n"), changed:
         pass
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
+    with folder(tmp_path / "a") as stage:
+        with pytest.raises(UserError, match="another run is at work in"), folder(tmp_path / "a"):
+            pass
+        stage.write_text("product", "1")
+    with folder(tmp_path / "a") as stage:
+        assert stage.finished
+    assert names(tmp_path / "a") == ["config.yaml", "product", "provenance.json"]
+
+
+def test_the_lock_of_a_killed_run_locks_nobody_out_and_what_it_left_half_written_goes(tmp_path):
+    (tmp_path / LOCK).write_text("")
+    (tmp_path / ".state.json.4711.partial").write_text('{"half')
+    with folder(tmp_path) as stage:
+        assert not (tmp_path / ".state.json.4711.partial").exists()
+        stage.write_text("product", "1")
+    assert names(tmp_path) == ["config.yaml", "product", "provenance.json"]
+
+
+def test_a_lock_that_its_holder_takes_away_is_no_lock(tmp_path):
+    first, second = Lock(tmp_path / LOCK), Lock(tmp_path / LOCK)
+    assert first.take() and not second.take()
+    first.free()
+    assert second.take() and not Lock(tmp_path / LOCK).take()
+    second.free()
+    assert names(tmp_path) == []
+
+
+def test_a_copy_for_another_process_goes_without_the_lock(tmp_path):
+    with folder(tmp_path) as stage:
+        copy = pickle.loads(pickle.dumps(stage))
+        copy.write_text("product", "1")
+        stage.adopt(copy.files)
+
+
+@pytest.mark.parametrize("place", range(0, 200, 7))
+def test_a_state_with_a_flipped_bit_is_no_state(tmp_path, place):
+    with pytest.raises(KeyboardInterrupt), folder(tmp_path) as stage:
+        stage.save_state({"generation": 3, "best": 0.125})
+        raise KeyboardInterrupt
+    content = bytearray((tmp_path / STATE).read_bytes())
+    if place < len(content):
+        content[place] ^= 4
+        (tmp_path / STATE).write_bytes(content)
+    with pytest.raises(KeyboardInterrupt), folder(tmp_path) as stage:
+        assert stage.load_state() in (None, {"generation": 3, "best": 0.125})
+        assert place >= len(content) or content[place] ^ 4 in b" " or stage.load_state() is None
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path, monkeypatch, number):
+    def full(path, content):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with pytest.raises(Interrupted, match=os.strerror(number)) as told, folder(tmp_path / "a") as stage:
+        stage.save_state({"generation": 3})
+        monkeypatch.setattr(Path, "write_bytes", full)
+        stage.write_text("product", "1")
+    assert len(str(told.value).splitlines()) == 2
+    assert names(tmp_path / "a") == ["state.json"]
+    monkeypatch.undo()
+    with folder(tmp_path / "a") as stage:
+        assert stage.load_state() == {"generation": 3}
+
+
+def test_a_disk_that_is_full_at_the_very_end_leaves_no_finished_stage(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        if "provenance" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(Interrupted, match="No space"), folder(tmp_path / "a") as stage:
+        stage.save_state({"generation": 3})
+        stage.write_text("product", "1")
+    assert "provenance.json" not in names(tmp_path / "a") and "state.json" in names(tmp_path / "a")
+
+
+def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), folder(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "x")

@@ -65,6 +65,10 @@ def test_shapes_are_the_named_ones():
             name: sum(p.numel() for p in LlamaForCausalLM(models._random_config(name)).parameters()) for name in SHAPES
         }
     assert sizes["llama-7b"] == 6_738_415_616 and sizes["llama-8b"] == 8_030_261_248
+    assert sizes["llama-13b"] == 13_015_864_320 and sizes["llama3-8b"] == 8_030_261_248
+    # Qwen has no bias on the output projection, this shape has
+    assert sizes["qwen1.5-7b"] == 7_721_324_544 + 32 * 4096
+    assert sizes["qwen2.5-7b"] == 7_615_616_512 + 28 * 3584
     assert sizes["llama-110m"] == 12 * (4 * 768**2 + 3 * 768 * 3072 + 2 * 768) + 2 * 32000 * 768 + 768
 
 
@@ -152,7 +156,8 @@ def test_every_shape_is_a_valid_model_without_allocating_it(shape):
 
 def test_long_texts_fit_the_shapes_that_are_measured():
     limits = {shape: models._random_config(shape).max_position_embeddings for shape in SHAPES}
-    assert limits == {"tiny": 4096, "llama-110m": 16384, "llama-7b": 16384, "llama-8b": 131072}
+    measured = {"tiny": 4096, "llama-110m": 16384, "llama-7b": 16384, "llama-8b": 131072}
+    assert {shape: limits[shape] for shape in measured} == measured
 
 
 def test_random_weights_are_never_made_in_another_precision():

@@ -1,11 +1,12 @@
 """Records of JSON, JSONL and Hub data sets, each made one document, or what else a function makes of it."""
 
-import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.json_file import parse_json, read_json
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -18,6 +19,8 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 T = TypeVar("T")
+LONGEST_LINE, LARGEST_ARRAY = 64 * 2**20, 2 * 2**30
+"""Bytes of one record of JSONL, and of an array, which is read whole [ours]."""
 LONE_SURROGATE = "holds half a character (a lone surrogate such as \\ud800)"
 
 
@@ -84,7 +87,9 @@ def jsonl_records(path: Path, make: Callable[[Any], T]) -> list[T]:
     broken, a UserError names file and line."""
     made = []
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path}, line {number} has more than {LONGEST_LINE} bytes\nrepair or remove the line")
             if line.strip():
                 made.append(_line_record(path, number, line, make))
     return made
@@ -92,7 +97,7 @@ def jsonl_records(path: Path, make: Callable[[Any], T]) -> list[T]:
 
 def _line_record(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
     try:
-        return make(json.loads(line))
+        return make(parse_json(line))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise UserError(f"{path}, line {number}: {error}\nrepair or remove the line") from None
 
@@ -100,7 +105,7 @@ def _line_record(path: Path, number: int, line: bytes, make: Callable[[Any], T])
 def json_records(path: Path, make: Callable[[Any], T]) -> list[T]:
     """What `make` makes of every record of a JSON array. UserErrors name the file and the record."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = read_json(path, LARGEST_ARRAY)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}\nfor one record per line name it .jsonl") from None
     if not isinstance(records, list):

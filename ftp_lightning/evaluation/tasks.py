@@ -158,6 +158,8 @@ def _check_rows(task: str, path: Path, keys: tuple[str, ...]) -> None:
     """UserError naming the line where a row is no JSON object or lacks a key that the task reads."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"task {task}: {path} is not UTF-8 text (byte {error.start})\nConvert it first.") from None
     except OSError as error:
         raise UserError(
             f"task {task}: cannot read {path}: {error.strerror}\nGive the path of its JSONL file."
@@ -169,7 +171,7 @@ def _check_rows(task: str, path: Path, keys: tuple[str, ...]) -> None:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise UserError(f"task {task}: {path}, line {number} {LONE_SURROGATE}") from None
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"task {task}: {path}, line {number} is not a JSON object") from None
         if missing:
             raise UserError(f"task {task}: {path}, line {number} has no {', '.join(missing)}")

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from ftp_lightning.artifact import write_text
 from ftp_lightning.data.module import WindowsData
+from ftp_lightning.fingerprint import digest
+from ftp_lightning.launcher import Place
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.started import Started
 
 LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
 
@@ -108,37 +112,51 @@ def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
 def _together(processes: Processes) -> dict:
     """What the Trainer is told of the processes: they are there, and in touch."""
     if processes.count == 1:
-        return {"devices": 1}
-    strategy = DDPStrategy(cluster_environment=_Started(processes), find_unused_parameters=True)
-    return {"devices": processes.count, "strategy": strategy, "use_distributed_sampler": False}
-
-
-class _Started(LightningEnvironment):
-    """Processes of this machine that `processes.launch` has started."""
-
-    creates_processes_externally = True
-
-    def __init__(self, processes: Processes):
-        super().__init__()
-        self.processes = processes
-        self._global_rank, self._world_size = processes.rank, processes.count
-
-    def local_rank(self) -> int:
-        return self.processes.rank
+        return {"devices": 1, "plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
+    fabric = processes.fabric
+    nodes = fabric.strategy.num_nodes
+    place = Place(processes.rank, processes.count, fabric.local_rank, fabric.node_rank, nodes)
+    strategy = DDPStrategy(cluster_environment=Started(place), find_unused_parameters=True)
+    counts = {"devices": processes.count // nodes, "num_nodes": nodes}
+    return counts | {"strategy": strategy, "use_distributed_sampler": False}
 
 
 def _to_resume(place: Path, fingerprint: str) -> int | None:
-    """The step to go on from; a checkpoint of another training, or one that cannot be read, is thrown away."""
+    """The step to go on from; checkpoints of another training, and those that a bit of is wrong, are thrown away."""
     try:
-        checkpoint = torch.load(place / LAST, weights_only=True)
+        checkpoint = _sound(place / LAST)
+        if (place / BEST).exists():
+            _sound(place / BEST)
+        done = checkpoint["global_step"]
         if fingerprint and checkpoint.get("fingerprint") == fingerprint:
-            return checkpoint["global_step"]
+            if checkpoint.get("history") == _digest(_read_history(place / HISTORY, done)):
+                return done
     except FileNotFoundError:
-        return None
-    except Exception:  # torch raises a dozen kinds for a broken file
+        if not place.exists():
+            return None
+    except Exception:  # torch and zipfile raise a dozen kinds for a broken file
         pass
     shutil.rmtree(place)
     return None
+
+
+def _sound(path: Path) -> dict:
+    """The checkpoint in a file whose checksums are right: torch writes them and does not look at them."""
+    with zipfile.ZipFile(path) as parts:
+        if parts.testzip() is not None:
+            raise ValueError(f"{path} is broken")
+    return torch.load(path, weights_only=True)
+
+
+def _read_history(path: Path, done: int) -> tuple[list[dict], list[dict]]:
+    """(steps, validations) up to step `done`; the last line may be half a line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [row for row in (json.loads(line) for line in lines if line.endswith("}")) if row["step"] <= done]
+    return [row for row in rows if "kl" not in row], [row for row in rows if "kl" in row]
+
+
+def _digest(history: tuple[list[dict], list[dict]]) -> str:
+    return digest(json.dumps(history).encode())
 
 
 class History(L.Callback):
@@ -151,13 +169,16 @@ class History(L.Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_load_checkpoint(self, trainer, system, checkpoint) -> None:
-        done, lines = checkpoint["global_step"], self.path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        system.history = [row for row in rows if row["step"] <= done and "kl" not in row]
-        system.validations = [row for row in rows if row["step"] <= done and "kl" in row]
+        system.history, system.validations = _read_history(self.path, checkpoint["global_step"])
         if trainer.is_global_zero:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in [*system.validations, *system.history]))
         self.written = [len(system.history), len(system.validations)]
+
+    def on_save_checkpoint(self, trainer, system, checkpoint) -> None:
+        """By this the rows that a resumed training reads are known to be those that were."""
+        done = checkpoint["global_step"]
+        kept = system.history, system.validations
+        checkpoint["history"] = _digest(tuple([row for row in rows if row["step"] <= done] for rows in kept))
 
     def on_train_batch_end(self, trainer, *args) -> None:
         self._write(trainer)
@@ -202,7 +223,7 @@ class _Leaving(L.Callback):
     def on_train_batch_end(self, trainer, system, outputs, batch, batch_idx: int) -> None:
         self.validated = (batch_idx + 1) % trainer.val_check_batch == 0  # next, and its checkpoint saved after it
         if not system.within_step and not self.validated and self._is_told(trainer):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             self._leave()
 
     def on_train_batch_start(self, trainer, system, *args) -> None:

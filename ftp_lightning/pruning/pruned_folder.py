@@ -9,16 +9,20 @@ Written beside the target and swapped in, so that a folder is whole or not there
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, unwritable
+from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning.compensation import Compensation, shapes
 from ftp_lightning.routing import ROUTERS
 from ftp_lightning.routing.base import Router
@@ -70,7 +74,9 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         _write(partial, record, pruner)
         _swap(partial, folder)
     except OSError as error:
-        raise UserError(f"cannot write the pruner to {folder}: {error.strerror or error}") from None
+        raise unwritable(error) or UserError(
+            f"cannot write the pruner to {folder}: {error.strerror or error}"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -87,28 +93,49 @@ def _check_target(folder: Path) -> None:
 
 
 def _write(folder: Path, record: dict, pruner) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.router.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(save(state))
     if pruner.compensation is not None:
         stored = pruner.compensation.to("cpu", torch.float32).tensors
-        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / COMPENSATION)
+        (folder / COMPENSATION).write_bytes(save({name: tensor.contiguous() for name, tensor in stored.items()}))
+    record = record | {"sha256": _checksum(record, folder)}
+    (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _checksum(record: dict, folder: Path) -> str:
+    """sha256 (hex) over what is said and the files of weights: a flipped bit is another pruner, and looks like one."""
+    said = json.dumps({name: record[name] for name in sorted(record) if name != "sha256"}, sort_keys=True)
+    hashed = hashlib.sha256(said.encode())
+    for path in (folder / WEIGHTS, folder / COMPENSATION):
+        hashed.update(path.read_bytes() if path.exists() else b"")
+    return hashed.hexdigest()
 
 
 def _swap(new: Path, target: Path) -> None:
-    if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        os.replace(target, old)
-        try:
+    """`new` takes the place of `target`, which takes that of `new`, where there is one: at no time is neither there."""
+    if not target.exists() or not _exchange(new, target):
+        if target.exists():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            os.replace(target, old)
+            try:
+                os.replace(new, target)
+            except OSError:
+                os.replace(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
             os.replace(new, target)
-        except OSError:
-            os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths at once by Linux's renameat2; False where that cannot be had, with both as they were."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    except (AttributeError, OSError):
+        return False
 
 
 def load_pruner(folder):
@@ -118,12 +145,20 @@ def load_pruner(folder):
     record = read_settings(folder)
     try:
         router = _build_router(dict(record["router"]))
-        schedule = Schedule(record["sparsity"])
+        schedule = Schedule(finite_numbers(record["sparsity"], "sparsity"))
         compensation = _load_compensation(record.get("compensation"), Path(folder) / COMPENSATION)
         pruner = TokenPruner(router, schedule, compensation=compensation, **record["settings"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, UserError) and len(str(error)) < 300:
+            raise
+        error = " ".join(str(error).split())[:300]
         raise UserError(f"{Path(folder) / SETTINGS} does not describe a pruner: {error}") from None
     _load_weights(router, Path(folder) / WEIGHTS)
+    if record.get("sha256") not in (None, _checksum(record, Path(folder))):
+        raise UserError(
+            f"{folder} is not as it was written: a file of it is broken or was changed.\n"
+            f'Copy it anew; if you changed it, take "sha256" out of {SETTINGS}.'
+        )
     pruner._base = {name: record.get(name) for name in ("base", "base_identity")}
     return pruner
 
@@ -132,23 +167,24 @@ def read_settings(folder) -> dict:
     """The JSON of a pruner folder, checked for format and size."""
     path = Path(folder) / SETTINGS
     try:
-        if path.stat().st_size > _LARGEST_SETTINGS:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes; a pruner's settings have at most {_LARGEST_SETTINGS}."
-            )
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, _LARGEST_SETTINGS)
     except OSError as error:
         raise UserError(
             f"{folder} is not a pruner: {path.name} cannot be read ({error.strerror}).\n"
             "Make one with `ftp-lightning train`."
         ) from None
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is broken: {error}") from None
     if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
         raise UserError(f'{path} is not "format": "{FORMAT}", "version": {VERSION}.')
+    _check_base_name(record.get("base"), path)
     return record
+
+
+def _check_base_name(base: Any, path: Path) -> None:
+    """UserError where a base is named by something else than a name."""
+    if base is not None and not (isinstance(base, str) and 0 < len(base) <= 4096 and base.isprintable()):
+        raise UserError(f"{path} names a base model that cannot be one: {str(base)[:80]!r}.")
 
 
 def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
@@ -244,7 +280,9 @@ def _read(path: Path, what: str, wanted: dict[str, tuple[int, ...]], size: int) 
         raise UserError(f"the {what}'s weights {path} cannot be read: {error}") from None
     found = {name: tuple(t.shape) for name, t in state.items()}
     if wanted != found:
-        raise UserError(f"{path} holds a {what} of another shape: {found}, expected {wanted}.")
+        raise UserError(f"{path} holds a {what} of another shape: {str(found)[:300]}, expected {str(wanted)[:300]}.")
+    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise UserError(f"{path} holds a {what} whose numbers are not float32 and finite.")
     return state
 
 
@@ -272,6 +310,4 @@ def _load_compensation(described: dict | None, path: Path) -> Compensation | Non
     sizes = {name: described[name] for name in ("parts", "num_blocks", "hidden_size", "rank")}
     size = _described(sizes)["bytes"]
     state = _read(path, "compensation", shapes(**sizes), size)
-    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise UserError(f"{path} holds a compensation whose numbers are not float32 and finite.")
     return Compensation(tensors=state, **sizes | {"parts": tuple(sizes["parts"])})

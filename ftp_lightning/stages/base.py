@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import hash_path
-from ftp_lightning.schedule_family import is_family
+from ftp_lightning.json_file import read_json
+from ftp_lightning.schedule_family import LARGEST, is_family
 from ftp_lightning.stages.option import check_bounds, check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
@@ -67,6 +67,7 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
+    estimate: str | None = option(None, "DEVICESxGB: say what it takes on 8x80, and do nothing", passive=True)
     tracking: Literal["csv", "wandb", "none"] = option("csv", "where metrics of the way are logged", passive=True)
     prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
     continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
@@ -120,6 +121,8 @@ class StageSettings(ModelSettings):
 
     def execute(self, progress: Progress | None = None) -> Path:
         """Fill the folder, unless it holds the same stage, finished. UserError where it holds another one."""
+        if self.estimate is not None:
+            return self.say_estimate()
         progress = progress or Progress(self.stage)
         again = self.overwrite or (self.repeats and (read_provenance(self.folder) or {}).get("stage") == self.stage)
         with StageFolder(self.folder, self.stage, self.config(), self.identity(), self.command(), again) as folder:
@@ -127,6 +130,13 @@ class StageSettings(ModelSettings):
                 progress.say(f"{self.folder} is done already; --overwrite runs it again")
             else:
                 self.work(folder, progress)
+        return self.folder
+
+    def say_estimate(self) -> Path:
+        """Print what the stage would take."""
+        from ftp_lightning.stages.estimating import told
+
+        print(told(self))
         return self.folder
 
     def identity(self) -> dict[str, Any]:
@@ -167,7 +177,7 @@ class PrunedSettings(BudgetSettings, StageSettings):
 def holds_family(path: str) -> bool:
     """Whether a file is a schedules.json, which needs a budget to say which; False where it cannot be read."""
     try:
-        return is_family(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))
+        return is_family(read_json(Path(path).expanduser(), LARGEST))
     except (OSError, ValueError):
         return False
 

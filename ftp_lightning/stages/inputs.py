@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,14 @@ from ftp_lightning import models
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.windows import Windows, calibration_windows
 from ftp_lightning.errors import UserError
+from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.budget import solve_budget
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.schedule_family import ScheduleFamily
+from ftp_lightning.schedule_family import LARGEST, ScheduleFamily
 from ftp_lightning.stages.base import BudgetSettings, ModelSettings, PrunedSettings, holds_family
 from ftp_lightning.stages.option import check_reachable
 
@@ -182,9 +182,11 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
 def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:
     """What `sensitivity` found; UserError where the file is something else or of another number of blocks."""
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        measured = len(found["block_influence"]), len(found["kl"])
-        found["levels"]
+        found = read_json(Path(path).expanduser(), LARGEST)
+        measured = len(finite_numbers(found["block_influence"], "block_influence")), len(found["kl"])
+        levels = finite_numbers(found["levels"], "levels")
+        if any(len(finite_numbers(row, "kl")) != len(levels) for row in found["kl"]):
+            raise ValueError("kl has other levels")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no sensitivity.json\nMake one with `ftp-lightning sensitivity`.") from None
     if set(measured) != {blocks}:

@@ -54,6 +54,7 @@ class RunStage(BudgetSettings):
     test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
     lengths: tuple[int, ...] = option((), "prompt lengths of the benchmark; by default 512, 1024, 2048")
     pairs: int = option(15, "pairs of prefills per length", least=2)
+    processes: int = option(1, "processes that share search and training; training with W is W times the rows", least=1)
 
     def check(self) -> None:
         super().check()
@@ -64,6 +65,8 @@ class RunStage(BudgetSettings):
         from ftp_lightning.stages.checks import check_inputs
 
         started, before, stages = time.monotonic(), 0.0, self.stages()
+        if self.estimate is not None:
+            return self._say_estimates(stages)
         check_inputs(stages)
         for number, (name, settings) in enumerate(stages.items(), start=1):
             share = _share(name) / sum(map(_share, stages))
@@ -76,6 +79,13 @@ class RunStage(BudgetSettings):
         Progress(f"[{len(stages) + 1}/{len(stages) + 1}] report", started=started).done(f"wrote {page}")
         return self.folder
 
+    def _say_estimates(self, stages: dict[str, StageSettings]) -> Path:
+        """What every stage would take that takes long."""
+        for settings in stages.values():
+            if settings.stage != "benchmark":
+                settings.say_estimate()
+        return self.folder
+
     def stages(self) -> dict[str, StageSettings]:
         """The settings of every stage of the chain, in order; each reads what those before it wrote. All rounds but the
         last lie in folders of their own, round1/train, …"""
@@ -83,7 +93,7 @@ class RunStage(BudgetSettings):
         trained, tuned = self._at("train/pruned"), self._at("finetune/pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
-        search = sizes | budget | {"kv": self.kv, "sensitivity": measured}
+        search = sizes | budget | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
@@ -114,7 +124,7 @@ class RunStage(BudgetSettings):
         return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}
 
     def _training(self) -> dict[str, Any]:
-        names = ("steps", "batch_size", "learning_rate", "recall_share")
+        names = ("steps", "batch_size", "learning_rate", "recall_share", "processes")
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:
