@@ -11,7 +11,7 @@ from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
-from ftp_lightning.stages.measuring import with_retention
+from ftp_lightning.stages.task_cells import with_retention
 from ftp_lightning.stages.run import SHARES, gains
 from ftp_lightning.stages.searching import starting_pruner
 
@@ -207,7 +207,7 @@ def test_retention_counts_a_group_once_and_the_same_tasks_for_all_methods():
     def record(**accuracies):
         return {"tasks": {task: {"acc": acc, "measures": acc is not None} for task, acc in accuracies.items()}}
 
-    dense = {task: {"acc": 0.8} for task in ("group", "member", "arc", "short")}
+    dense = {task: {"score": 0.8} for task in ("group", "member", "arc", "short")}
     records = [record(group=0.4, member=0.8, arc=0.6, short=0.8), record(group=0.8, member=0.0, arc=0.8, short=None)]
     found = with_retention(records, ("group", "arc", "short"), dense)
     assert [method["retention"] for method in found] == pytest.approx([100 * (0.5 + 0.75) / 2, 100])

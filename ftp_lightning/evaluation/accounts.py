@@ -89,7 +89,5 @@ def realised_rows(model, pruner, rows: int) -> list[Realised]:
 def _row(masks: Sequence[Sequence], real, row: int) -> Trace:
     """The trace of one row. Parts that share one mask go on sharing it: `realised_flops` counts by that."""
     place, cut = slice(row, row + 1), {}
-    keep, attention, mlp = (
-        [cut.setdefault(id(mask), mask[place]) for mask in part] if part else [] for part in masks
-    )
+    keep, attention, mlp = ([cut.setdefault(id(mask), mask[place]) for mask in part] if part else [] for part in masks)
     return Trace(keep=keep, keep_attention=attention, keep_mlp=mlp, real=real[place])

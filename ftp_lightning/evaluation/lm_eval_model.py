@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from tqdm import tqdm
 from ftp_lightning import models
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.accounts import Account, Answer, realised_rows
-from ftp_lightning.evaluation.answers import AnswerBook, asked_identity, request_key
+from ftp_lightning.evaluation.answers import AnswerBook, asked_identity
 from ftp_lightning.evaluation.continuation import MODES
 from ftp_lightning.evaluation.generating import generate, job_batches, jobs_of
 from ftp_lightning.evaluation.ranks import Ranked
-from ftp_lightning.evaluation.scoring import even_batches, rolling_windows, score_after_prompt, score_in_sequence
+from ftp_lightning.evaluation.requests import Item, context_batches, text_batches
+from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 
@@ -91,6 +92,13 @@ class FtpLM(Ranked, HFLM):
         if self.pruner is not None:
             self.pruner.detach()
 
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """HFLM's, but that an empty continuation is told of."""
+        for request in requests:
+            if request.args[1] == "":
+                raise UserError(f"an empty continuation cannot be scored\nrequest: {str(request.args)[:80]}")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, every token scored once.
 
@@ -117,9 +125,9 @@ class FtpLM(Ranked, HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log-probability, greedy) of each request, in the order of the requests."""
-        items = [_Item(*request, limit=self.max_length) for request in requests]
+        items = [Item(*request, limit=self.max_length) for request in requests]
         size = override_bs or self._batch_rows(requests)
-        plan = _context_batches(items, size) if self.mode == "prompt" else _text_batches(items, size)
+        plan = context_batches(items, size) if self.mode == "prompt" else text_batches(items, size)
         answers: dict[int, Answer] = {}
         bar = tqdm(total=len(items), disable=disable_tqdm or self.rank != 0, desc="Scoring continuations")
         with bar, self._precision():
@@ -128,13 +136,13 @@ class FtpLM(Ranked, HFLM):
                 bar.update(len(found))
         return [self._record(item, answers[i]) for i, item in enumerate(items)]
 
-    def _known(self, items: list[_Item], batch: list[list[int]]) -> dict[int, Answer] | None:
+    def _known(self, items: list[Item], batch: list[list[int]]) -> dict[int, Answer] | None:
         """The answers in the book, where it has those of the whole batch: an evaluation that goes on computes the very
         batches that are missing, and so ends with the very numbers it would have had."""
         found = {i: self.book.get(items[i].key) for group in batch for i in group}
         return None if None in found.values() else found
 
-    def _scored(self, items: list[_Item], batch: list[list[int]], size: int) -> dict[int, Answer]:
+    def _scored(self, items: list[Item], batch: list[list[int]], size: int) -> dict[int, Answer]:
         """Answers by item; batch: groups of items that share a context (mode "sequence": of one)."""
         contexts = [items[group[0]].context for group in batch]
         choices = [[items[i].continuation for i in group] for group in batch]
@@ -144,7 +152,9 @@ class FtpLM(Ranked, HFLM):
             pairs = score_in_sequence(self.model, contexts, [group[0] for group in choices])
             scores = [[score] for score in pairs]
         answers = {}
-        for group, ours, realised in zip(batch, scores, realised_rows(self.model, self.pruner, len(batch)), strict=True):
+        for group, ours, realised in zip(
+            batch, scores, realised_rows(self.model, self.pruner, len(batch)), strict=True
+        ):
             for i, score in zip(group, ours, strict=True):
                 new = len(items[i].continuation) - 1 if self.mode == "prompt" else 0
                 value, cut = (score.logprob, score.greedy), realised.flops_cut(new)
@@ -206,7 +216,7 @@ class FtpLM(Ranked, HFLM):
         self._open_book()
         self.pruner.attach(self.model)
 
-    def _record(self, item: _Item, answer: Answer) -> tuple[float, bool]:
+    def _record(self, item: Item, answer: Answer) -> tuple[float, bool]:
         self._account(item.request, len(item.context), len(item.continuation), item.truncated, answer)
         if item.request is not None:
             self.cache_hook.add_partial("loglikelihood", item.request, answer.value)
@@ -233,39 +243,6 @@ class FtpLM(Ranked, HFLM):
         if self.mixed_precision_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.mixed_precision_dtype)
-
-
-class _Item:
-    """A request cut to the model's length from the left, as lm-eval does: the last `limit` + 1 tokens of both."""
-
-    def __init__(
-        self, request: tuple[str, str] | None, context: Iterable[int], continuation: Iterable[int], limit: int
-    ):
-        context, self.request, self.continuation = tuple(context), request, tuple(continuation)
-        if not context or not 1 <= len(self.continuation) <= limit:
-            raise UserError(
-                f"a continuation has {len(self.continuation)} tokens after a context of {len(context)}, the model takes"
-                f" {limit}\nrequest: {str(request)[:80]}"
-            )
-        self.context = context[max(0, len(context) + len(self.continuation) - limit - 1) :]
-        self.truncated = len(context) - len(self.context)
-        self.length = len(self.context) + len(self.continuation)
-        self.key = request_key("loglikelihood", self.context, self.continuation)
-
-
-def _context_batches(items: list[_Item], size: int) -> Iterator[list[list[int]]]:
-    """Batches of distinct contexts, of one length where possible: each context as the list of the items it has."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(item.context, []).append(i)
-    order = sorted(groups, key=lambda context: (-len(context), context))
-    return ([groups[context] for context in batch] for batch in even_batches(order, size))
-
-
-def _text_batches(items: list[_Item], size: int) -> Iterator[list[list[int]]]:
-    """Batches of whole texts, longest first."""
-    order = sorted(range(len(items)), key=lambda i: -items[i].length)
-    return ([[i] for i in order[start : start + size]] for start in range(0, len(order), size))
 
 
 def _pruner(folder: str | Path | None, pruner, decode: str | None, threshold: float | None):
