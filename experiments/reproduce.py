@@ -2,11 +2,11 @@
 
     python experiments/reproduce.py --model NAME [--task_data DIR] [--estimate] [--limit N] [--tables 1,4]
 
-Tables: 1 methods at 22 %; 2 sparsity 22 to 40 %; 3 routers, 4 allocation and 5 router inputs at 30 %; 6 prefill time. In
-this numbering 4 and 5 are the paper's; the others are what its text and tables report, gathered by question. Every cell
-is a stage (`sensitivity`, `search`, `train`, `evaluate`, `benchmark`) in a folder of its own: what is finished is not
-done again, and an interrupted run goes on. --estimate prints GPU hours and memory and stops; so does --dry with the
-cells. --tasks adds others, ruler and longbench among them (Hub; RULER makes its texts with the model's tokenizer).
+Tables: 1 methods at 22 %; 2 sparsity 22 to 40 %; 3 routers, 4 allocation and 5 router inputs at 30 %; 6 prefill time.
+In this numbering 4 and 5 are the paper's; the others are what its text and tables report, by question. Every cell is a
+stage (`sensitivity`, `search`, `train`, `evaluate`, `benchmark`) in a folder of its own: what is finished is not done
+again, and an interrupted run goes on. --estimate prints GPU hours and memory and stops; so does --dry with the cells.
+--tasks adds others, ruler and longbench among them (Hub; RULER makes its texts with the model's tokenizer).
 """
 
 import argparse
@@ -314,10 +314,10 @@ def estimate(plan):
     weights, cache = 2 * LLAMA2_7B["parameters"] / 1e9, 2 * 32 * 4096 * 2 * 2048 * args.batch_size / 1e9
     logits = 4 * args.batch_size * window * LLAMA2_7B["vocab"] / 1e9
     return [
-        f"LLaMA2-7B, {len(plan.stages)} stages, {methods} methods evaluated, bfloat16 at {GPU_FLOPS / 1e12:.0f} TFLOP/s:",
+        f"LLaMA2-7B, {len(plan.stages)} stages, {methods} methods, bfloat16 at {GPU_FLOPS / 1e12:.0f} TFLOP/s:",
         *(f"  {name}: {tokens[name] / 1e6:,.0f} M tokens, {hours[name]:.1f} GPU hours" for name in tokens),
         f"  in all {sum(hours.values()):.1f} GPU hours; loading, timing and the Hub not counted",
-        f"  memory: weights {weights:.1f} GB + cache {cache:.1f} GB + logits {logits:.1f} GB at batch {args.batch_size};"
+        f"  memory at batch {args.batch_size}: weights {weights:.1f} GB, cache {cache:.1f} GB, logits {logits:.1f} GB;"
         f" training about {weights + 4 * 32 * 256 * 4096 * 2 * 12 / 1e9:.0f} GB",
     ]
 

@@ -93,8 +93,8 @@ def tasks_table(results: Results) -> Table:
         "mark": text("mark"),
     }
     notes = (
-        "c: dense is within 2 standard errors of chance. e: not exercised, the prompts are too short to be pruned. Both "
-        "count in no mean. t: so many contexts were cut to the model's window.",
+        "c: dense is within 2 standard errors of chance. e: not exercised, the prompts are too short to be pruned. "
+        "Both count in no mean. t: so many contexts were cut to the model's window.",
     )
     return Table("tasks", "Tasks", columns, rows, notes)
 
