@@ -19,7 +19,8 @@ from ftp_lightning.processes import launch
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the data sets beside the checkout")
-SMALL = "--tasks story_recall,question_both --items 8 --windows 2 --budget 0.3 --batch_size 2".split()
+SMALL = "--model random:tiny --tasks story_recall,question_both --items 30 --windows 2 --budget 0.3 --batch_size 2"
+SMALL = [*SMALL.split(), "--prompt_tokens", "96"]
 
 
 def script(name, monkeypatch, *words):
@@ -44,13 +45,14 @@ def test_the_plan_of_the_papers_tables_and_what_it_costs(monkeypatch, capsys, tm
 
 
 @pytest.mark.slow
-def test_the_papers_tables_of_the_embedded_model(monkeypatch, capsys, tmp_path):
-    words = "--tasks story_recall,story_name --limit 3 --windows 2 --search_windows 2 --generations 1 --offspring 1"
+@pytest.mark.parametrize("model", ["random:tiny", "embedded"])
+def test_the_papers_tables_with_reduced_limits(monkeypatch, capsys, tmp_path, model):
+    words = f"--model {model} --tasks story_recall,story_name --limit 3 --windows 2 --search_windows 2 --generations 1 --offspring 1"
     words = f"{words} --steps 2 --budgets 0.3,0.4 --lengths 64 --pairs 2 --device cpu --output {tmp_path}".split()
     script("reproduce.py", monkeypatch, *words)
     assert {f"table{n}.csv" for n in range(1, 7)} | {"tables.md", "tables.tex"} < {p.name for p in tmp_path.iterdir()}
     text = read(tmp_path, "tables.md")
-    assert text.count("quoted") >= 20 and "| embedded | FTP (ours) | 40.0 |" in text and "80.2" in text
+    assert text.count("quoted") >= 20 and f"| {model} | FTP (ours) | 40.0 |" in text and "80.2" in text
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("provenance.json")}
     script("reproduce.py", monkeypatch, *words)  # finished stages are not run again
     assert before == {path: path.stat().st_mtime_ns for path in before}
