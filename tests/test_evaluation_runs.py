@@ -47,8 +47,9 @@ def test_the_plan_of_the_papers_tables_and_what_it_costs(monkeypatch, capsys, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["random:tiny", "embedded"])
 def test_the_papers_tables_with_reduced_limits(monkeypatch, capsys, tmp_path, model):
-    words = f"--model {model} --tasks story_recall,story_name --limit 3 --windows 2 --search_windows 2 --generations 1 --offspring 1"
-    words = f"{words} --steps 2 --budgets 0.3,0.4 --lengths 64 --pairs 2 --device cpu --output {tmp_path}".split()
+    sizes = "--limit 3 --windows 2 --search_windows 2 --generations 1 --offspring 1 --steps 2 --lengths 64 --pairs 2"
+    words = f"--model {model} --tasks story_recall,story_name --budgets 0.3,0.4 --device cpu --output {tmp_path}"
+    words = [*sizes.split(), *words.split()]
     script("reproduce.py", monkeypatch, *words)
     assert {f"table{n}.csv" for n in range(1, 7)} | {"tables.md", "tables.tex"} < {p.name for p in tmp_path.iterdir()}
     text = read(tmp_path, "tables.md")
