@@ -77,10 +77,13 @@ def _plain(thing) -> dict:
 
 
 def _content(value):
-    """What JSON cannot hold, by its content: tensors by their bytes, values by their fields."""
+    """What JSON cannot hold, by content: tensors by their bytes, modules by their weights, values by their fields."""
     if isinstance(value, torch.Tensor):
         return digest(str(tuple(value.shape)).encode(), value.detach().cpu().double().contiguous().numpy().tobytes())
-    return vars(value) if hasattr(value, "__dict__") else repr(value)
+    if isinstance(value, torch.nn.Module):
+        return [type(value).__qualname__, _plain(value), value.state_dict()]
+    plain = hasattr(value, "__dict__") and not callable(value)  # a function is known by its place alone: never again
+    return [type(value).__qualname__, vars(value)] if plain else repr(value)
 
 
 def _parsed(line: bytes) -> tuple[str, Answer] | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
@@ -187,16 +189,22 @@ def _definition(name: str, files, cache_dir: str) -> str | dict:
 
 def _task_manager(definitions: list[str | dict], metadata: dict):
     """lm-eval's index of tasks, without its own where none of them is asked for (they take seconds to read)."""
-    from lm_eval.tasks import TaskManager
-
     names = [d for d in definitions if isinstance(d, str)]
     groups = [d["task"] for d in definitions if not isinstance(d, str) and "group" in d]
     wanted = names + [member["task"] for group in groups for member in group]
-    manager = TaskManager(include_defaults=bool(wanted), metadata=metadata)
+    manager = _index(bool(wanted), json.dumps(metadata, sort_keys=True))
     for name in wanted:
         if name not in manager.all_tasks:
             raise unknown_task(name, [*EMBEDDED, *manager.all_tasks])
     return manager
+
+
+@lru_cache(maxsize=4)
+def _index(defaults: bool, metadata: str):
+    """Read once: every method of an evaluation asks for the same."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults, metadata=json.loads(metadata))
 
 
 def unknown_task(name: str, known: Iterable[str]) -> UserError:
