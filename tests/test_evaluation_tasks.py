@@ -139,6 +139,12 @@ def test_dense_generation_equals_hflm_and_asks_the_same_only_once(ftp, model, to
     assert sum(rows) == 3 and len(lm.accounts) == 4
 
 
+def test_what_is_sampled_is_drawn_for_every_request(ftp):
+    options = {"until": [], "do_sample": True, "temperature": 3.0, "max_gen_toks": 12}
+    requests = [SimpleNamespace(args=(text(0, 5), dict(options))) for _ in range(3)]
+    assert len(set(ftp().generate_until(requests, True))) == 3
+
+
 def test_pruned_generation_is_the_same_in_any_batch_and_has_accounts(ftp):
     lm = ftp(pruner=TokenPruner(StaticRouter(), SCHEDULE, kv="keep"))
     together = lm.generate_until(generations(), True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ftp_lightning.pruning.flops import block_costs, continuation_flops, head_flops, realised_flops
@@ -65,7 +66,7 @@ class Realised:
         after = [continuation_flops(costs, tokens, new_tokens, held, head) for held in self._stored(tokens)]
         return 1.0 - (pruned + after[1]) / (dense + after[0])
 
-    @property
+    @cached_property
     def _prompt(self) -> tuple[float, float]:
         return realised_flops(self._model, self._row, self._pruner.kv, rank=self._pruner.skip_rank)
 

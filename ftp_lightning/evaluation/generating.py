@@ -71,8 +71,8 @@ def job_batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
-def generate(lm, batch: Sequence[Job]) -> dict[str, Answer]:
-    """Texts that go on from the contexts of one batch, by the key of the job; cut at the task's stop sequences."""
+def generate(lm, batch: Sequence[Job]) -> list[Answer]:
+    """Texts that go on from the contexts of one batch, in its order; cut at the task's stop sequences."""
     options = normalize_gen_kwargs(dict(batch[0].options), lm.max_gen_toks)
     stop = handle_stop_sequences(options.pop("until", None), eos=lm.tok_decode(lm.eot_token_id, False))
     new_tokens = options.pop("max_gen_toks")
@@ -80,12 +80,11 @@ def generate(lm, batch: Sequence[Job]) -> dict[str, Answer]:
     ids, mask = pad_rows([job.context for job in batch], "left", lm.device)
     length = ids.shape[1] + new_tokens
     rows = lm._model_generate(context=ids, attention_mask=mask, stop=stop, max_length=length, **options)
-    found = {}
     rows, prompts = rows[:, ids.shape[1] :].tolist(), realised_rows(lm.model, lm.pruner, len(batch))
-    for job, row, realised in zip(batch, rows, prompts, strict=True):
-        cut = realised.flops_cut(len(row))
-        found[job.key] = Answer(_text(lm, row, stop), realised.sparsity, None, cut)
-    return found
+    return [
+        Answer(_text(lm, row, stop), realised.sparsity, None, realised.flops_cut(len(row)))
+        for row, realised in zip(rows, prompts, strict=True)
+    ]
 
 
 def _text(lm, tokens: list[int], stop: list[str]) -> str:

@@ -176,13 +176,14 @@ class FtpLM(Ranked, HFLM):
             size = self._batch_rows([(None, [0] * longest, [0])])
         bar = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Generating")
         for batch in job_batches(jobs, size):
-            found = {job.key: self.book.get(job.key) for job in batch}
-            if None in found.values():
+            sampled = bool(batch[0].options.get("do_sample"))
+            found = [None if sampled else self.book.get(job.key) for job in batch]
+            if None in found:
                 found = generate(self, batch)
-                if not batch[0].options.get("do_sample"):
-                    self.book.add(found)
-            for job in batch:
-                self._deliver(job, found[job.key], requests, texts)
+                if not sampled:
+                    self.book.add({job.key: answer for job, answer in zip(batch, found, strict=True)})
+            for job, answer in zip(batch, found, strict=True):
+                self._deliver(job, answer, requests, texts)
             bar.update(len(batch))
         bar.close()
         return texts
