@@ -52,7 +52,7 @@ def text(i, n):
 
 def write(path, rows):
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
@@ -81,13 +81,13 @@ def data(tmp_path):
         for i in (1, 2)
     ]
     write(tmp_path / "winogrande_validation.jsonl", wino)
-    mmlu = [
-        {"subject": s, "question": text(i, 9), "choices": ["w\u2028", "x", "y", "z"], "answer": i % 4}
-        for s in ("anatomy", "virology")
-        for i in range(3)
-    ]
-    for split in ("test", "dev"):
-        write(tmp_path / "mmlu" / f"mmlu_{split}.jsonl", mmlu)
+    for split, count in (("test", 3), ("dev", 5)):
+        rows = [
+            {"subject": s, "question": text(i, 9), "choices": ["w\u2028", "x", "y", "z"], "answer": i % 4}
+            for s in ("anatomy", "virology")
+            for i in range(count)
+        ]
+        write(tmp_path / "mmlu" / f"mmlu_{split}.jsonl", rows)
     return tmp_path
 
 
@@ -116,6 +116,8 @@ def test_files_that_are_missing_or_wrong_are_told_of(ftp, data):
         tasks.local_task("mmlu_history", task_data.find_files("mmlu_history", data))
     with pytest.raises(UserError, match="takes its 2 examples from the split train, which has no file"):
         tasks.run_tasks(ftp(), {"hellaswag": task_data.find_files("hellaswag", data)}, num_fewshot=2)
+    with pytest.raises(UserError, match="mmlu_anatomy: .*exceeds the 5 that are available\nGive a smaller"):
+        tasks.run_tasks(ftp(), {"mmlu_anatomy": task_data.find_files("mmlu_anatomy", data)}, num_fewshot=6)
     with pytest.raises(UserError, match="Did you mean .*arc_easy"):
         tasks.run_tasks(ftp(), {"arc_eazy": None})
     with pytest.raises(UserError, match=r"out of reach for the tasks piqa(.|\n)*--task_data DIR"):

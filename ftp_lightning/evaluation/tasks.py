@@ -113,15 +113,21 @@ def run_tasks(
         loaded = _loaded(lm, tasks, cache)
         for name, task in loaded["tasks"].items():
             _set_shots(name, task, num_fewshot)
-        results = evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        try:
+            results = evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        except AssertionError as error:
+            if "fewshot samples" not in str(error):
+                raise
+            what = str(error).removeprefix("Error: ")
+            raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
     return summaries(results, list(tasks), accounts) if results else {}
 
