@@ -324,6 +324,7 @@ def estimate(plan):
 
 def run(args):
     from ftp_lightning.evaluation.tables import written
+    from ftp_lightning.evaluation.tasks import load_tasks
     from ftp_lightning.stages.checks import inputs
     from ftp_lightning.stages.task_files import check_tasks, local_files
 
@@ -337,7 +338,9 @@ def run(args):
 
     config = models.load_config(args.model)
     check_tasks(args.tasks.split(","))
-    local_files(next(s for s in plan.stages.values() if type(s).stage == "evaluate"))
+    files = local_files(next(s for s in plan.stages.values() if type(s).stage == "evaluate"))
+    if files:  # data that cannot be had are told of now, not after the searches
+        load_tasks(files)
     if "6" in plan.tables:
         longest = max(map(int, args.lengths.split(",")))
         inputs.check_positions(config, longest, "prompts of table 6", "Give shorter --lengths.")

@@ -102,7 +102,7 @@ def share_of_tasks(processes, device, folder):
     from ftp_lightning.routing import StaticRouter
     from ftp_lightning.schedule import Schedule
 
-    lm = FtpLM("random:tiny", pruner=TokenPruner(StaticRouter(), Schedule.uniform(4, 0.4)), batch_size=2, device="cpu")
+    lm = FtpLM("random:tiny", pruner=TokenPruner(StaticRouter(), Schedule.uniform(3, 0.4)), batch_size=2, device="cpu")
     found = run_tasks(lm, {"story_recall": folder / "recall.jsonl"})
     lm.close()
     return lm.world_size, found
