@@ -126,7 +126,7 @@ def run_tasks(
         except AssertionError as error:
             if "fewshot samples" not in str(error):
                 raise
-            what = str(error).removeprefix("Error: ")
+            what = str(error).removeprefix("Error: ").rstrip(".")
             raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
     return summaries(results, list(tasks), accounts) if results else {}
