@@ -3,9 +3,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 RUN ?= runs/demo
+MODEL ?= embedded
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report bench ablation-allocation test slurm-test faults check
+.PHONY: help setup demo report bench ablation-allocation reproduce test slurm-test faults check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense an
 
 ablation-allocation: $(SETUP)  ## compare ways to a schedule at equal forward tokens (hours)
 	$(PYTHON) experiments/schedules.py
+
+reproduce: $(SETUP)  ## the paper's tables for MODEL (embedded), its own numbers beside them; ARGS: flags of the script
+	$(PYTHON) experiments/reproduce.py --model $(MODEL) $(ARGS)
 
 test: $(SETUP)  ## the fast tests, offline
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"

@@ -203,7 +203,8 @@ def test_embedded_tasks_score_the_right_context(ftp, recall):
         items = result["items"]
         assert [item["id"] for item in items] == [f"r{i}" for i in range(5)]
         assert [item["distance"] for item in items] == list(range(5))
-        assert result["n"] == 5 and result["chance"] == 0.5
+        assert result["n"] == 5 and result["chance"] == 0.0 and result["metric"] == "exact_match"
+        assert result["score"] == result["exact_match"]
         assert result["acc"] == sum(item["acc"] for item in items) / 5 == result["metrics"]["acc"]
         assert result["exact_match"] == sum(item["right"] for item in items) / 5
     assert results["story_recall"]["exercised"] == 1.0 and results["story_recall_deleted"]["exercised"] == 0.0
@@ -262,6 +263,12 @@ def test_broken_rows_are_named(recall):
 
 
 def test_group_of_one_overrides_the_data_of_a_known_task(recall):
+    with pytest.raises(UserError, match="line 1 has no question, answerKey"):
+        tasks.local_task("arc_easy", recall)
+    definition = tasks.local_task("arc_hard", recall)
+    assert definition["group"] == "local_arc_hard"
+    row = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}
+    recall.write_text(json.dumps(row))
     definition = tasks.local_task("arc_easy", recall)
     assert definition["task"][0]["task"] == "arc_easy"
     assert set(definition["task"][0]["dataset_kwargs"]["data_files"].values()) == {str(recall.resolve())}

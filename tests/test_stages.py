@@ -11,9 +11,9 @@ from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
-from ftp_lightning.stages.measuring import with_retention
 from ftp_lightning.stages.run import SHARES, gains
 from ftp_lightning.stages.searching import starting_pruner
+from ftp_lightning.stages.task_cells import with_retention
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()
@@ -75,7 +75,7 @@ def test_the_pruned_folder_is_loaded_with_its_base(chain):
 
 def test_results_have_the_shape_that_the_report_reads(chain):
     results = read(chain / "evaluate" / "results.json")
-    assert set(results) == {"dense", "noise_floor", "methods"}
+    assert set(results) == {"dense", "noise_floor", "methods", "counted", "paired"}
     assert [method["name"] for method in results["methods"]] == METHODS
     assert results["noise_floor"]["against"] == "eager attention, one window at a time"
     assert results["noise_floor"]["kl"] > 0.0
@@ -91,6 +91,7 @@ def test_results_have_the_shape_that_the_report_reads(chain):
         assert kept["low"] <= kept["share"] <= kept["high"] and kept["items"] > 0
         assert sum(bucket["items"] for bucket in kept["by_distance"].values()) == kept["items"]
         for cell in method["tasks"].values():
+            assert cell["low"] <= cell["acc"] <= cell["high"] and 0 < cell["flops_cut"] < 0.3
             assert cell["measures"] is (cell["exercised"] and not cell["near_chance"] and cell["acc"] is not None)
             assert cell["truncated"] == 0 and cell["prompt_tokens"] > 100
             assert cell["sparsity"] == pytest.approx(0.3, abs=0.02)
@@ -102,6 +103,16 @@ def test_samples_tell_every_item_and_method(chain):
     assert len(recall) == 4 and all(list(row["right"]) == ["dense", *METHODS] for row in recall)
     dense = read(chain / "evaluate/results.json")["dense"]["tasks"]["story_recall"]
     assert dense["n"] == len(recall)
+    assert all(len(row["hash"]) == 16 and list(row["score"]) == ["dense", *METHODS] for row in rows)
+    assert all(len(row["answers"]["dense"]) == 4 for row in recall)  # a log-likelihood per choice
+
+
+def test_tables_are_written_in_three_formats_and_answers_are_gone(chain):
+    folder = chain / "evaluate"
+    assert "| noise floor: dense, eager attention" in (folder / "tables.md").read_text()
+    assert (folder / "tables.tex").read_text().count("\\begin{table}") == 3
+    assert (folder / "pairs.csv").read_text().startswith("task,a,b,items,difference,low,high,lost,gained,p\n")
+    assert not (folder / "answers").exists()
 
 
 def test_tokens_count_the_blocks_that_computed_them(chain):
@@ -207,7 +218,7 @@ def test_retention_counts_a_group_once_and_the_same_tasks_for_all_methods():
     def record(**accuracies):
         return {"tasks": {task: {"acc": acc, "measures": acc is not None} for task, acc in accuracies.items()}}
 
-    dense = {task: {"acc": 0.8} for task in ("group", "member", "arc", "short")}
+    dense = {task: {"score": 0.8} for task in ("group", "member", "arc", "short")}
     records = [record(group=0.4, member=0.8, arc=0.6, short=0.8), record(group=0.8, member=0.0, arc=0.8, short=None)]
     found = with_retention(records, ("group", "arc", "short"), dense)
     assert [method["retention"] for method in found] == pytest.approx([100 * (0.5 + 0.75) / 2, 100])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +12,13 @@ from tqdm import tqdm
 
 from ftp_lightning import models
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.accounts import Account, Answer, realised_rows
+from ftp_lightning.evaluation.answers import AnswerBook, asked_identity
 from ftp_lightning.evaluation.continuation import MODES
-from ftp_lightning.evaluation.scoring import (
-    Score,
-    even_batches,
-    rolling_windows,
-    score_after_prompt,
-    score_in_sequence,
-)
+from ftp_lightning.evaluation.generating import generate, job_batches, jobs_of
+from ftp_lightning.evaluation.ranks import Ranked
+from ftp_lightning.evaluation.requests import Item, context_batches, text_batches
+from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 
@@ -29,29 +27,15 @@ REMEDY = "Give a Hub name (or run `ftp-lightning prefetch` where there is a netw
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
-@dataclass(frozen=True)
-class Account:
-    """What a score stands on [ours: method, section 8].
-
-    `sparsity`: realised mean over blocks on the routed text. `exercised`: at least half the budget; otherwise the
-    request (too short to be pruned) measured the dense model. `truncated`: tokens cut from the left to fit the model.
-    """
-
-    request: tuple[str, str] | None
-    prompt_tokens: int
-    continuation_tokens: int
-    sparsity: float
-    exercised: bool
-    truncated: int
-
-
-class FtpLM(HFLM):
+class FtpLM(Ranked, HFLM):
     """lm-eval's HFLM with a TokenPruner; registered as `ftp` by `import ftp_lightning.evaluation`.
 
     pretrained: Hub name, folder, `random:SHAPE`, "embedded", or a model object (then give `tokenizer`); by default the
     base model that `pruned` names, else the embedded one.
     pruned: folder of a saved pruner, or pruner: the object; neither is the dense model. decode: the policy of
-    continuation tokens, by default the pruner's own. mode "prompt" prefills and routes each distinct context once and
+    continuation tokens, threshold: where it cuts; by default the pruner's own. answers: a folder to keep answers in and
+    to take them from, see `AnswerBook`. In a chat template the attention window is widened by the tokens that follow
+    the question, see `apply_chat_template`. mode "prompt" prefills and routes each distinct context once and
     scores its choices through the cache, causally; "sequence" [paper] routes context and choice together. Rolling
     requests are cut into `prompt_tokens` + `continuation_tokens` (mode "prompt"). `accounts` grows by one entry per
     scored request, in order. Deviation from HFLM: log-probabilities are never summed in less than float32, and texts
@@ -65,6 +49,8 @@ class FtpLM(HFLM):
         pruner=None,
         mode: str = "prompt",
         decode: str | None = None,
+        threshold: float | None = None,
+        answers: str | Path | None = None,
         prompt_tokens: int = 192,
         continuation_tokens: int = 64,
         device: str | None = None,
@@ -75,7 +61,7 @@ class FtpLM(HFLM):
         if mode not in MODES:
             raise UserError(f"mode is {mode!r}, must be one of {', '.join(MODES)}\nIt is a key of model_args.")
         self.mode, self.prompt_tokens, self.continuation_tokens = mode, int(prompt_tokens), int(continuation_tokens)
-        self.pruner = _pruner(pruned, pruner, decode)
+        self.pruner = _pruner(pruned, pruner, decode, threshold)
         self.accounts: list[Account] = []
         device = str(models.resolve_device(device or "auto"))
         pretrained = _base_name(pruned) if pretrained is None else pretrained
@@ -89,13 +75,29 @@ class FtpLM(HFLM):
             ) from error
         if pruned is not None:
             check_base(read_settings(pruned), self.model)
+        self._join()
+        self.window = None if self.pruner is None else self.pruner.window
+        self._folder = answers
+        self._open_book()
         if self.pruner is not None:
             self.pruner.attach(self.model)
+
+    def _open_book(self) -> None:
+        """Answers of this model under this very pruner."""
+        who = "" if self._folder is None else asked_identity(self.model, self.pruner, mode=self.mode)
+        self.book = AnswerBook(self._folder, who, self.rank)
 
     def close(self) -> None:
         """Take the pruner off the model again."""
         if self.pruner is not None:
             self.pruner.detach()
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """HFLM's, but that an empty continuation is told of."""
+        for request in requests:
+            if request.args[1] == "":
+                raise UserError(f"an empty continuation cannot be scored\nrequest: {str(request.args)[:80]}")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, every token scored once.
@@ -123,58 +125,120 @@ class FtpLM(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log-probability, greedy) of each request, in the order of the requests."""
-        items = [_Item(*request, limit=self.max_length) for request in requests]
+        items = [Item(*request, limit=self.max_length) for request in requests]
         size = override_bs or self._batch_rows(requests)
-        run = self._prompt_batches if self.mode == "prompt" else self._sequence_batches
-        answers: dict[int, tuple[Score, float]] = {}
+        plan = context_batches(items, size) if self.mode == "prompt" else text_batches(items, size)
+        answers: dict[int, Answer] = {}
         bar = tqdm(total=len(items), disable=disable_tqdm or self.rank != 0, desc="Scoring continuations")
         with bar, self._precision():
-            for scored in run(items, size):
-                answers |= scored
-                bar.update(len(scored))
-        return [self._record(item, *answers[i]) for i, item in enumerate(items)]
+            for batch in plan:
+                answers |= (found := self._known(items, batch) or self._scored(items, batch, size))
+                bar.update(len(found))
+        return [self._record(item, answers[i]) for i, item in enumerate(items)]
 
-    def _prompt_batches(self, items: list[_Item], size: int) -> Iterator[dict[int, tuple[Score, float]]]:
-        """Batches of distinct contexts, of one length where possible; (score, realised sparsity) by item."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, item in enumerate(items):
-            groups.setdefault(item.context, []).append(i)
-        order = sorted(groups, key=lambda context: (-len(context), context))
-        for batch in even_batches(order, size):
-            choices = [[items[i].continuation for i in groups[context]] for context in batch]
-            scores = score_after_prompt(self.model, batch, choices, size)
-            answers = {}
-            for context, group, sparsity in zip(batch, scores, self._realised(len(batch)), strict=True):
-                answers |= {i: (score, sparsity) for i, score in zip(groups[context], group, strict=True)}
-            yield answers
+    def _known(self, items: list[Item], batch: list[list[int]]) -> dict[int, Answer] | None:
+        """The answers in the book, where it has those of the whole batch: an evaluation that goes on computes the very
+        batches that are missing, and so ends with the very numbers it would have had."""
+        found = {i: self.book.get(items[i].key) for group in batch for i in group}
+        return None if None in found.values() else found
 
-    def _sequence_batches(self, items: list[_Item], size: int) -> Iterator[dict[int, tuple[Score, float]]]:
-        """Batches of whole texts, longest first."""
-        order = sorted(range(len(items)), key=lambda i: -items[i].length)
-        for batch in _chunks(order, size):
-            contexts, continuations = [items[i].context for i in batch], [items[i].continuation for i in batch]
-            scores = score_in_sequence(self.model, contexts, continuations)
-            yield dict(zip(batch, zip(scores, self._realised(len(batch)), strict=True), strict=True))
+    def _scored(self, items: list[Item], batch: list[list[int]], size: int) -> dict[int, Answer]:
+        """Answers by item; batch: groups of items that share a context (mode "sequence": of one)."""
+        contexts = [items[group[0]].context for group in batch]
+        choices = [[items[i].continuation for i in group] for group in batch]
+        if self.mode == "prompt":
+            scores = score_after_prompt(self.model, contexts, choices, size, self._watch())
+        else:
+            pairs = score_in_sequence(self.model, contexts, [group[0] for group in choices])
+            scores = [[score] for score in pairs]
+        answers = {}
+        for group, ours, realised in zip(
+            batch, scores, realised_rows(self.model, self.pruner, len(batch)), strict=True
+        ):
+            for i, score in zip(group, ours, strict=True):
+                new = len(items[i].continuation) - 1 if self.mode == "prompt" else 0
+                value, cut = (score.logprob, score.greedy), realised.flops_cut(new)
+                answers[i] = Answer(value, realised.sparsity, score.skipped, cut)
+        self.book.add({items[i].key: answer for i, answer in answers.items()})
+        return answers
 
-    def _realised(self, rows: int) -> list[float]:
-        """Sparsity of each row of the prompt just routed."""
-        return [0.0] * rows if self.pruner is None else self.pruner.trace.prompt.row_sparsity.tolist()
+    def _watch(self):
+        """What tells which share of a continuation was skipped; a dense model's is not asked for."""
+        return None if self.pruner is None else lambda: self.pruner.trace.row_sparsity.tolist()
 
-    def _record(self, item: _Item, score: Score, sparsity: float) -> tuple[float, bool]:
-        schedule = None if self.pruner is None else self.pruner.schedule  # a FixedRouter goes without
-        exercised = schedule is None or sparsity >= schedule.budget / 2
-        sizes = len(item.context), len(item.continuation)
-        self.accounts.append(Account(item.request, *sizes, sparsity, exercised, item.truncated))
-        answer = (score.logprob, score.greedy)
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Texts that go on from their contexts: routed prompts, then the decode policy. Requests that ask the same get
+        one generation, except where it is sampled."""
+        jobs, texts = jobs_of(self, requests), [""] * len(requests)
+        size = 1
+        if requests:
+            longest = max(len(job.context) for job in jobs)
+            size = self._batch_rows([(None, [0] * longest, [0])])
+        bar = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Generating")
+        for batch in job_batches(jobs, size):
+            sampled = bool(batch[0].options.get("do_sample"))
+            found = [None if sampled else self.book.get(job.key) for job in batch]
+            if None in found:
+                found = generate(self, batch)
+                if not sampled:
+                    self.book.add({job.key: answer for job, answer in zip(batch, found, strict=True)})
+            for job, answer in zip(batch, found, strict=True):
+                self._deliver(job, answer, requests, texts)
+            bar.update(len(batch))
+        bar.close()
+        return texts
+
+    def _deliver(self, job, answer: Answer, requests, texts: list[str]) -> None:
+        """The text to each request that asked for it, in lm-eval's cache and with its account."""
+        new_tokens = len(self.tok_encode(answer.value, add_special_tokens=False))
+        for place in job.places:
+            texts[place] = answer.value
+            request = tuple(requests[place].args)
+            self._account(request, len(job.context), new_tokens, job.truncated, answer)
+            self.cache_hook.add_partial("generate_until", request, answer.value)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        """HFLM's, and what follows the last message's text widens the attention window [ours].
+
+        The window is the prompt's last W queries. A template that ends in a long suffix would fill it with tokens that
+        ask nothing; so W grows by the longest suffix seen, and at least W queries of the question's text speak.
+        """
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        question = str(chat_history[-1]["content"]).strip()
+        suffix = text.rpartition(question)[2] if question and question in text else ""
+        self._widen(len(self.tok_encode(suffix, add_special_tokens=False)) if suffix else 0)
+        return text
+
+    def _widen(self, suffix: int) -> None:
+        if self.pruner is None or self.pruner.attention != "window" or self.pruner.window >= self.window + suffix:
+            return
+        self.pruner.detach()
+        self.pruner = self.pruner.changed(window=self.window + suffix)
+        self._open_book()
+        self.pruner.attach(self.model)
+
+    def _record(self, item: Item, answer: Answer) -> tuple[float, bool]:
+        self._account(item.request, len(item.context), len(item.continuation), item.truncated, answer)
         if item.request is not None:
-            self.cache_hook.add_partial("loglikelihood", item.request, answer)
-        return answer
+            self.cache_hook.add_partial("loglikelihood", item.request, answer.value)
+        return answer.value
+
+    def _account(self, request, prompt_tokens: int, new_tokens: int, truncated: int, answer: Answer) -> None:
+        schedule = None if self.pruner is None else self.pruner.schedule  # a FixedRouter goes without
+        exercised = schedule is None or answer.sparsity >= schedule.budget / 2
+        what = (request, prompt_tokens, new_tokens, answer.sparsity, exercised, truncated)
+        self.accounts.append(Account(*what, answer.skipped, answer.flops_cut))
 
     def _batch_rows(self, requests: Sequence[Request]) -> int:
+        """Contexts or texts per forward; `auto` is what fits this process, which need not be what fits the others."""
         if self.batch_size != "auto" or not requests:
             return 1 if self.batch_size == "auto" else self.batch_size
         longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
-        return self._detect_batch_size([longest], 0)
+        world, self._world_size = self._world_size, 1
+        try:
+            return self._detect_batch_size([longest], 0)
+        finally:
+            self._world_size = world
 
     def _precision(self):
         if self.mixed_precision_dtype is None:
@@ -182,36 +246,17 @@ class FtpLM(HFLM):
         return torch.autocast(self.device.type, dtype=self.mixed_precision_dtype)
 
 
-class _Item:
-    """A request cut to the model's length from the left, as lm-eval does: the last `limit` + 1 tokens of both."""
-
-    def __init__(
-        self, request: tuple[str, str] | None, context: Iterable[int], continuation: Iterable[int], limit: int
-    ):
-        context, self.request, self.continuation = tuple(context), request, tuple(continuation)
-        if not context or not 1 <= len(self.continuation) <= limit:
-            raise UserError(
-                f"a continuation has {len(self.continuation)} tokens after a context of {len(context)}, the model takes"
-                f" {limit}\nrequest: {str(request)[:80]}"
-            )
-        self.context = context[max(0, len(context) + len(self.continuation) - limit - 1) :]
-        self.truncated = len(context) - len(self.context)
-        self.length = len(self.context) + len(self.continuation)
-
-
-def _chunks(order: list, size: int) -> Iterator[list]:
-    return (order[start : start + size] for start in range(0, len(order), size))
-
-
-def _pruner(folder: str | Path | None, pruner, decode: str | None):
+def _pruner(folder: str | Path | None, pruner, decode: str | None, threshold: float | None):
     """The pruner given, or loaded; under the decode policy asked for."""
     if folder is not None and pruner is not None:
         raise UserError("both `pruned` and `pruner` are given\nGive the folder or the object, not both.")
     if folder is not None:
         pruner = TokenPruner.load(folder)
-    if pruner is None or decode in (None, pruner.decode):
+    asked = {"decode": decode, "threshold": None if threshold is None else float(threshold)}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if pruner is None or all(getattr(pruner, name) == value for name, value in changes.items()):
         return pruner
-    return pruner.changed(decode=decode)
+    return pruner.changed(**changes)
 
 
 def _base_name(pruned: str | Path | None) -> str:

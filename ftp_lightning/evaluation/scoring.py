@@ -7,8 +7,8 @@ batch, R (context, choice) pairs, L tokens of the longest choice, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,23 +20,30 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True)
 class Score:
-    """Sum of log-probabilities of the tokens, and whether each of them is the most probable one."""
+    """Sum of log-probabilities of the tokens, and whether each of them is the most probable one; `skipped`: the share
+    of (token, block) pairs that the decode policy skipped of what was fed, None where that was not watched."""
 
     logprob: float
     greedy: bool
+    skipped: float | None = None
 
 
 @torch.no_grad()
 def score_after_prompt(
-    model, contexts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]], batch_size: int
+    model,
+    contexts: Sequence[Tokens],
+    choices: Sequence[Sequence[Tokens]],
+    batch_size: int,
+    watch: Callable[[], list[float]] | None = None,
 ) -> list[list[Score]]:
     """Score the choices of each context through the cache of its prefill, causally (mode "prompt") [ours].
 
     Every context is prefilled once, left padded, and routed where a pruner is attached; its choices are scored from
     copies of its cache rows, `batch_size` pairs per forward. choices[g] belongs to contexts[g]; nothing may be empty.
-    Returns one list of scores per context, in order.
+    `watch` is called after every forward of continuations and gives the share that each row skipped. Returns one list
+    of scores per context, in order.
     """
-    context_ids, context_mask = _pad(contexts, "left", model.device)
+    context_ids, context_mask = pad_rows(contexts, "left", model.device)
     prefill = model(
         input_ids=context_ids,
         attention_mask=context_mask,
@@ -49,9 +56,18 @@ def score_after_prompt(
     for start in range(0, len(pairs), batch_size):
         owners, tokens = zip(*pairs[start : start + batch_size], strict=True)
         logits = _choice_logits(model, prefill, context_mask, torch.tensor(owners, device=model.device), tokens)
-        for owner, score in zip(owners, _scores(logits, tokens), strict=True):
-            scores[owner].append(score)
+        skipped = _skipped(tokens, watch)
+        for owner, score, share in zip(owners, _scores(logits, tokens), skipped, strict=True):
+            scores[owner].append(replace(score, skipped=share))
     return scores
+
+
+def _skipped(tokens: Sequence[Tokens], watch: Callable[[], list[float]] | None) -> list[float | None]:
+    """Of each continuation; one token is never fed, and so skips nothing."""
+    if watch is None:
+        return [None] * len(tokens)
+    shares = watch() if max(map(len, tokens)) > 1 else [0.0] * len(tokens)
+    return [share if len(row) > 1 else 0.0 for row, share in zip(tokens, shares, strict=True)]
 
 
 @torch.no_grad()
@@ -62,7 +78,7 @@ def score_in_sequence(model, contexts: Sequence[Tokens], continuations: Sequence
     is not fed. Returns one score per pair.
     """
     texts = [[*context, *tokens][:-1] for context, tokens in zip(contexts, continuations, strict=True)]
-    ids, mask = _pad(texts, "right", model.device)
+    ids, mask = pad_rows(texts, "right", model.device)
     first = min(len(context) for context in contexts) - 1  # no earlier position is read
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     longest = max(map(len, continuations))
@@ -109,7 +125,7 @@ def rolling_windows(
 def _choice_logits(model, prefill, context_mask: Tensor, owners: Tensor, tokens: Sequence[Tokens]) -> Tensor:
     """(R, L, V): the prompt's last logit, then those of the choice but its last token, right padded."""
     first = prefill.logits[owners, -1:]
-    fed, fed_mask = _pad([choice[:-1] for choice in tokens], "right", owners.device)
+    fed, fed_mask = pad_rows([choice[:-1] for choice in tokens], "right", owners.device)
     if fed.shape[1] == 0:
         return first
     lengths = context_mask[owners].sum(1, keepdim=True)
@@ -132,7 +148,7 @@ def _cache_rows(cache, rows: Tensor):
 
 def _scores(logits: Tensor, tokens: Sequence[Tokens]) -> list[Score]:
     """Scores of right-padded logits (R, L, V), summed in float64; padding counts nowhere."""
-    targets, mask = _pad(tokens, "right", logits.device)
+    targets, mask = pad_rows(tokens, "right", logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = nll_per_token(logits, targets).double()
     logprobs = -nll.masked_fill(mask == 0, 0.0).sum(1)
@@ -140,7 +156,7 @@ def _scores(logits: Tensor, tokens: Sequence[Tokens]) -> list[Score]:
     return [Score(*pair) for pair in zip(logprobs.tolist(), greedy.tolist(), strict=True)]
 
 
-def _pad(rows: Sequence[Tokens], side: str, device) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Tokens], side: str, device) -> tuple[Tensor, Tensor]:
     """Token ids and mask (1 = real token), both int64 (rows, longest row)."""
     longest = max(map(len, rows))
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)

@@ -131,3 +131,33 @@ def paired_bootstrap(
     drawn = generator.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=samples)
     low, high = np.percentile(drawn @ totals / (drawn @ sizes), [2.5, 97.5])
     return float(totals.sum() / sizes.sum()), float(low), float(high)
+
+
+def score_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean score: Wilson's where each is 0 or 1, else the normal one; (0, 1) of a single score."""
+    if all(score in (0.0, 1.0) for score in scores):
+        return wilson_interval(round(math.fsum(scores)), len(scores))
+    if len(scores) < 2:
+        return 0.0, 1.0
+    mean, reach = float(np.mean(scores)), 1.96 * float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+    return mean - reach, mean + reach
+
+
+def ratio_interval(
+    tasks: Sequence[tuple[Sequence[float], Sequence[float], float]], rng: random.Random, samples: int = 2000
+) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean over tasks of (pruned - chance) / (dense - chance) [ours].
+
+    tasks: (pruned scores, dense scores, chance) of each, item by item; items are resampled within a task, pruned and
+    dense together, as they are the same questions. With chance 0 this is retention / 100, with one task skill. None
+    without tasks, or where a resample's dense is at chance: then the ratio is not known.
+    """
+    generator, total = np.random.default_rng(rng.getrandbits(64)), np.zeros(samples)
+    for pruned, dense, chance in tasks:
+        kinds, counts = np.unique(np.array([pruned, dense], dtype=float), axis=1, return_counts=True)
+        drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=samples) / counts.sum()
+        above, below = drawn @ kinds[0] - chance, drawn @ kinds[1] - chance
+        if (below <= 0).any():
+            return None
+        total += above / below / len(tasks)
+    return tuple(map(float, np.percentile(total, [2.5, 97.5]))) if tasks else None

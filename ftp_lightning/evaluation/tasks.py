@@ -9,20 +9,19 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from unittest import mock
 
-from ftp_lightning.data.records import LONE_SURROGATE
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.declared import LONG, OURS, RECALL, declared
+from ftp_lightning.evaluation.task_data import LAYOUT, by_subject, read_rows
 from ftp_lightning.evaluation.task_results import METRICS, summaries
 
-# name -> the field that holds the context; the rows are made by ftp_lightning.data.choices
-EMBEDDED = {
-    "story_recall": "context",
-    "story_recall_deleted": "context_deleted",
-    "story_ending": "context",
-    "story_name": "context",
-}
+FEWSHOT_SEED = 1234
+"""lm-eval's own."""
+
+# name -> the field that holds the context; the rows are made by ftp_lightning.data.choices and long_tasks
+EMBEDDED = dict.fromkeys((*OURS, *LONG), "context") | {f"{name}_deleted": "context_deleted" for name in RECALL}
 
 
 def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | None = None) -> dict:
@@ -32,8 +31,8 @@ def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | Non
     cache_dir: where `datasets` puts its copy. UserError for an unknown name, a missing file, or a row without a key.
     """
     if name not in EMBEDDED:
-        raise _unknown_task(name, EMBEDDED)
-    _check_rows(name, Path(jsonl_path), keys=(EMBEDDED[name], "choices", "answer"))
+        raise unknown_task(name, EMBEDDED)
+    read_rows(name, Path(jsonl_path), keys=(EMBEDDED[name], "choices", "answer"))
     return {
         "task": name,
         **_local_data({"test": jsonl_path}, cache_dir),
@@ -52,13 +51,42 @@ def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | Non
 def local_task(name: str, files: str | Path | Mapping[str, str | Path], cache_dir: str | Path | None = None) -> dict:
     """lm-eval's own task `name` on local JSONL of the Hub's schema: one file for all splits, or one per split.
 
-    Given as a group of one: the public way to override the data of a task that lm-eval knows. UserError: missing file.
+    Given as a group of one: the public way to override the data of a task that lm-eval knows. `mmlu` and its subjects
+    take files with a field `subject`, and need a `cache_dir` to part them in. UserError: missing file, broken row.
     """
-    if not isinstance(files, Mapping):
-        files = dict.fromkeys(("train", "validation", "test"), files)
-    for path in files.values():
-        _check_rows(name, Path(path), keys=())
-    return {"group": f"local_{name}", "task": [{"task": name, "dataset_name": None, **_local_data(files, cache_dir)}]}
+    files = _by_split(files)
+    if name == "mmlu" or (name.startswith("mmlu_") and _has_subjects(files)):
+        return _local_mmlu(name, files, cache_dir)
+    for path in set(files.values()):
+        read_rows(name, Path(path), declared(name).needs)
+    return {"group": f"local_{name}", "task": [_on_files(name, files, cache_dir)]}
+
+
+def _by_split(files: str | Path | Mapping[str, str | Path]) -> Mapping[str, str | Path]:
+    return files if isinstance(files, Mapping) else dict.fromkeys(("train", "validation", "test", "dev"), files)
+
+
+def _on_files(name: str, files: Mapping[str, str | Path], cache_dir: str | Path | None) -> dict:
+    """Splits without a file are not there: lm-eval would look for their examples while it loads the task."""
+    keys = {"train": "training_split", "validation": "validation_split", "test": "test_split", "dev": "fewshot_split"}
+    missing = {key: None for split, key in keys.items() if split not in files}
+    return {"task": name, "dataset_name": None, **missing, **_local_data(files, cache_dir)}
+
+
+def _has_subjects(files: Mapping[str, str | Path]) -> bool:
+    return "subject" in read_rows("mmlu", Path(next(iter(files.values()))))[0]
+
+
+def _local_mmlu(name: str, files: Mapping[str, str | Path], cache_dir: str | Path | None) -> dict:
+    """All subjects that the files hold, or the one asked for."""
+    found = by_subject({split: Path(path) for split, path in files.items()}, Path(tempfile.mkdtemp(dir=cache_dir)))
+    if name != "mmlu":
+        subject = name.removeprefix("mmlu_")
+        if subject not in found:
+            raise UserError(f"task {name}: the files hold no subject {subject!r}\nThey hold {', '.join(found)}.")
+        found = {subject: found[subject]}
+    members = [_on_files(f"mmlu_{subject}", parts, cache_dir) for subject, parts in found.items()]
+    return {"group": f"local_{name}", "task": members}
 
 
 def run_tasks(
@@ -78,25 +106,51 @@ def run_tasks(
     kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
     0. UserError: unknown task, file missing or broken, Hub out of reach.
     """
-    import lm_eval
+    from lm_eval import evaluate
 
     before = len(getattr(lm, "accounts", ()))
     with tempfile.TemporaryDirectory() as cache, contextlib.nullcontext() if progress else _quiet():
-        definitions = [_definition(name, files, cache) for name, files in tasks.items()]
+        loaded = _loaded(lm, tasks, cache)
+        for name, task in loaded["tasks"].items():
+            _set_shots(name, task, num_fewshot)
         try:
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=definitions,
-                task_manager=_task_manager(definitions),
+            results = evaluate(
+                lm=lm,
+                task_dict=loaded,
                 limit=limit,
-                num_fewshot=num_fewshot,
                 apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
                 bootstrap_iters=0,
                 log_samples=True,
             )
-        except ConnectionError as error:
-            raise _unreachable(tasks, error) from None
-    return summaries(results, list(tasks), lm.accounts[before:] if hasattr(lm, "accounts") else ()) if results else {}
+        except AssertionError as error:
+            if "fewshot samples" not in str(error):
+                raise
+            what = str(error).removeprefix("Error: ").rstrip(".")
+            raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
+    accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
+    return summaries(results, list(tasks), accounts) if results else {}
+
+
+def _set_shots(name: str, task, num_fewshot: int | None) -> None:
+    """The examples asked for, else those declared; a task that fixes none at all keeps none, as in lm-eval.
+
+    UserError where local files have none to take them from.
+    """
+    own = task.get_config("num_fewshot")
+    asked = declared(name).shots if num_fewshot is None else num_fewshot
+    if own != 0 and asked is not None:
+        task.set_config(key="num_fewshot", value=asked)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    local = task.config.dataset_path == "json" and name not in EMBEDDED
+    if local and task.get_config("num_fewshot") and not (task.config.fewshot_split or task.config.training_split):
+        split = "dev" if name.startswith("mmlu") else "train"
+        raise UserError(
+            f"task {name} takes its {task.get_config('num_fewshot')} examples from the split {split}, which has no file"
+            f"\nPut {name.split('_')[0] if split == 'dev' else name}_{split}.jsonl beside it, or give --num_fewshot 0."
+        )
 
 
 def load_tasks(files: Mapping[str, str | Path | None]) -> list:
@@ -105,11 +159,30 @@ def load_tasks(files: Mapping[str, str | Path | None]) -> list:
     UserError: unknown task, broken file, Hub out of reach.
     """
     with tempfile.TemporaryDirectory() as cache, _quiet():
-        definitions = [_definition(name, file, cache) for name, file in files.items()]
-        try:
-            return list(_task_manager(definitions).load(definitions)["tasks"].values())
-        except ConnectionError as error:
-            raise _unreachable(files, error) from None
+        return list(_loaded(None, files, cache)["tasks"].values())
+
+
+def _loaded(lm, tasks: Mapping, cache: str) -> dict:
+    """lm-eval's tasks and groups; what cannot be had is told in a sentence.
+
+    `lm`: some tasks make their texts with the model's own tokenizer (RULER).
+    """
+    definitions = [_definition(name, files, cache) for name, files in tasks.items()]
+    metadata = {} if lm is None else _for_makers(lm)
+    try:
+        return _task_manager(definitions, metadata).load(definitions)
+    except ConnectionError as error:
+        raise _unreachable(tasks, error) from None
+    except ImportError as error:
+        raise UserError(
+            f"a task of {', '.join(tasks)} needs the package {error.name}, which is not installed\nInstall it with pip."
+        ) from None
+
+
+def _for_makers(lm) -> dict:
+    """Tokenizer and longest text, for tasks that make texts of a length."""
+    name = getattr(getattr(lm, "tokenizer", None), "name_or_path", "")
+    return {"pretrained": name, "max_seq_lengths": [lm.max_length]} if name else {}
 
 
 def _definition(name: str, files, cache_dir: str) -> str | dict:
@@ -120,21 +193,28 @@ def _definition(name: str, files, cache_dir: str) -> str | dict:
     return embedded_task(name, files, cache_dir) if name in EMBEDDED else local_task(name, files, cache_dir)
 
 
-def _task_manager(definitions: list[str | dict]):
+def _task_manager(definitions: list[str | dict], metadata: dict):
     """lm-eval's index of tasks, without its own where none of them is asked for (they take seconds to read)."""
-    from lm_eval.tasks import TaskManager
-
-    wanted = [
-        d if isinstance(d, str) else d["task"][0]["task"] for d in definitions if isinstance(d, str) or "group" in d
-    ]
-    manager = TaskManager(include_defaults=bool(wanted))
+    names = [d for d in definitions if isinstance(d, str)]
+    groups = [d["task"] for d in definitions if not isinstance(d, str) and "group" in d]
+    wanted = names + [member["task"] for group in groups for member in group]
+    manager = _index(bool(wanted), json.dumps(metadata, sort_keys=True))
     for name in wanted:
         if name not in manager.all_tasks:
-            raise _unknown_task(name, [*EMBEDDED, *manager.all_tasks])
+            raise unknown_task(name, [*EMBEDDED, *manager.all_tasks])
     return manager
 
 
-def _unknown_task(name: str, known: Iterable[str]) -> UserError:
+@lru_cache(maxsize=4)
+def _index(defaults: bool, metadata: str):
+    """Read once: every method of an evaluation asks for the same."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults, metadata=json.loads(metadata))
+
+
+def unknown_task(name: str, known: Iterable[str]) -> UserError:
+    """The sentence for a name that nobody knows, with the nearest ones that are known."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return UserError(
         f"unknown task {name!r}\n" + (f"Did you mean {', '.join(close)}?" if close else "See lm-eval's list.")
@@ -144,7 +224,7 @@ def _unknown_task(name: str, known: Iterable[str]) -> UserError:
 def _unreachable(names: Iterable[str], error: Exception) -> UserError:
     return UserError(
         f"the Hub is out of reach for the tasks {', '.join(names)}: {str(error).splitlines()[0]}\n"
-        "Run `ftp-lightning prefetch` where there is a network, or give local files by --task_data."
+        f"Run `ftp-lightning prefetch` where there is a network, or give files by --task_data DIR: {LAYOUT}."
     )
 
 
@@ -154,51 +234,17 @@ def _local_data(files: Mapping[str, str | Path], cache_dir: str | Path | None) -
     return {"dataset_path": "json", "dataset_kwargs": options | ({"cache_dir": str(cache_dir)} if cache_dir else {})}
 
 
-def _check_rows(task: str, path: Path, keys: tuple[str, ...]) -> None:
-    """UserError naming the line where a row is no JSON object or lacks a key that the task reads."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"task {task}: {path} is not UTF-8 text (byte {error.start})\nConvert it first.") from None
-    except OSError as error:
-        raise UserError(
-            f"task {task}: cannot read {path}: {error.strerror}\nGive the path of its JSONL file."
-        ) from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            missing = [key for key in keys if key not in row.keys()]
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"task {task}: {path}, line {number} {LONE_SURROGATE}") from None
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError(f"task {task}: {path}, line {number} is not a JSON object") from None
-        if missing:
-            raise UserError(f"task {task}: {path}, line {number} has no {', '.join(missing)}")
-    if not lines:
-        raise UserError(f"task {task}: {path} has no rows")
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets without progress bars and notes; errors still come as exceptions.
-
-    Nor does lm-eval describe checkout and machine, which nobody reads here: that takes seconds of subprocesses, and
-    outside a checkout git complains on the terminal.
-    """
+    """lm-eval and datasets without progress bars and notes; errors still come as exceptions."""
     import datasets
-    from lm_eval import evaluator
 
     bars, logger = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
     level = logger.level
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     try:
-        with (
-            contextlib.redirect_stderr(io.StringIO()),  # tqdm bars that lm-eval offers no switch for
-            mock.patch.object(evaluator, "get_git_commit_hash", return_value=None),
-            mock.patch.object(evaluator, "add_env_info"),
-        ):
+        with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars that lm-eval offers no switch for
             yield
     finally:
         logger.setLevel(level)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ftp_lightning import models
+from ftp_lightning.evaluation.declared import LONG
 from ftp_lightning.stages import inputs
 from ftp_lightning.stages.base import StageSettings
-from ftp_lightning.stages.task_files import RECALL, check_tasks, local_files, recall_rows, test_windows
+from ftp_lightning.stages.task_files import RECALL, check_tasks, local_files, long_rows, recall_rows, test_windows
 
 ROWS = 8
 """Windows and questions of a kind that are tried of each split; the stages draw these very ones first [ours]."""
@@ -30,6 +31,9 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
     if RECALL in evaluate.tasks:
         rows = recall_rows(evaluate, tokenizer, min(ROWS, evaluate.items))
         inputs.check_questions(config, tokenizer, rows)
+    for task in evaluate.tasks:
+        if task in LONG:
+            inputs.check_questions(config, tokenizer, long_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items)))
 
 
 def _check_texts(stages: dict[str, StageSettings], tokenizer) -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.declared import LONG, OURS
 from ftp_lightning.stages.base import PrunedSettings
 from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
-if TYPE_CHECKING:
-    from ftp_lightning.stages.methods import Methods
-
-OUR_TASKS = ("story_recall", "story_ending", "story_name")
+OUR_TASKS = OURS
 BASELINES = ("random", "uniform", "block_influence", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage(PrunedSettings):
-    """Measure KL, perplexity, answers kept, retention and skill. Writes results.json, samples.jsonl and tokens.json."""
+    """Measure KL, perplexity, answers kept, retention and skill. Writes results.json, samples.jsonl, tokens.json and
+    tables (Markdown, CSV, LaTeX)."""
 
     stage: ClassVar[str] = "evaluate"
 
@@ -29,15 +27,24 @@ class EvaluateStage(PrunedSettings):
     before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
     static_schedule: str | None = option(None, "schedule of the baseline `static`; else --schedule", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json, for the baseline `block_influence`", is_file=True)
-    tasks: tuple[str, ...] = option(OUR_TASKS, "our tasks, or any that lm-eval knows")
-    task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema, for lm-eval's tasks", is_file=True)
-    mode: Literal["prompt", "sequence"] = option("prompt", "tasks: the context alone is routed, or the whole text")
+    tasks: tuple[str, ...] = option(OUR_TASKS, f"ours, also {', '.join(LONG)}, or any that lm-eval knows")
+    task_data: str | None = option(
+        None, "folder of TASK.jsonl or TASK_SPLIT.jsonl, in the Hub's schema, for lm-eval's tasks", is_file=True
+    )
+    mode: Literal["prompt", "sequence", "both"] = option(
+        "prompt", "tasks: the context alone is routed, or the whole text; both shows the difference"
+    )
+    threshold: float | None = option(
+        None, "p_compute below which --decode threshold skips; else the pruner's, 0.5", least=0.0, most=1.0
+    )
     items: int = option(300, "questions with facts to recall", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
-    num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else the task's own", least=0)
+    num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else as declared", least=0)
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
     windows: int | None = option(None, "windows of text at most; all of them by default", least=1)
     batch_size: int = option(8, "windows or contexts per forward", least=1)
+    answers: str | None = option(None, "folder to keep answers in and take them from, for several runs", passive=True)
+    processes: int = option(1, "processes that share the items of tasks, on this machine", least=1, passive=True)
 
     def check(self) -> None:
         super().check()
@@ -50,33 +57,8 @@ class EvaluateStage(PrunedSettings):
             raise UserError("the baseline static needs the schedule searched with it\nGive --static_schedule FILE.")
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
-        from ftp_lightning.stages.inputs import check_chat_template, load_model
-        from ftp_lightning.stages.measuring import Bench, with_retention
-        from ftp_lightning.stages.methods import choose_methods
+        from ftp_lightning.models import resolve_device
+        from ftp_lightning.processes import run_in
+        from ftp_lightning.stages.evaluating import carry_out
 
-        model, tokenizer = load_model(self)
-        if self.apply_chat_template:
-            check_chat_template(self.model, tokenizer)
-        methods = choose_methods(self, model)
-        steps = 2 * len(methods) + 2
-        told = iter(range(steps))
-
-        def tell(what: str) -> None:
-            progress.step(next(told), steps, what)
-
-        bench = Bench(self, model, tokenizer, tell)
-        results = bench.dense_results()
-        results["methods"] = with_retention([bench.measure(*method) for method in methods], self.tasks, bench.dense)
-        self.write(folder, results, bench, methods)
-        last = results["methods"][-1]
-        skipped = f"{last['realised_sparsity']:.1%} skipped"
-        progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g}, {skipped}")
-
-    def write(self, folder: StageFolder, results: dict[str, Any], bench: Any, methods: Methods) -> None:
-        from ftp_lightning.stages.showcase import story_tokens
-
-        folder.write_json("results.json", results)
-        folder.write_text("samples.jsonl", "".join(json.dumps(row) + "\n" for row in bench.samples()))
-        folder.write_json("tokens.json", story_tokens(self, bench.model, bench.tokenizer, methods[-1][1]))
-        summary = {method["name"]: {"kl": method["kl"], "kept": method["kept"]} for method in results["methods"]}
-        folder.write_json("metrics.json", {"methods": summary, "windows": bench.windows.hash()})
+        folder.adopt(run_in(self.processes, resolve_device(self.device), carry_out, self, folder, progress.place()))

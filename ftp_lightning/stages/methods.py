@@ -22,6 +22,8 @@ BEFORE = "dynamic (before fine-tuning)"
 def choose_methods(settings: EvaluateStage, model: Any) -> Methods:
     """The methods that the settings ask for; baselines take budget and kv of the pruner asked about."""
     chosen = chosen_pruner(settings, model)
+    if settings.threshold is not None:
+        chosen = chosen.changed(threshold=settings.threshold)
     methods = [(name, _baseline(name, settings, chosen, model)) for name in settings.compare]
     if settings.before:
         methods.append((BEFORE, load_pruner(settings.before, model)))

@@ -1,0 +1,57 @@
+"""Tasks that are known by name: the metric each is told in, and the examples it is given.
+
+lm-eval reports several metrics for a task and papers quote one of them, seldom saying which; here it is written down
+[ours: the paper does not say].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OURS = ("story_recall", "story_ending", "story_name")
+"""The embedded sets; what `evaluate` runs by default."""
+
+LONG = ("multi_key_recall", "document_qa", "question_first", "question_both", "rephrased_recall")
+"""Long-context tasks made at `--prompt_tokens` from the stage's own text."""
+
+RECALL = ("story_recall", *LONG)
+"""Tasks whose answer is nowhere but in the passage; each has a twin NAME_deleted, the same without its facts."""
+
+PAPER = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "winogrande")
+"""The paper's five tasks, over which it takes its retention."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """`metric` of lm-eval; `shots` before each item, None: the task's own; `needs`: fields of the Hub's schema."""
+
+    metric: str
+    shots: int | None = None
+    needs: tuple[str, ...] = ()
+
+
+DECLARED: dict[str, Declared] = {
+    "arc_challenge": Declared("acc_norm", 0, ("question", "choices", "answerKey")),
+    "arc_easy": Declared("acc_norm", 0, ("question", "choices", "answerKey")),
+    "hellaswag": Declared("acc_norm", 0, ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "mmlu": Declared("acc", 5, ("question", "choices", "answer")),
+    "winogrande": Declared("acc", 0, ("sentence", "option1", "option2", "answer")),
+    "piqa": Declared("acc_norm", 0, ("goal", "sol1", "sol2", "label")),
+    "boolq": Declared("acc", 0, ("passage", "question", "label")),
+    "openbookqa": Declared("acc_norm", 0, ("question_stem", "choices", "answerKey")),
+    "lambada_openai": Declared("acc", 0, ("text",)),
+    "lambada_standard": Declared("acc", 0, ("text",)),
+    "wikitext": Declared("word_perplexity", 0, ("page",)),
+    "gsm8k": Declared("exact_match", 5, ("question", "answer")),
+    "drop": Declared("f1", 0, ("passage", "question", "answer", "validated_answers")),
+}
+"""`drop` is the reading comprehension whose answers are generated (Dua et al. 2019)."""
+
+
+def declared(task: str) -> Declared:
+    """What a task is told in; of an MMLU subject as of MMLU. Of others the first metric that counts answers."""
+    if task.startswith("mmlu_"):
+        return DECLARED["mmlu"]
+    if task in RECALL or task.endswith("_deleted"):
+        return Declared("exact_match", 0)
+    return DECLARED.get(task, Declared("acc"))
