@@ -12,7 +12,8 @@ import ftp_lightning
 
 PACKAGE = Path(ftp_lightning.__file__).parent
 CORE = ("schedule", "schedule_family", "routing", "pruning", "losses", "errors")
-EDGES = ("baselines", "lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "processes")
+EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "processes")
+EDGES += ("baselines",)
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
 # The pruned folder names its base model, which `models` loads and tells apart.
 CORE_MAY_USE = {"models"}

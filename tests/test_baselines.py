@@ -354,3 +354,19 @@ def test_compensation_for_all_or_none():
     kept = [torch.cat([k[0], k[0, :6]]) for k in trace.keep]
     expected = masked_dense(MODEL, kept, kept, pruner.kv, TEXT[0], pruner.compensation)
     assert relative(compensated[0], expected) < 1e-5
+
+
+def test_evaluate_names_peers_and_places_them_at_the_flops_of_the_pruner_asked_about():
+    from types import SimpleNamespace
+
+    from ftp_lightning.stages import evaluate, methods
+
+    chosen = TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.3), kv="evict")
+    settings = SimpleNamespace(seed=0, prompt_tokens=200, sensitivity=None)
+    wanted = planned_cut(MODEL, chosen, 200)
+    for name in set(evaluate.PEERS) - {"short_gpt", "last_block_free", "deletion_surprisal", "ffn_only"}:
+        assert not PEERS[name].trained
+        found = methods._baseline(name, settings, chosen, MODEL)
+        assert planned_cut(MODEL, found, 200) == pytest.approx(wanted, abs=0.005), name
+    with pytest.raises(UserError, match="sensitivity FILE"):
+        evaluate.EvaluateStage(compare=("short_gpt",), output="nowhere")

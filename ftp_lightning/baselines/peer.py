@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ftp_lightning.baselines.setting import Profile, Setting
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.budget import solve_budget
+from ftp_lightning.pruning.budget import OutOfReach, solve_budget
 from ftp_lightning.pruning.request import scout_flops
 from ftp_lightning.routing import Router
 from ftp_lightning.schedule import Schedule
@@ -37,7 +37,7 @@ class Peer:
         self, setting: Setting, cut: float, profile: Profile, form: Schedule | None = None, kv: str | None = None
     ) -> TokenPruner:
         """The pruner whose planned FLOPs cut of the profile's request is nearest `cut`, under the peer's own schedule
-        or one of another `form`. UserError where it cannot be reached."""
+        or one of another `form`. `OutOfReach` where that cannot be."""
         if form is not None and self.own_schedule_only:
             raise UserError(f"{self.name} is what it is under its own schedule alone.\nLeave the other one out.")
         return self.placed(setting, cut, profile, form, kv)
@@ -50,7 +50,7 @@ class Peer:
         for router, own in self.tries(setting):
             try:
                 schedule = self._scaled(setting, cut, profile, router, form or own, kv or self.kv)
-            except UserError as error:
+            except OutOfReach as error:
                 reason = error
                 continue
             if form is not None or max(schedule.sparsity) <= self.most:

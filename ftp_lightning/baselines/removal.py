@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
-from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.budget import OutOfReach
 from ftp_lightning.pruning.request import planned_cut
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
@@ -39,7 +39,7 @@ class RemovalPeer(Peer):
                 best, off = pruner, abs(reached - cut)
             if reached >= cut:
                 return best
-        raise UserError(f"{self.name} cannot cut {cut:.0%} of the FLOPs: everything else that is left must stay.")
+        raise OutOfReach(f"{self.name} cannot cut {cut:.0%} of the FLOPs: everything else that is left must stay.")
 
     def without(self, setting: Setting, removed: Sequence[Part]) -> TokenPruner:
         none = Schedule.uniform(setting.blocks, 0.0)

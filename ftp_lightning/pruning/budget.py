@@ -12,6 +12,10 @@ from ftp_lightning.pruning.flops import Parts, continuation_flops, head_flops, p
 from ftp_lightning.schedule import Schedule
 
 
+class OutOfReach(UserError):
+    """More is to be saved than can be."""
+
+
 def solve_budget(
     model: nn.Module,
     reduction: float,
@@ -31,7 +35,7 @@ def solve_budget(
     whole request, prompt and so many forwards of one token after it; `extra` FLOPs are charged beside the schedule's.
 
     Raises:
-        UserError: the reduction is outside [0, 1), or more than can be saved.
+        UserError: the reduction is outside [0, 1), or (`OutOfReach`) more than can be saved.
     """
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
@@ -49,7 +53,7 @@ def solve_budget(
 
     top = 1.0 / min((s for s in shape.sparsity if s > 0.0), default=1.0)
     if reduction > saved(top):
-        raise UserError(
+        raise OutOfReach(
             f"a FLOPs reduction of {reduction} cannot be reached with prompts of {length} tokens: at most "
             f"{saved(top):.3g} can be saved\nGive a smaller --budget, or another --kv or schedule."
         )

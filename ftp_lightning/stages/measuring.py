@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftp_lightning.data.choices import distance_bucket
 from ftp_lightning.evaluation import continuation, statistics
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import realised_flops_reduction
+from ftp_lightning.pruning.request import realised_cut
 from ftp_lightning.stages.inputs import check_questions
 from ftp_lightning.stages.task_files import DELETED, RECALL, TaskFiles, test_windows
 
@@ -59,7 +59,7 @@ class Bench:
         self.tell(f"{name}, text")
         prompt = self._score(pruner, "prompt")
         trace = pruner.trace.prompt  # of the last batch of prompts
-        cut = realised_flops_reduction(self.model, trace, pruner.kv, rank=pruner.skip_rank)
+        cut = realised_cut(self.model, pruner, trace)
         sequence = self._score(pruner, "sequence")
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner)
