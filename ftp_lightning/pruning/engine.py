@@ -209,13 +209,14 @@ class Engine:
         first = split_arguments(arguments, width, 0)[0] if width < prompt.real.shape[1] else arguments
         seen = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
         about = {name: first[name] for name in seen if first.get(name) is not None}
+        about["use_cache"] = True  # without a cache transformers asks the device whether texts are packed
         if scout.kind == "surprisal":
             return self._surprisal(about, prompt)
         look = Pass(prompt.part.real, 0, None, prompt.padded, prompt.part, look=scout)
         look.table = PromptTable(*prompt.part.real.shape, prompt.real.device)
         self.current = look
         try:
-            inner(**about, use_cache=False)
+            inner(**about)
         except _Looked:
             pass
         finally:
@@ -229,7 +230,7 @@ class Engine:
             raise UserError("surprisal needs token ids and a model with an output head.")
         self.looking, self.current = True, None
         try:
-            logits = self.model(**about, use_cache=False).logits.float()
+            logits = self.model(**about).logits.float()
         finally:
             self.looking, self.current = False, prompt
         said = logits[:, :-1].logsumexp(-1) - logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
