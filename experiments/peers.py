@@ -304,7 +304,7 @@ def main_table(args, rows, profile, cut):
         return
     print(f"\n### {profile}, {cut:.0%} of the FLOPs\n")
     print(
-        "| method | seeds | kept, % | KL | ours - it: kept, points | FLOPs cut: planned, realised "
+        "| method | seeds | kept, % | KL | FTP static - it: kept, points | FLOPs cut: planned, realised "
         "| on the test prompts | skipped: nominal, realised | KV bytes, % | prefill | decode |"
     )
     print("|---" * 11 + "|")
@@ -354,10 +354,12 @@ def two_way_table(args, rows, profile, cut):
         print(f"| {PEERS[name].title} | {kv} | {' | '.join(shown)} |")
 
 
-def front(points):
-    """Names whose (x, kept) no other point beats in both; points: name -> [(x, kept)]."""
+def front(points, near=0.01):
+    """Names whose (x, kept) no other point beats in both, x within `near` counting as equal.
+
+    points: name -> [(x, kept)]."""
     every = [(name, x, y) for name, line in points.items() for x, y in line]
-    beaten = lambda x, y: any((a >= x and b > y) or (a > x and b >= y) for _, a, b in every)  # noqa: E731
+    beaten = lambda x, y: any((a >= x - near and b > y) or (a > x + near and b >= y) for _, a, b in every)  # noqa: E731
     return [name for name in points if any(not beaten(x, y) for x, y in points[name])]
 
 
@@ -387,6 +389,7 @@ def csv_file(args, rows):
 
 def figure(args, rows):
     """peers.png: kept answers and KL against the FLOPs cut and against the measured prefill speed-up, by profile."""
+    from ftp_lightning.report.figures import kl_scale_to_range
     from ftp_lightning.report.style import canvas, freeze, house_style, to_png
 
     profiles = [name for name in args.profiles.split(",") if lines(rows, name, "planned_cut", "kept")]
@@ -401,10 +404,14 @@ def figure(args, rows):
         )
         for profile, panels in zip(profiles, axes):
             for axis, (x, label, y) in zip(panels, axes_of):
-                draw(axis, lines(rows, profile, x, y))
+                found = lines(rows, profile, x, y)
+                draw(axis, found)
                 axis.set(xlabel=label, ylabel="kept answers" if y == "kept" else "KL (nats)", title=profile)
+                if x == "planned_cut" and found:  # a negative cut is off the scale
+                    axis.set_xlim(0, 0.05 + max(point[0] for line in found.values() for point in line))
                 if y == "kl":
-                    axis.set_yscale("log")
+                    losses = [point[1] for line in found.values() for point in line if point[1] > 1e-5]
+                    kl_scale_to_range(axis, losses or [1.0])
         handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
         drawing.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
         freeze(drawing)

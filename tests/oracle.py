@@ -11,7 +11,7 @@ import inspect
 import torch
 
 from ftp_lightning.pruning.blocks import find_attention, find_blocks, find_mlp, sliding_window
-from ftp_lightning.pruning.scores import attention_rank, attention_sums
+from ftp_lightning.pruning.scores import attention_rank, attention_sums, last_logits
 from ftp_lightning.routing import RoutingContext
 from ftp_lightning.schedule import kept_tokens
 
@@ -107,6 +107,8 @@ def looked(model, pruner, ids):
     causal = torch.ones(tokens, tokens).tril().bool()
     for layer in model.model.layers[: scout.blocks]:
         x, p = llama_block(layer, model.config, x, cos, sin, causal)
+    if pruner.router.reads is last_logits:  # but for a number that is the same for all keys
+        return p[:, -1].double().log().mean(0)[None].float()
     queries = range(tokens)[-pruner.window :] if pruner.attention == "window" else range(tokens)
     said = scores(p, causal, list(queries))
     return torch.where(said.isnan(), torch.ones_like(said), said)[None].float()

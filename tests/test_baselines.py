@@ -22,7 +22,7 @@ from ftp_lightning.baselines.zero_tprune import PageRankSelector
 from ftp_lightning.data.windows import Windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.request import planned_cut, realised_cut
-from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, received_attention
+from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
 from ftp_lightning.pruning.tokens import Tokens
 from ftp_lightning.routing import HiddenRouter, RoutingContext
 
@@ -116,15 +116,29 @@ def test_fast_kv_pools_over_neighbours_and_decides_once():
     with_padding = pooled(torch.tensor([[9.0, 3, 0, 6]]), torch.tensor([[False, True, True, True]]), 3)
     assert with_padding[0, 1:].tolist() == [1.5, 3, 3]
     router, memo = PropagatedSelector(), {}
-    first = router.score(context([0.0] * 4 + [9.0] * 8, memo=memo))
-    assert order(first)[0] == 7 and router.score(context([5.0] * 12, memo=memo)) is first
+    first = router.score(context([0.0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 4, 0] + [99.0] * 8, memo=memo))
+    assert order(first)[:8] == list(range(12, 20))  # those that ask; the others by 9/4 .. 9/7, 4/7 .. 4/4
+    assert [round(x, 2) for x in first[0, :12].tolist()] == [2.25, 1.8, 1.5, *[1.29] * 4, 0.57, 0.57, 0.67, 0.8, 1]
+    assert router.score(context([5.0] * 20, memo=memo)) is first
     assert from_block(4, 2).sparsity == (0, 0, 1, 1)
 
 
-@pytest.mark.parametrize("router", [GemFilterSelector(1), SurprisalSelector()])
-def test_scouted_scores_rank_as_the_look_says(router):
-    said = torch.tensor([[math.inf, 0.3, 2.0, 1.0]])
-    assert order(router.score(context(scouted=said))) == [0, 2, 3, 1]
+def test_surprising_tokens_come_first():
+    assert order(SurprisalSelector().score(context(scouted=torch.tensor([[math.inf, 0.3, 2.0, 1.0]])))) == [0, 2, 3, 1]
+
+
+def test_gem_filter_adds_up_the_last_tokens_logits_and_pools():
+    """Two heads of size 1: q k_j of the last token are 2 k and -1 k'; means of 5 neighbours, fewer at the ends."""
+    query = torch.tensor([[[[9.0], [9.0], [2.0]], [[9.0], [9.0], [-1.0]]]])
+    key = torch.tensor([[[[1.0], [0.0], [3.0]], [[0.0], [4.0], [2.0]]]])
+    _, slots = tapped([[1.0, 0, 0]] * 3)
+    said, seen = last_logits(Tapped(query, key, 0.5, None, None), slots, slots, 3)
+    assert said.tolist() == [[0.5, -1.0, 1.0]] and seen.all()
+    ten = torch.tensor([[0.0, 0, 5, 0, 0, 0, 0, -5, 0, 0]])
+    about = context([0.0] * 10, scouted=ten)
+    assert GemFilterSelector(1).score(about)[0].tolist() == pytest.approx(
+        [5 / 3, 5 / 4, 1, 1, 1, -1, -1, -1, -5 / 4, -5 / 3]
+    )
 
 
 def test_random_deletion_draws_once_for_all_blocks_and_random_tokens_anew():

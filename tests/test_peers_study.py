@@ -54,7 +54,7 @@ def test_every_peer_is_measured_once_at_the_cut(study, monkeypatch, tmp_path, ca
 
 
 def test_the_front_is_what_nothing_beats(study):
-    points = {"a": [(0.2, 0.9), (0.4, 0.5)], "b": [(0.3, 0.9)], "c": [(0.3, 0.8)], "d": [(0.6, 0.1), (0.1, 0.2)]}
+    points = {"a": [(0.2, 0.9), (0.4, 0.5)], "b": [(0.3, 0.9)], "c": [(0.305, 0.8)], "d": [(0.6, 0.1), (0.1, 0.2)]}
     assert study.front(points) == ["a", "b", "d"]
 
 

@@ -405,7 +405,7 @@ class Engine:
         evicted = rows is not None and (layer is None or not layer.complete)
         new = rows.width if evicted else width
         reads, before = self.pruner.router.reads, keys.slots.shape[1] - new
-        if reads is not None and state.look is None:
+        if reads is not None:
             scores, seen = reads(tapped, queries, keys, state.span)
         else:
             scores, seen = received_attention(tapped, queries, keys, last, before)

@@ -80,6 +80,18 @@ def attention_sums(tapped: Tapped, queries: Tokens, keys: Tokens, span: int) -> 
     return total, count > 0
 
 
+def last_logits(tapped: Tapped, queries: Tokens, keys: Tokens, span: int) -> tuple[Tensor, Tensor]:
+    """q k_j of the row's last valid query before the softmax, averaged over heads. A router's `reads`. Returns (B, S)
+    float32, also negative, and bool (the query sees the key)."""
+    batch, heads, _, size = tapped.query.shape
+    slots = torch.where(queries.valid, queries.slots, -1)
+    place = slots.argmax(1)[:, None]
+    last = tapped.query.gather(2, place[:, None, :, None].expand(batch, heads, 1, size))
+    last = last.reshape(batch, tapped.key.shape[1], -1, size).float() * tapped.scaling
+    logits = torch.matmul(last, tapped.key.float().transpose(2, 3)).flatten(1, 2).mean(1)
+    return logits, visible_keys(slots.gather(1, place), keys, tapped.window)[:, 0]
+
+
 def attention_rank(
     tapped: Tapped, queries: Tokens, keys: Tokens, span: int, iterations: int = 5, damping: float = 0.85
 ) -> tuple[Tensor, Tensor]:
