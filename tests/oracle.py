@@ -11,6 +11,7 @@ import inspect
 import torch
 
 from ftp_lightning.pruning.blocks import find_attention, find_blocks, find_mlp, sliding_window
+from ftp_lightning.pruning.scores import attention_rank, attention_sums, last_logits
 from ftp_lightning.routing import RoutingContext
 from ftp_lightning.schedule import kept_tokens
 
@@ -66,6 +67,53 @@ def scores(p, visible, queries):
     return result
 
 
+def sums(p, visible, queries):
+    """The attention that every key receives in all, by the book; nan where no query sees it."""
+    mean = p.double().mean(0)
+    seen = [any(visible[i, j] for i in queries) for j in range(len(mean))]
+    total = [sum(float(mean[i, j]) for i in queries if visible[i, j]) for j in range(len(mean))]
+    return torch.tensor([t if s else torch.nan for t, s in zip(total, seen)], dtype=torch.float64)
+
+
+def page_rank(p, visible, queries, keys, iterations=5, damping=0.85):
+    """Weighted page rank over that of uniform attention, with whole matrices; nan for tokens that are no keys."""
+    tokens = p.shape[-1]
+    votes = torch.zeros(tokens, tokens, dtype=torch.float64)
+    even = votes.clone()
+    for i in queries:
+        votes[i] = p[:, i].double().mean(0) * visible[i]
+        even[i] = visible[i].double() / visible[i].sum()
+    base = keys.double() / keys.sum()
+
+    def rank(matrix):
+        s = base
+        for _ in range(iterations):
+            s = (1 - damping) * base + damping * matrix.T @ s
+        return s
+
+    return torch.where(keys, rank(votes) / rank(even), torch.nan)
+
+
+def looked(model, pruner, ids):
+    """What the router's scout says of the tokens of one prompt, from the stock model."""
+    scout, tokens = pruner.router.scout, len(ids)
+    if scout is None:
+        return None
+    if scout.kind == "surprisal":
+        p = model(input_ids=ids[None], use_cache=False).logits[0].double().log_softmax(-1)
+        return torch.tensor([[torch.inf, *(-float(p[j - 1, ids[j]]) for j in range(1, tokens))]])
+    x = model.model.embed_tokens.weight[ids]
+    cos, sin = (t[0] for t in model.model.rotary_emb(x, torch.arange(tokens)[None]))
+    causal = torch.ones(tokens, tokens).tril().bool()
+    for layer in model.model.layers[: scout.blocks]:
+        x, p = llama_block(layer, model.config, x, cos, sin, causal)
+    if pruner.router.reads is last_logits:  # but for a number that is the same for all keys
+        return p[:, -1].double().log().mean(0)[None].float()
+    queries = range(tokens)[-pruner.window :] if pruner.attention == "window" else range(tokens)
+    said = scores(p, causal, list(queries))
+    return torch.where(said.isnan(), torch.ones_like(said), said)[None].float()
+
+
 def choose(pruner, context, kept, tokens):
     reserved = {0, tokens - 1}
     if pruner.choice == "threshold":
@@ -89,9 +137,13 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
     x = model.model.embed_tokens.weight[ids]
     cos, sin = (t[0] for t in model.model.rotary_emb(x, torch.arange(tokens)[None]))
     causal = torch.ones(tokens, tokens).tril().bool()
-    table = torch.ones(1, prompt)
-    decided = []
+    router, entered, memo = pruner.router, None, {}
+    table = torch.zeros(1, prompt) if router.adds_up else torch.ones(1, prompt)
+    scouted, decided = looked(model, pruner, ids[:prompt]), []
     for index, layer in enumerate(model.model.layers):
+        if pruner.removed_parts(index):  # whole blocks only
+            decided.append(torch.zeros(prompt, dtype=torch.bool))
+            continue
         s = 0.0 if pruner.schedule is None else pruner.schedule.sparsity[index]
         keep_P = torch.ones(prompt, dtype=torch.bool)
         if keep is not None:
@@ -108,8 +160,12 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
                 torch.tensor([[kept]]),
                 table,
                 x[None, :prompt],
+                memo=memo,
+                entered=entered,
+                scouted=scouted,
             )
             keep_P = choose(pruner, context, kept, prompt)
+            entered = keep_P[None]
         decided.append(keep_P)
         computed = torch.cat([keep_P, torch.ones(tokens - prompt, dtype=torch.bool)])
         visible = causal & computed[None, :] if pruner.kv[index] == "evict" else causal
@@ -118,10 +174,16 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
         )  # a skipped row must see something; its output is thrown away
         out, p = llama_block(layer, config, x, cos, sin, visible)
         queries = [i for i in range(prompt) if computed[i]]
-        queries = queries[-pruner.window :] if pruner.attention == "window" else queries
-        new = scores(p[:, :prompt, :prompt], visible[:prompt, :prompt], queries)
         is_key = computed[:prompt] if pruner.kv[index] == "evict" else torch.ones(prompt, dtype=torch.bool)
-        table = torch.where(is_key & ~new.isnan(), new.float(), table[0])[None]
+        seen = p[:, :prompt, :prompt], visible[:prompt, :prompt]
+        if router.reads is attention_sums:
+            new = sums(*seen, queries)
+        elif router.reads is attention_rank:
+            new = page_rank(*seen, queries, is_key)
+        else:
+            new = scores(*seen, queries[-pruner.window :] if pruner.attention == "window" else queries)
+        new = table[0] + new.float() if router.adds_up else new.float()
+        table = torch.where(is_key & ~new.isnan(), new, table[0])[None]
         x = torch.where(computed[:, None], out, x + update(pruner.compensation, x, index))
     return model.model.norm(x) @ model.lm_head.weight.T, decided
 

@@ -8,8 +8,12 @@ from torch import nn
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.costs import block_costs
-from ftp_lightning.pruning.flops import Parts, head_flops, prompt_flops
+from ftp_lightning.pruning.flops import Parts, continuation_flops, head_flops, prompt_flops, stored_tokens
 from ftp_lightning.schedule import Schedule
+
+
+class OutOfReach(UserError):
+    """More is to be saved than can be."""
 
 
 def solve_budget(
@@ -20,28 +24,36 @@ def solve_budget(
     schedule: Schedule | None = None,
     parts: Parts = "block",
     rank: int = 0,
+    new_tokens: int = 0,
+    extra: float = 0.0,
 ) -> Schedule:
     """The schedule whose `flops_reduction` of a prompt of `length` tokens is nearest the one asked for [ours].
 
     It is uniform, or `schedule` scaled by one factor c: s_l -> min(1, c * s_l), so that a zero stays zero. Rounding to
     tokens makes the reduction a staircase in c: the nearer of the two steps is taken, at its middle, and the result is
-    off by less than one token in every block. `rank`: see `block_costs`.
+    off by less than one token in every block. `rank`: see `block_costs`. With `new_tokens` it is the reduction of the
+    whole request, prompt and so many forwards of one token after it; `extra` FLOPs are charged beside the schedule's.
 
     Raises:
-        UserError: the reduction is outside [0, 1), or more than can be saved.
+        UserError: the reduction is outside [0, 1), or (`OutOfReach`) more than can be saved.
     """
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
     costs, head = block_costs(model, rank), head_flops(model)
     shape = schedule or Schedule.uniform(len(costs), 1.0)
-    dense = prompt_flops(costs, Schedule.uniform(len(costs), 0.0), length, kv, head, parts)
+
+    def request(of: Schedule) -> float:
+        after = continuation_flops(costs, length, new_tokens, stored_tokens(of, length, kv, parts), head)
+        return prompt_flops(costs, of, length, kv, head, parts) + after
+
+    dense = request(Schedule.uniform(len(costs), 0.0))
 
     def saved(factor: float) -> float:
-        return 1.0 - prompt_flops(costs, _scaled(shape, factor), length, kv, head, parts) / dense
+        return 1.0 - (request(_scaled(shape, factor)) + extra) / dense
 
     top = 1.0 / min((s for s in shape.sparsity if s > 0.0), default=1.0)
     if reduction > saved(top):
-        raise UserError(
+        raise OutOfReach(
             f"a FLOPs reduction of {reduction} cannot be reached with prompts of {length} tokens: at most "
             f"{saved(top):.3g} can be saved\nGive a smaller --budget, or another --kv or schedule."
         )

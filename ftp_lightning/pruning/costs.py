@@ -7,8 +7,8 @@ half of it do, and torch's FLOP counter counts, nearly twice as many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,15 @@ def block_costs(model: nn.Module, rank: int = 0) -> list[BlockCost]:
     what skipped tokens are multiplied with (`TokenPruner.skip_rank`)."""
     width, numbers = _cache_width(model), 2 * rank * model.config.get_text_config().hidden_size
     return [_block_cost(block, width, numbers) for block in find_blocks(model)]
+
+
+def remaining_costs(costs: Sequence[BlockCost], removed: Iterable[tuple[int, str]]) -> list[BlockCost]:
+    """Costs of what is left where parts (block, "attention" or "mlp") are removed for every token."""
+    gone = {"attention": {"keys_values": 0.0, "attention": 0.0, "pair": 0.0, "cached_bytes": 0}, "mlp": {"mlp": 0.0}}
+    left = list(costs)
+    for block, part in removed:
+        left[block] = replace(left[block], **gone[part])
+    return left
 
 
 def _block_cost(block: nn.Module, width: int, skip: int) -> BlockCost:

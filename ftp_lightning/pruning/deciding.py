@@ -30,6 +30,8 @@ PARTS = tuple(_PARTS)
 def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
     """What this block does with the new tokens; None where it computes all of them."""
     state = engine.current
+    if gone := engine.pruner.removed_parts(index):
+        return _without(engine, index, call, gone)
     if not engine.is_routed(index) or (state.part is None and not state.follows):
         return None
     decide = _follow if state.part is None else _route
@@ -40,6 +42,26 @@ def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
     decided = {part: found for part, found in decided.items() if state.masked or not found[0].whole}
     (attention, first), (mlp, second) = (decided.get(part, (None, None)) for part in ("attention", "mlp"))
     return Chosen(attention, mlp, (first, second)) if decided else None
+
+
+def _without(engine: Engine, index: int, call: Call, gone: frozenset[str]) -> Chosen:
+    """A block of which something is removed: nothing enters that, prompt or continuation; the rest is decided as
+    ever, a decision about whole blocks being one about what is left of this one."""
+    state = engine.current
+    nothing = Rows(torch.zeros_like(state.real), (0,) * len(state.real))
+    if len(gone) == 2:
+        apart = engine.decides_parts  # then each part gets what `skip` says of it
+        return Chosen(nothing, Rows(nothing.keep.clone(), nothing.counts) if apart else nothing)
+    left = "mlp" if "attention" in gone else "attention"
+    rows, gate = None, None
+    if engine.is_routed(index) and (state.part is not None or state.follows):
+        asked = left if engine.decides_parts else "block"
+        if asked == "block" or asked in _parts(engine):
+            rows, gate = (_follow if state.part is None else _route)(engine, index, call, asked)
+            rows = None if rows.whole and not state.masked else rows
+    pairs = {left: (rows, gate), next(iter(gone)): (nothing, None)}
+    (attention, first), (mlp, second) = pairs["attention"], pairs["mlp"]
+    return Chosen(attention, mlp, (first, second))
 
 
 def _parts(engine: Engine) -> tuple[str, ...]:
@@ -67,6 +89,7 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
         else:
             keep = choose_threshold((probability if gate is None else gate).detach(), routed, pruner.threshold)
             kept = tuple(keep.sum(1).tolist())
+        state.entered = keep
         if state.masked:
             state.decisions.append(Decision(probability, keep, routed, context))
             gate = torch.where(routed.reserved, 1.0, gate)  # always computed: nothing to learn from
@@ -93,7 +116,8 @@ def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> Ro
     routed, table = state.part, None if state.table is None else state.table.own
     return RoutingContext(
         index, schedule[index], routed.real, routed.position, state.lengths, state.kept[index][:, None], table, hidden,
-        schedule=schedule, part=part, padded=state.padded, memo=state.memo,
+        schedule=schedule, part=part, padded=state.padded, memo=state.memo, entered=state.entered,
+        scouted=state.scouted,
     )  # fmt: skip
 
 

@@ -35,6 +35,10 @@ from ftp_lightning.routing.fixed import FixedRouter
 __all__ = ["Decision", "Engine"]
 
 
+class _Looked(Exception):
+    """Ends a scout's look once it has seen what it wants."""
+
+
 class Engine:
     """Made by `attach`, gone after `undo`.
 
@@ -47,6 +51,7 @@ class Engine:
     def __init__(self, pruner, model: nn.Module):
         self.pruner = pruner
         decoder, blocks = find_decoder(model)
+        self.model, self.looking = model, False
         self.sites = [Site.of(block) for block in blocks]
         self.current: Pass | None = None
         self.generation: Generation | None = None
@@ -66,7 +71,7 @@ class Engine:
 
     def _check_parts(self) -> None:
         for index, site in enumerate(self.sites):
-            if site.mlp is None and self.decides_parts:
+            if site.mlp is None and self.enters_parts:
                 raise UserError(
                     f"block {index} has no feed-forward part that is understood (one module with its matrices, or two "
                     "linear maps): decisions can only address whole blocks of this model.\nUse parts='block'."
@@ -80,7 +85,7 @@ class Engine:
             self._wrap(block, "forward", self.run_block, index)
             if site.query is not None:
                 self._wrap(site.query, "forward", self.run_query_projection, index)
-            if self.decides_parts:
+            if self.enters_parts:
                 entry, leave = site.mlp
                 self._wrap(site.attention, "forward", run_attention_part, self, index)
                 self._wrap(entry, "forward", run_mlp_entry, self, index)
@@ -104,6 +109,11 @@ class Engine:
         router = self.pruner.router
         return router.by_parts if isinstance(router, FixedRouter) else self.pruner.parts != "block"
 
+    @property
+    def enters_parts(self) -> bool:
+        """Whether the two parts of some block are entered by different tokens."""
+        return self.decides_parts or any(len(self.pruner.removed_parts(index)) == 1 for index in range(len(self.sites)))
+
     def sparsity(self, index: int) -> float:
         return self.pruner.schedule.sparsity[index]
 
@@ -115,16 +125,30 @@ class Engine:
     def routes_anything(self) -> bool:
         return any(self.is_routed(index) for index in range(len(self.sites)))
 
+    @functools.cached_property
+    def changes_anything(self) -> bool:
+        return self.routes_anything or bool(self.pruner.removed)
+
     def scores_matter(self, index: int) -> bool:
         """Whether a later router reads what this block writes: not if a block in between writes every token anew."""
-        if not self.pruner.router.needs_attention or (self.pruner.router.one_pass and index):
+        router, look = self.pruner.router, self.current and self.current.look
+        if look is not None:
+            return index == look.blocks - 1
+        if not router.needs_attention or (router.one_pass and index):
+            return False
+        if router.once and any(self._asks(block) for block in range(index + 1)):
             return False
         for later in range(index + 1, len(self.sites)):
-            if self.is_routed(later):
+            if self._asks(later):
                 return True
-            if self.sites[later].window is None and not self.pruner.router.one_pass:
+            writes_all = self.sites[later].window is None and not self.pruner.removed_parts(later)
+            if writes_all and not router.one_pass and not router.adds_up:
                 return False
         return False
+
+    def _asks(self, index: int) -> bool:
+        """Whether the router is asked at this block."""
+        return self.is_routed(index) and len(self.pruner.removed_parts(index)) < 2
 
     # ---------------------------------------------------------------- what a skipped token gets
 
@@ -152,6 +176,8 @@ class Engine:
             self.generation = before
 
     def run_decoder(self, decoder: nn.Module, inner, args: tuple, kwargs: dict):
+        if self.looking:  # a scout runs the model as it is
+            return inner(*args, **kwargs)
         arguments = self._decoder_signature.bind(decoder, *args, **kwargs).arguments
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
@@ -166,11 +192,50 @@ class Engine:
     def _run_once(self, inner, arguments: dict, past: int):
         self.current = self._open(arguments, past)
         try:
+            if self.current.part is not None and self.pruner.router.scout is not None and self.current.active:
+                self.current.scouted = self._scout(inner, arguments, self.current)
             output = inner(**arguments)
             self._close(self.current)
             return output
         finally:
             self.current, self.sight, self.part_plan, self.tapped = None, None, None, None
+
+    @torch.no_grad()
+    def _scout(self, inner, arguments: dict, prompt: Pass) -> Tensor:
+        """What the router's dense look at the prompt says of its tokens: (B, P) float32."""
+        scout, width = self.pruner.router.scout, prompt.part.real.shape[1]
+        if prompt.past:
+            raise UserError("this router looks at whole prompts; chunks on a filled cache are refused.")
+        first = split_arguments(arguments, width, 0)[0] if width < prompt.real.shape[1] else arguments
+        seen = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        about = {name: first[name] for name in seen if first.get(name) is not None}
+        about["use_cache"] = True  # without a cache transformers asks the device whether texts are packed
+        if scout.kind == "surprisal":
+            return self._surprisal(about, prompt)
+        look = Pass(prompt.part.real, 0, None, prompt.padded, prompt.part, look=scout)
+        look.table = PromptTable(*prompt.part.real.shape, prompt.real.device)
+        self.current = look
+        try:
+            inner(**about)
+        except _Looked:
+            pass
+        finally:
+            self.current = prompt
+        return look.table.own
+
+    def _surprisal(self, about: dict, prompt: Pass) -> Tensor:
+        """-log p(x_j | x_<j) by the dense model; infinite for a row's first token. (B, P) float32."""
+        ids = about.get("input_ids")
+        if ids is None or self.model.get_output_embeddings() is None:
+            raise UserError("surprisal needs token ids and a model with an output head.")
+        self.looking, self.current = True, None
+        try:
+            logits = self.model(**about).logits.float()
+        finally:
+            self.looking, self.current = False, prompt
+        said = logits[:, :-1].logsumexp(-1) - logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+        said = torch.nn.functional.pad(said, (1, 0), value=torch.inf)
+        return said.masked_fill(prompt.part.position == 0, torch.inf)
 
     def _open(self, arguments: dict, past: int) -> Pass:
         """Which phase this forward is, and which of its tokens are real."""
@@ -199,15 +264,17 @@ class Engine:
         if state.past and state.past_real is not None:  # a row whose padding filled the chunks before starts here
             starts = (~state.past_real.any(1)).tolist()
         state.part = RoutedPart.of(state.real[:, :width], state.padded, starts)
-        state.active = self.routes_anything
+        state.active = self.changes_anything
         if state.active and self.pruner.schedule is not None:
             state.counts = [state.part.kept(s) for s in self.pruner.schedule.sparsity]
         if self.pruner.router.needs_attention:
-            state.table = PromptTable(len(state.real), state.part.real.shape[1], state.real.device)
+            shape = state.part.real.shape
+            state.table = PromptTable(*shape, state.real.device, self.pruner.router.adds_up)
 
     def _open_continuation(self, state: Pass, cache) -> None:
         state.follows = self.pruner.decode != "dense" and self.routes_anything
-        state.active = state.follows or any(isinstance(layer, RoutedLayer) for layer in cache.layers)
+        routed = any(isinstance(layer, RoutedLayer) for layer in cache.layers)
+        state.active = state.follows or routed or bool(self.pruner.removed)
         if state.follows and self.pruner.router.needs_attention:
             state.table = ContinuationTable(state.real, state.past_real, state.past)
 
@@ -247,7 +314,10 @@ class Engine:
         if not state.active:
             state.trace.add(state.real, state.real)
             return inner(*args, **kwargs)
-        if state.plain_step and (layer := self._plain_layer(index, kwargs)) is not None:
+        if state.look is not None:
+            return self._look(index, inner, args, kwargs)
+        gone = self.pruner.removed_parts(index)
+        if state.plain_step and not gone and (layer := self._plain_layer(index, kwargs)) is not None:
             state.trace.add(state.real, state.real)
             layer.expect(state.new, 1)
             self.sight = None if layer.complete else state.everything
@@ -255,7 +325,7 @@ class Engine:
             self.sight = None
             return output
         call = Call(self.sites[index].block, args, kwargs)
-        if state.masked and self.pruner.recompute and not self.decides_parts:
+        if state.masked and self.pruner.recompute and not self.enters_parts:
             inner = functools.partial(recomputed, self, index, inner)
         chosen = choose(self, index, call)
         if chosen is None:
@@ -264,6 +334,12 @@ class Engine:
         if not chosen.by_block:
             return run_parts(self, index, inner, call, chosen)
         return (run_masked if state.masked else run_gathered)(self, index, inner, call, chosen)
+
+    def _look(self, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
+        output = run_dense(self, index, inner, Call(self.sites[index].block, args, kwargs))
+        if index == self.current.look.blocks - 1:
+            raise _Looked
+        return output
 
     def _plain_layer(self, index: int, kwargs: dict) -> RoutedLayer | None:
         """The cache's layer, where a single token that is computed sees all that it holds: no mask, no arguments to
@@ -328,7 +404,11 @@ class Engine:
         # a complete layer may hold fewer keys than were seen, too: a sliding window has dropped the rest
         evicted = rows is not None and (layer is None or not layer.complete)
         new = rows.width if evicted else width
-        scores, seen = received_attention(tapped, queries, keys, last, keys.slots.shape[1] - new)
+        reads, before = self.pruner.router.reads, keys.slots.shape[1] - new
+        if reads is not None:
+            scores, seen = reads(tapped, queries, keys, state.span)
+        else:
+            scores, seen = received_attention(tapped, queries, keys, last, before)
         if layer is not None and self.pruner.decode != "dense":
             remember_prompt(layer, scores, seen, keys, state.span)
         state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)

@@ -12,7 +12,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.costs import BlockCost, block_costs, causal_pairs, continued_pairs, evicted_pairs
+from ftp_lightning.pruning.costs import (
+    BlockCost,
+    block_costs,
+    causal_pairs,
+    continued_pairs,
+    evicted_pairs,
+    remaining_costs,
+)
 from ftp_lightning.pruning.stored import stored_bytes
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.schedule import Schedule, kept_tokens
@@ -124,21 +131,28 @@ def realised_flops_reduction(
 
 
 def realised_flops(
-    model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0, rank: int = 0
+    model: nn.Module,
+    trace: Trace,
+    kv: str | Sequence[str],
+    new_tokens: int = 0,
+    rank: int = 0,
+    removed: Sequence[tuple[int, str]] = (),
 ) -> tuple[float, float]:
     """(dense, pruned) FLOPs of the prompt that was routed on an empty cache, rows added up.
 
     Pairs are counted one by one: a computed token sees, within the window of original positions, all tokens up to
     itself under `keep`, and those computed in the attention under `evict`. `new_tokens` densely computed tokens per row
     may follow. `rank` (see `block_costs`) is counted for every real token that skips: once for a block, whose two parts
-    share one mask in the trace, else by each part.
+    share one mask in the trace, else by each part. `removed`: parts (block, "attention" or "mlp") that the tokens that
+    follow skip, too.
     """
     costs, real = block_costs(model, rank), trace.real
+    left = remaining_costs(costs, removed)
     attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
     dense = pruned = head_flops(model) * len(real) * (1 + new_tokens)
-    for cost, attended, fed, mode in zip(costs, attention, mlp, _modes(kv, len(costs)), strict=True):
+    for cost, less, attended, fed, mode in zip(costs, left, attention, mlp, _modes(kv, len(costs)), strict=True):
         dense += _traced_flops(cost, real, real, real, real, new_tokens)
-        pruned += _traced_flops(cost, real, real if mode == "keep" else attended, attended, fed, new_tokens)
+        pruned += _traced_flops(less, real, real if mode == "keep" else attended, attended, fed, new_tokens)
         pruned += cost.skip * sum(int((real & ~mask).sum()) for mask in {id(m): m for m in (attended, fed)}.values())
     return dense, pruned
 

@@ -41,6 +41,9 @@ class TokenPruner:
         skip: what a skipped token gets: "identity" (h; paper), "mean" (h + b_l) or "low-rank" (h + W_l h + b_l) [ours].
             The last two need a `compensation`, and go for continuation tokens that skip, too.
         compensation: from `compensation.fit_compensation`, on the dense model that is pruned; of rank 0 for "mean".
+        removed: blocks, or parts of them, that no token enters, prompt or continuation: pairs (block, "block"),
+            (block, "attention") or (block, "mlp"). A block without attention stores no keys and values. The schedule
+            and its budget do not count them.
         parts: what a decision addresses: "block" (paper), "attention", "mlp", or "attention+mlp", both apart. The
             schedule's s_l then is that of the part. A FixedRouter says itself what it addresses.
 
@@ -66,6 +69,7 @@ class TokenPruner:
         skip: str = "identity",
         parts: str = "block",
         compensation: Compensation | None = None,
+        removed: Sequence[tuple[int, str]] = (),
     ):
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
@@ -75,11 +79,19 @@ class TokenPruner:
             router.check_schedule(schedule)
         self.router, self.schedule = router, schedule
         blocks = router.num_blocks if schedule is None else schedule.num_blocks
-        self.kv = _per_block(kv, blocks)
+        self.removed = _removed(removed, blocks)
+        self._removed_by_block = {b: frozenset(p for at, p in self.removed if at == b) for b, _ in self.removed}
+        modes = _per_block(kv, blocks)
+        self.kv = tuple("evict" if (block, "attention") in self.removed else mode for block, mode in enumerate(modes))
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
         self.attention = _one_of("attention", attention, ATTENTION)
         self.parts = _one_of("parts", parts, PARTS)
+        if router.ranks_only and (choice != "topk" or decode != "dense"):
+            raise UserError(
+                f"a {type(router).__name__} ranks the tokens of a prompt, its scores are no probabilities.\n"
+                "Use choice='topk' and decode='dense'."
+            )
         self.skip, self.compensation = skip, compensation
         check_skip(skip, compensation, self.addressed, blocks)
         if not 0.0 <= threshold <= 1.0:
@@ -104,6 +116,10 @@ class TokenPruner:
             return self.parts.split("+")
         lists = {"attention": router.keep_attention, "mlp": router.keep_mlp}
         return [part for part, masks in lists.items() if masks is not None] if router.by_parts else ["block"]
+
+    def removed_parts(self, block: int) -> frozenset[str]:
+        """ "attention", "mlp", both or neither: what is removed of a block for every token."""
+        return self._removed_by_block.get(block, _NOTHING)
 
     @property
     def skip_rank(self) -> int:
@@ -193,6 +209,7 @@ class TokenPruner:
     def changed(self, **changes) -> TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`."""
         own = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
+        own |= {"removed": self.removed}
         return TokenPruner(**own | self.settings() | changes)
 
     def with_schedule(self, schedule: Schedule) -> TokenPruner:
@@ -209,6 +226,8 @@ class TokenPruner:
         """
         from ftp_lightning.pruning.pruned_folder import save_pruner
 
+        if self.removed:
+            raise UserError("a pruner with removed parts cannot be stored: its list is not part of the format.")
         save_pruner(self, folder, base=base, model=model or self._model)
 
     @staticmethod
@@ -223,6 +242,19 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise UserError(f"{name} is {value!r}; this version knows {', '.join(allowed)}.")
     return value
+
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+def _removed(removed: Sequence[tuple[int, str]], blocks: int) -> tuple[tuple[int, str], ...]:
+    """Every removed (block, "attention" or "mlp"), in order, each once."""
+    found = set()
+    for block, part in removed:
+        if part not in ("block", "attention", "mlp") or not 0 <= block < blocks:
+            raise ValueError(f"removed names {(block, part)!r}; of {blocks} blocks it may be block, attention or mlp")
+        found |= {(block, half) for half in (("attention", "mlp") if part == "block" else (part,))}
+    return tuple(sorted(found))
 
 
 def _per_block(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:

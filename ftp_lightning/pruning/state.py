@@ -18,7 +18,7 @@ from ftp_lightning.pruning.calls import Signature
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable
 from ftp_lightning.pruning.tokens import Rows, Tokens
 from ftp_lightning.pruning.trace import Trace
-from ftp_lightning.routing.base import RoutingContext
+from ftp_lightning.routing.base import RoutingContext, Scout
 from ftp_lightning.routing.choice import RoutedPart
 
 
@@ -86,7 +86,8 @@ class Pass:
     real (B, T) and past_real (B, past; None without padding) mark real tokens; part is None for a continuation.
     `active`: some block does something else than the stock model. masked = the training executor. `follows`: this
     continuation obeys a decode policy. counts[l]: kept tokens of each row in block l under the schedule, on the host;
-    kept (N, B) the same on the device. memo: what routers carry from block to block.
+    kept (N, B) the same on the device. memo: what routers carry from block to block. entered (B, P): the tokens that
+    entered the last routed block. look: this forward is the `Scout` of another; scouted (B, P): what that one said.
     """
 
     real: Tensor
@@ -102,6 +103,9 @@ class Pass:
     trace: Trace = field(default_factory=Trace)
     decisions: list[Decision] = field(default_factory=list)
     memo: dict = field(default_factory=dict)
+    entered: Tensor | None = None
+    look: Scout | None = None
+    scouted: Tensor | None = None
 
     @property
     def span(self) -> int:

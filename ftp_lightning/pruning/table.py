@@ -23,19 +23,19 @@ UNWRITTEN = -1.0
 
 
 class PromptTable:
-    """Scores (B, P) of the routed tokens; 1 before any is known."""
+    """Scores (B, P) of the routed tokens; 1 before any is known. adds_up: sums of what was written, 0 before."""
 
-    def __init__(self, batch: int, tokens: int, device: torch.device):
-        self.own = torch.ones(batch, tokens, device=device)
+    def __init__(self, batch: int, tokens: int, device: torch.device, adds_up: bool = False):
+        self.adds_up = adds_up
+        self.own = torch.full((batch, tokens), 0.0 if adds_up else 1.0, device=device)
         self.rank = None  # among the routed tokens: left to the router's factor
 
     def write(self, scores: Tensor, seen: Tensor, index: Tensor | None) -> None:
         """Scores (B, n) of the tokens at index (B, n), or of all in order; where none was `seen` the old value
         stays."""
-        if index is None:
-            self.own = torch.where(seen, scores, self.own)
-        else:
-            self.own = self.own.scatter(1, index, torch.where(seen, scores, self.own.gather(1, index)))
+        before = self.own if index is None else self.own.gather(1, index)
+        after = torch.where(seen, before + scores if self.adds_up else scores, before)
+        self.own = after if index is None else self.own.scatter(1, index, after)
 
 
 class ContinuationTable:

@@ -5,7 +5,9 @@ Shapes, here and everywhere: B rows of a batch, T tokens of the routed part, pad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,20 @@ from ftp_lightning.schedule import Schedule
 
 PARTS = ("block", "attention", "mlp")
 """What one decision addresses: a whole block, or one of its two halves."""
+
+
+@dataclass(frozen=True)
+class Scout:
+    """A dense look at a prompt before it is routed: it costs what it runs, and is in the clock and in the FLOPs.
+
+    Attributes:
+        kind: "attention": the first `blocks` blocks run, and the look says the score that the last of them writes.
+            "surprisal": the whole model runs with its output head, and the look says -log p(token | those before).
+        blocks: how many blocks "attention" runs.
+    """
+
+    kind: Literal["attention", "surprisal"]
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class RoutingContext:
             block to block under itself (`memo[self]`), so that two routers may look at one forward, and a factor that
             is the same in all blocks stays under its function.
         padded: False promises that `real` is all True.
+        entered: (B, T) bool, the tokens that entered the last routed block before this one; None at the first.
+        scouted: (B, T) float32, what the router's `scout` said of each token; None without one.
     """
 
     block: int
@@ -57,6 +75,8 @@ class RoutingContext:
     part: str = "block"
     memo: dict = field(default_factory=dict)
     padded: bool = True
+    entered: Tensor | None = None
+    scouted: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -70,11 +90,23 @@ class Router(nn.Module):
         needs_attention: it reads `context.attention`.
         needs_hidden: it reads `context.hidden`.
         one_pass: it decides all blocks from what the first one wrote into the attention table.
+        once: it decides all blocks at the first routed one: what is written from there on, it never reads.
+        adds_up: the attention table adds up what blocks write, from 0, in place of keeping the latest.
+        reads: what the attention of a block says of its keys, (tapped, queries, keys, span) -> (scores, seen), see
+            `pruning.scores`; None: the score of method.md, section 4.
+        scout: a dense look at the prompt that it wants first, for `context.scouted`.
+        ranks_only: its scores order tokens and are no probabilities: choice "threshold" and the decode policies that
+            skip are refused.
     """
 
     needs_attention = False
     needs_hidden = False
     one_pass = False
+    once = False
+    adds_up = False
+    ranks_only = False
+    reads: Callable | None = None
+    scout: Scout | None = None
 
     def score(self, context: RoutingContext) -> Tensor:
         """(B, T) float32, the higher the sooner computed. Values on padding are ignored."""

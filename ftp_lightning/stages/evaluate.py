@@ -14,6 +14,11 @@ from ftp_lightning.stages.progress import Progress
 
 OUR_TASKS = OURS
 BASELINES = ("random", "uniform", "block_influence", "static")
+PEERS = (
+    "last_block_free", "deletion_recent", "deletion_random", "deletion_surprisal", "short_gpt", "lazy_llm", "fast_kv",
+    "gem_filter", "ffn_only", "spatten", "zero_tprune",
+)  # fmt: skip
+"""Those of `ftp_lightning.baselines` that need no training and no calibration but a sensitivity.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,9 @@ class EvaluateStage(PrunedSettings):
 
     stage: ClassVar[str] = "evaluate"
 
-    compare: tuple[str, ...] = option((), f"baselines of the same budget: {', '.join(BASELINES)}")
+    compare: tuple[str, ...] = option(
+        (), f"baselines of the same budget: {', '.join(BASELINES)}; peers of the same FLOPs: {', '.join(PEERS)}"
+    )
     before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
     static_schedule: str | None = option(None, "schedule of the baseline `static`; else --schedule", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json, for the baseline `block_influence`", is_file=True)
@@ -49,10 +56,12 @@ class EvaluateStage(PrunedSettings):
     def check(self) -> None:
         super().check()
         for name in self.compare:
-            if name not in BASELINES:
-                raise UserError(f"compare names {name!r}, which is none of {', '.join(BASELINES)}\nChange --compare.")
-        if "block_influence" in self.compare and not self.sensitivity:
-            raise UserError("the baseline block_influence needs what `sensitivity` measured\nGive --sensitivity FILE.")
+            if name not in BASELINES + PEERS:
+                known = ", ".join(BASELINES + PEERS)
+                raise UserError(f"compare names {name!r}, which is none of {known}\nChange --compare.")
+        for name in {"block_influence", "short_gpt"} & set(self.compare):
+            if not self.sensitivity:
+                raise UserError(f"the baseline {name} needs what `sensitivity` measured\nGive --sensitivity FILE.")
         if "static" in self.compare and not (self.static_schedule or self.schedule):
             raise UserError("the baseline static needs the schedule searched with it\nGive --static_schedule FILE.")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.evaluation import continuation
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import realised_flops_reduction
+from ftp_lightning.pruning.request import realised_cut
 from ftp_lightning.stages.inputs import check_questions
 from ftp_lightning.stages.task_cells import Results, dense_cell, kept_cell, leak_cell, task_cell
 from ftp_lightning.stages.task_files import RECALL, TaskFiles, test_windows
@@ -69,7 +69,7 @@ class Bench:
         self.tell(f"{name}, text")
         prompt = self._score(pruner, "prompt")
         trace = pruner.trace.prompt  # of the last batch of prompts
-        cut = realised_flops_reduction(self.model, trace, pruner.kv, rank=pruner.skip_rank)
+        cut = realised_cut(self.model, pruner, trace)
         sequence = self._score(pruner, "sequence")
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner, self._modes[0])

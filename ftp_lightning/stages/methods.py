@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ftp_lightning.baselines import PEERS, Profile, Setting
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.request import planned_cut
 from ftp_lightning.routing import ROUTERS, RandomRouter, Router, StaticRouter
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search import allocations
+from ftp_lightning.stages.evaluate import BASELINES
 from ftp_lightning.stages.inputs import chosen_pruner, load_pruner, load_schedule, load_sensitivity
 
 if TYPE_CHECKING:
@@ -31,7 +34,17 @@ def choose_methods(settings: EvaluateStage, model: Any) -> Methods:
     return [(other, pruner) for other, pruner in methods if other != name] + [(name, chosen)]
 
 
+def _peer(name: str, settings: EvaluateStage, chosen: TokenPruner, model: Any) -> TokenPruner:
+    """A peer where the prompt costs as many FLOPs as under the pruner asked about."""
+    blocks = chosen.schedule.num_blocks
+    influence = load_sensitivity(settings.sensitivity, blocks)["block_influence"] if settings.sensitivity else ()
+    cut = planned_cut(model, chosen, settings.prompt_tokens)
+    return PEERS[name].place(Setting(model, settings.seed, influence=influence), cut, Profile(settings.prompt_tokens))
+
+
 def _baseline(name: str, settings: EvaluateStage, chosen: TokenPruner, model: Any) -> TokenPruner:
+    if name not in BASELINES:
+        return _peer(name, settings, chosen, model)
     schedule, blocks = chosen.schedule, chosen.schedule.num_blocks
     even = Schedule.uniform(blocks, schedule.budget)
     if name == "random":

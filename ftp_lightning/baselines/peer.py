@@ -1,0 +1,103 @@
+"""What a peer is: another method behind the pruner's interface, placed at a wanted FLOPs cut, really skipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.budget import OutOfReach, solve_budget
+from ftp_lightning.pruning.request import scout_flops
+from ftp_lightning.routing import Router
+from ftp_lightning.schedule import Schedule
+
+
+class Peer:
+    """A selector of tokens with a schedule of its own; what is no selector, or has no budget, overwrites `placed`.
+
+    Attributes:
+        name: of its rows. title: as tables show it. paper: where it comes from.
+        kv, parts, window, attention: of its pruner, see `TokenPruner`.
+        most: its own schedule stays at or below this sparsity where one of its `tries` can.
+        seeded: differs by seed. trained: its router has to be trained. own_schedule_only: it is nothing under another.
+    """
+
+    name = title = paper = ""
+    kv, parts, window, attention = "evict", "block", 32, "window"
+    most = 1.0
+    seeded = trained = own_schedule_only = False
+
+    def tries(self, setting: Setting) -> Iterator[tuple[Router, Schedule]]:
+        """Routers, each with the form of the schedule that goes with it, the preferred one first. A form is scaled to
+        the budget by one factor: s_l -> min(1, c s_l)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it selects")
+
+    def place(
+        self, setting: Setting, cut: float, profile: Profile, form: Schedule | None = None, kv: str | None = None
+    ) -> TokenPruner:
+        """The pruner whose planned FLOPs cut of the profile's request is nearest `cut`, under the peer's own schedule
+        or one of another `form`. `OutOfReach` where that cannot be."""
+        if form is not None and self.own_schedule_only:
+            raise UserError(f"{self.name} is what it is under its own schedule alone.\nLeave the other one out.")
+        return self.placed(setting, cut, profile, form, kv)
+
+    def placed(
+        self, setting: Setting, cut: float, profile: Profile, form: Schedule | None, kv: str | None
+    ) -> TokenPruner:
+        """`place`, once what is asked for makes sense."""
+        found: list[tuple[Router, Schedule]] = []
+        for router, own in self.tries(setting):
+            try:
+                schedule = self._scaled(setting, cut, profile, router, form or own, kv or self.kv)
+            except OutOfReach as error:
+                reason = error
+                continue
+            if form is not None or max(schedule.sparsity) <= self.most:
+                return self.pruner(setting, router, schedule, kv)
+            found.append((router, schedule))
+        if not found:
+            raise reason
+        return self.pruner(setting, *min(found, key=lambda one: max(one[1].sparsity)), kv)
+
+    def _scaled(
+        self, setting: Setting, cut: float, profile: Profile, router: Router, form: Schedule, kv: str
+    ) -> Schedule:
+        look = scout_flops(setting.model, router.scout, profile.prompt_tokens)
+        about = {"rank": setting.rank, "new_tokens": profile.new_tokens, "extra": look}
+        return solve_budget(setting.model, cut, profile.prompt_tokens, kv, form, self.parts, **about)
+
+    def pruner(
+        self, setting: Setting, router: Router, schedule: Schedule, kv: str | None = None, **more
+    ) -> TokenPruner:
+        """The pruner of this peer; `more` are arguments of `TokenPruner`."""
+        compensation = setting.compensation(self.parts)
+        skip = "identity" if compensation is None else "low-rank"
+        about = {"parts": self.parts, "window": self.window, "attention": self.attention}
+        return TokenPruner(router, schedule, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
+
+
+def even(blocks: int) -> Schedule:
+    """The same in every block."""
+    return Schedule.uniform(blocks, 1.0)
+
+
+def first_dense(form: Schedule) -> Schedule:
+    """The form with its first block dense: what stands for a common schedule, so that selectors which read attention
+    have something to read."""
+    return Schedule([0.0, *form.sparsity[1:]])
+
+
+def from_block(blocks: int, first: int) -> Schedule:
+    """Dense below block `first`, the same from there on."""
+    return Schedule([float(block >= first) for block in range(blocks)])
+
+
+def steps(blocks: int) -> Schedule:
+    """Progressive: a dense quarter, then a third, two thirds and all of it in one quarter of the blocks each."""
+    return Schedule([min(3, 4 * block // blocks) / 3 for block in range(blocks)])
+
+
+def ramp(blocks: int) -> Schedule:
+    """Rising evenly from a dense first block."""
+    return Schedule([block / max(1, blocks - 1) for block in range(blocks)])

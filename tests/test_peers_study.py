@@ -1,0 +1,70 @@
+"""The study of peers: a tiny one end to end, gone on with where it stopped, its tables, CSV and figure."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "peers.py"
+TINY = """--cuts 0.3 --two_way 0.3 --profiles request --prompt_tokens 64 --new_tokens 8 --seeds 0 --items 12 --windows 2
+--calibration_windows 2 --generations 1 --steps 2 --pairs 2"""
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("peers", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(study, monkeypatch, folder, *more):
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--output", str(folder), *TINY.split(), *more])
+    study.main()
+
+
+@pytest.mark.slow
+def test_every_peer_is_measured_once_at_the_cut(study, monkeypatch, tmp_path, capsys):
+    from ftp_lightning.baselines import PEERS
+
+    call(study, monkeypatch, tmp_path)
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()]
+    assert {row["peer"] for row in rows} == set(PEERS)
+    assert {row["schedule"] for row in rows if row["peer"] == "lazy_llm"} == {"own", "uniform", "searched"}
+    assert all("unreachable" not in row for row in rows if row["schedule"] == "own")
+    reached = [row for row in rows if "unreachable" not in row]
+    for row in reached:
+        assert row["kept"]["items"] == sum(row["need"]) > 5 and row["prefill_ms"] > 0 and row["decode_ms"] > 0
+        if row["peer"] not in ("last_block_free", "deletion_surprisal"):
+            assert abs(row["planned_cut"] - 0.3) < (0.07 if row["removed"] else 0.02)
+            assert abs(row["realised_cut"] - row["planned_cut"]) < 0.03
+    surprisal = next(row for row in rows if row["peer"] == "deletion_surprisal")
+    assert surprisal["realised_cut"] < -0.5
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
+    capsys.readouterr()
+    call(study, monkeypatch, tmp_path)
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
+    said = capsys.readouterr().out
+    assert "### request, 30% of the FLOPs\n" in said and "by selector and schedule" in said and "on the front" in said
+    assert (tmp_path / "peers.png").stat().st_size > 10_000
+    assert len(list(csv.DictReader((tmp_path / "peers.csv").open()))) == len(rows)
+
+
+def test_the_front_is_what_nothing_beats(study):
+    points = {"a": [(0.2, 0.9), (0.4, 0.5)], "b": [(0.3, 0.9)], "c": [(0.305, 0.8)], "d": [(0.6, 0.1), (0.1, 0.2)]}
+    assert study.front(points) == ["a", "b", "d"]
+
+
+def test_an_unknown_peer_is_told_before_anything_is_measured(study, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(study, monkeypatch, tmp_path, "--peers", "lazy_lm")
+    assert stopped.value.code == 2
+    assert "lazy_lm" in capsys.readouterr().err
+
+
+def test_tables_of_nothing_are_empty(study, monkeypatch, tmp_path, capsys):
+    call(study, monkeypatch, tmp_path, "--tables")
+    assert capsys.readouterr().out == "" and not (tmp_path / "peers.csv").exists()
