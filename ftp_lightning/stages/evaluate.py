@@ -67,16 +67,45 @@ class EvaluateStage(PrunedSettings):
         bench = Bench(self, model, tokenizer, tell)
         results = bench.dense_results()
         results["methods"] = with_retention([bench.measure(*method) for method in methods], self.tasks, bench.dense)
-        self.write(folder, results, bench, methods)
+        tokens = self.write(folder, results, bench, methods)
+        self._track(folder, results["methods"], tokens)
         last = results["methods"][-1]
         skipped = f"{last['realised_sparsity']:.1%} skipped"
         progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g}, {skipped}")
 
-    def write(self, folder: StageFolder, results: dict[str, Any], bench: Any, methods: Methods) -> None:
+    def write(self, folder: StageFolder, results: dict[str, Any], bench: Any, methods: Methods) -> dict[str, Any]:
         from ftp_lightning.stages.showcase import story_tokens
 
         folder.write_json("results.json", results)
         folder.write_text("samples.jsonl", "".join(json.dumps(row) + "\n" for row in bench.samples()))
-        folder.write_json("tokens.json", story_tokens(self, bench.model, bench.tokenizer, methods[-1][1]))
+        tokens = story_tokens(self, bench.model, bench.tokenizer, methods[-1][1])
+        folder.write_json("tokens.json", tokens)
         summary = {method["name"]: {"kl": method["kl"], "kept": method["kept"]} for method in results["methods"]}
         folder.write_json("metrics.json", {"methods": summary, "windows": bench.windows.hash()})
+        return tokens
+
+    def _track(self, folder: StageFolder, methods: list[dict[str, Any]], tokens: dict[str, Any]) -> None:
+        """The methods as a table; schedule and gates of the last one as images. The CSV would say nothing new."""
+        from ftp_lightning.report import tracked
+        from ftp_lightning.tracking import log_outcome, logging_to
+
+        if self.tracking == "csv":
+            return
+        rows = [_row(method) for method in methods]
+        images = {
+            "realised": lambda: tracked.schedule_png(methods[-1]["realised_per_block"]),
+            "gates": lambda: tracked.gates_png(tokens["keep"]),
+        }
+        with logging_to(self.tracking, folder.place("logs").parent, self.config(), self.stage) as logger:
+            log_outcome(
+                logger,
+                numbers={"kl": rows[-1]["kl"], "kept": rows[-1]["kept"]},
+                images=images,
+                tables={"methods": rows},
+            )
+
+
+def _row(method: dict[str, Any]) -> dict[str, Any]:
+    kept = method["kept"]["share"] if method["kept"] else None
+    names = ("name", "budget", "kv", "realised_sparsity", "flops_reduction")
+    return {name: method[name] for name in names} | {"kl": method["kl"]["mean"], "kept": kept}
