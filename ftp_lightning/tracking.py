@@ -156,7 +156,7 @@ def _wandb(folder: Path, config: dict[str, Any], job_type: str, group: str) -> A
         job_type=job_type,
         group=os.environ.get("WANDB_RUN_GROUP", group),
         name=job_type,
-        id=None if "WANDB_RUN_ID" in os.environ else _run_id(folder, config),
+        id=os.environ.get("WANDB_RUN_ID") or _run_id(folder, config),
         resume="allow",
     )
 

@@ -49,7 +49,7 @@ class SweepStage(Settings):
         from ftp_lightning.stages.sweep_table import TABLE, write_study
 
         progress = progress or Progress(f"study {self.name}")
-        question, trials = self.question(), self.trials()
+        trials, question = self.trials(), self.question()
         left = to_do(trials)
         make_folder(self.folder)
         if not left:
