@@ -129,6 +129,7 @@ def test_wishes_replace_what_the_file_says_but_not_what_it_varies():
         ({"parameters": {"bugdet": {"value": 3}}}, "bugdet"),
         ({"parameters": {"allocation": {"value": "even"}}}, "no allocation 'even'"),
         ({"parameters": {"config": {"values": [{"label": "a"}, {"label": "a", "steps": 3}]}}}, "two runs are called a"),
+        ({"parameters": {"config": {"values": [{"label": "a"}, {"label": "b"}]}}}, "a and b are one and the same run"),
     ],
 )
 def test_what_cannot_be_run_is_told_before_anything_is(tmp_path, change, said):

@@ -101,10 +101,17 @@ class SweepStage(Settings):
 
     def _check_different(self, trials: list[TrialStage]) -> None:
         """UserError where two runs are one, or two rows of the table would have one name."""
-        seen: dict[tuple, str] = {}
+        rows: set[tuple] = set()
+        known: dict[str, str | None] = {}
         for trial in trials:
-            if seen.setdefault((trial.label, trial.seed), trial.digest) != trial.digest:
+            if (trial.label, trial.seed) in rows:
                 raise UserError(f"study: two runs are called {trial.label}\nGive each a label of its own.")
+            if trial.digest in known:
+                raise UserError(
+                    f"study: {known[trial.digest]} and {trial.label} are one and the same run\nLeave one out."
+                )
+            rows.add((trial.label, trial.seed))
+            known[trial.digest] = trial.label
 
     def chosen_jobs(self, runs: int) -> int:
         from ftp_lightning.stages.sweep_runs import visible_gpus

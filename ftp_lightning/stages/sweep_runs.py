@@ -7,7 +7,10 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +67,26 @@ def _each(trials: Sequence[StageSettings], jobs: int, progress: Progress) -> Ite
         with _one_process():
             yield from (_run(trial) for trial in trials)
         return
-    from torch import multiprocessing
+    with _workers(jobs) as pool:
+        for future in as_completed([pool.submit(_run, trial) for trial in trials]):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                raise UserError("a process that made runs was killed\nThe same command goes on.") from None
 
-    context = multiprocessing.get_context("spawn")
-    places, gpus = context.Queue(), visible_gpus()
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that see a GPU each, where there are any. What has not begun is not begun after an error."""
+    context, gpus = get_context("spawn"), visible_gpus()
+    places = context.Queue()
     for number in range(jobs):
         places.put(gpus[number % len(gpus)] if gpus else None)
-    with context.Pool(jobs, _start_worker, (places, jobs, os.getpid())) as pool:
-        yield from pool.imap_unordered(_run, trials)
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (places, jobs, os.getpid()))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def visible_gpus() -> list[str]:
@@ -126,4 +141,8 @@ def _run(trial: StageSettings) -> str | None:
         trial.execute(Progress(label))
     except UserError as error:
         return f"{label}: {error}"
+    except SystemExit as left:
+        if left.code == 1:  # so Lightning answers Ctrl-C, when it has cleaned up
+            raise KeyboardInterrupt from left
+        raise
     return None

@@ -45,7 +45,7 @@ class TrialStage(TrainStage):
     router: RouterName | Literal["static", "random"] = option(
         "dynamic", "which router; static and random learn nothing"
     )
-    steps: int = option(80, "optimiser steps: equal, short trainings", least=1)
+    steps: int = option(60, "optimiser steps: equal, short trainings", least=1)
     batch_size: int = option(2, "windows per forward", least=1)
     validations: int = option(1, "times the router is measured while it trains; at 1 no state is chosen", least=1)
     allocation: str = option(SEARCHED, "how the budget is spread over the blocks: searched, or an allocation by name")
