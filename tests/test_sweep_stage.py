@@ -207,6 +207,11 @@ def command(study: str, output: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "ftp_lightning", "sweep", "--study", study, "--output", str(output), *more]
 
 
+def hears_ctrl_c() -> None:
+    """What a shell starts in the background does not hear it, and neither does what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def results_of(folder: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in folder.glob("runs/*/results.json")}
 
@@ -216,7 +221,9 @@ def results_of(folder: Path) -> dict[str, bytes]:
 def test_a_killed_study_loses_the_run_in_progress_and_ends_the_same(done, tmp_path, number):
     study, _ = done
     output = tmp_path / "runs" / "tiny"
-    process = subprocess.Popen(command(study.study, output), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(study.study, output), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears_ctrl_c
+    )
     for line in process.stderr:
         if "3 of 6 runs" in line:
             os.killpg(process.pid, number)

@@ -183,6 +183,7 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
             axis.plot(known, [place] * len(known), "o", mfc="none", color=colour, alpha=0.6)
             axis.plot([statistics.fmean(known)] if known else [], [place] if known else [], "D", color=colour)
         axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=5)
     left.set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
     left.set_xlabel("KL to dense, nats per continuation token")
     right.set(xlabel="answers kept, share", xlim=(0, 1.02))
