@@ -3,21 +3,22 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 RUN ?= runs/demo
-MODEL ?= embedded
+WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report bench ablation-allocation reproduce test slurm-test faults check
+.PHONY: help setup demo report bench schedules-study reproduce test slurm-test faults check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## make .venv with the pinned requirements and this package
 
-$(SETUP): requirements.txt requirements-torchao.txt pyproject.toml
+$(SETUP): requirements.txt requirements-torchao.txt requirements-sweeps.txt pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao -r requirements-torchao.txt
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/sweeps -r requirements-sweeps.txt
 	$(PYTHON) -m pip install --quiet --no-deps -e .
 	touch $@
 
@@ -30,11 +31,14 @@ report: $(SETUP)  ## write the report of RUN (runs/demo) anew
 bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense and pruned
 	$(PYTHON) -m ftp_lightning benchmark --config experiments/benchmark_cpu.yaml
 
-ablation-allocation: $(SETUP)  ## compare ways to a schedule at equal forward tokens (hours)
+ablation-%: $(SETUP)  ## one study of sweeps/, as ablation-factors [MODEL=... BUDGET=... SEEDS=3]; goes on where it stopped
+	$(PYTHON) -m ftp_lightning sweep --study sweeps/$*.yaml $(WISHES)
+
+schedules-study: $(SETUP)  ## the deep study of allocations: ways to a schedule at equal forward tokens (hours)
 	$(PYTHON) experiments/schedules.py
 
 reproduce: $(SETUP)  ## the paper's tables for MODEL (embedded), its own numbers beside them; ARGS: flags of the script
-	$(PYTHON) experiments/reproduce.py --model $(MODEL) $(ARGS)
+	$(PYTHON) experiments/reproduce.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(SETUP)  ## the fast tests, offline
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"

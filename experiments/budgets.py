@@ -151,6 +151,7 @@ class Test:
         from ftp_lightning.data.sources import load_documents
         from ftp_lightning.data.windows import plain_windows
         from ftp_lightning.evaluation.continuation import noise_floor, teacher_logprobs
+        from ftp_lightning.evaluation.greedy import as_question
         from ftp_lightning.models import load
 
         self.model, self.tokenizer = load(args.model, dtype=args.dtype)
@@ -158,34 +159,18 @@ class Test:
         self.windows = plain_windows(self.tokenizer, documents, 192, 64, args.windows, random.Random(f"{seed}/windows"))
         self.teacher, floor = teacher_logprobs(self.model, self.windows, 16), noise_floor(self.model, self.windows, 16)
         items = recall_items(self.tokenizer, documents, random.Random(f"{seed}/recall"), args.items) if recall else []
-        self.questions = [self._tokens(item, "context") for item in items]
+        self.questions = [as_question(self.tokenizer, item) for item in items]
         self.right = self.answers(self.questions)
-        self.without = self.answers([self._tokens(item, "context_deleted") for item in items])
+        self.without = self.answers([as_question(self.tokenizer, item, "context_deleted") for item in items])
         answered = {"right": sum(self.right), "right without facts": sum(self.without), "questions": len(items)}
         self.dense = {"ppl": floor.dense_ppl, "noise": floor.kl_mean, **answered}
         return dict(self.__dict__)
 
-    def _tokens(self, item, context):
-        bos = [self.tokenizer.bos_token_id]
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-        return bos + encode(item[context]), encode(item["choices"][item["answer"]])
-
     def answers(self, questions):
-        """Whether the greedy answer to each is right; contexts of one length go together, so that nothing is padded."""
-        from ftp_lightning.evaluation.scoring import score_after_prompt
+        """Whether the greedy answer to each is right."""
+        from ftp_lightning.evaluation.greedy import greedy_answers
 
-        right = [False] * len(questions)
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
-        for _, group in itertools.groupby(order, key=lambda i: len(questions[i][0])):
-            group = list(group)
-            for start in range(0, len(group), 16):
-                part = group[start : start + 16]
-                scores = score_after_prompt(
-                    self.model, [questions[i][0] for i in part], [[questions[i][1]] for i in part], 16
-                )
-                for i, [score] in zip(part, scores):
-                    right[i] = score.greedy
-        return right
+        return greedy_answers(self.model, questions)
 
     def measure(self, pruner):
         from dataclasses import asdict

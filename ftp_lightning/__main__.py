@@ -20,13 +20,11 @@ STAGES = {
     "benchmark": ("BenchmarkStage", "prefill time of the pruned model against the stock one"),
     "generate": ("GenerateStage", "one prompt, dense and pruned: both texts, tokens skipped, time to first token"),
     "report": ("ReportStage", "one HTML page from the folder of a run"),
+    "sweep": ("SweepStage", "all runs of a study, from a wandb sweep file, and what they say together"),
+    "trial": ("TrialStage", "one run of a study: schedule, router, and what they keep"),
     "prefetch": ("PrefetchStage", "download models and data sets, for nodes without network"),
 }
 """Stage -> (its settings class in `ftp_lightning.stages.STAGE`, what it does)."""
-
-LATER = {
-    "sweep": "sweep is not part of this version.\nRun the files under sweeps/ with `wandb sweep` and `wandb agent`.",
-}
 
 USAGE = """usage: ftp-lightning STAGE [--config FILE ...] [--KEY VALUE ...]
 
@@ -96,8 +94,6 @@ def _run(argv: list[str]) -> int:
 
 def parse(stage: str, arguments: Sequence[str]):
     """The stage's settings from its flags and config files; None where the parser has answered itself (`--help`)."""
-    if stage in LATER:
-        raise UserError(LATER[stage])
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage!r}\nStages: {', '.join(STAGES)}.")
     from ftp_lightning.stages.parser import parse_settings

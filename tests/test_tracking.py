@@ -1,14 +1,35 @@
-"""Loggers write under the stage's folder and nowhere else; no key is asked for or written."""
+"""Loggers write under the stage's folder and nowhere else; what a stage found can be read back; no key is written."""
 
 import csv
+import json
+import os
 
 import pytest
+from wandb_log import read_run
 
-from ftp_lightning.tracking import logging_to, make_logger
+from ftp_lightning.__main__ import parse
+from ftp_lightning.report.tracked import gates_png, schedule_png
+from ftp_lightning.tracking import log_outcome, logging_to, make_logger
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def wandb_home(tmp_path, monkeypatch):
+    """No key, no earlier settings, and every place that wandb could write to under this folder."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return home
 
 
 def test_none_is_no_logger(tmp_path):
     assert make_logger("none", tmp_path, {}, "train") is False
+    log_outcome(False, numbers={"kl": 1.0})
     assert not list(tmp_path.iterdir())
 
 
@@ -20,20 +41,134 @@ def test_csv_holds_what_was_logged_and_an_interrupted_log_goes(tmp_path):
         assert list(csv.DictReader(file)) == [{"loss": "2.0", "step": "0"}]
 
 
-def test_wandb_without_a_key_is_offline_and_each_stage_has_its_own_run(tmp_path, monkeypatch):
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_csv_takes_a_history_after_the_fact(tmp_path):
+    with logging_to("csv", tmp_path, {}, "trial") as logger:
+        log_outcome(logger, numbers={"kl": 0.5, "kept": None}, history=[{"step": 1, "total": 3.0}])
+    with (tmp_path / "logs" / "metrics.csv").open() as file:
+        found = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    assert found == [{"step": "1", "train/total": "3.0"}, {"step": "2", "kl": "0.5"}]
+
+
+def test_tensorboard_holds_numbers_and_images(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    with logging_to("tensorboard", tmp_path, {"budget": 0.3}, "train") as logger:
+        log_outcome(logger, numbers={"kl": 0.5}, images={"schedule": lambda: schedule_png([0.1, 0.5])})
+    events = accumulator.EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("kl")] == [0.5]
+    assert events.Images("schedule")[0].encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_wandb_without_a_key_is_offline_and_each_stage_has_its_own_run(tmp_path, wandb_home):
+    ids = set()
     for stage in ("search", "train"):
-        with logging_to("wandb", tmp_path / stage, {"budget": 0.3}, stage) as logger:
+        with logging_to("wandb", tmp_path / "demo" / stage, {"budget": 0.3}, stage) as logger:
             logger.log_metrics({"loss": 1.0}, step=0)
-        assert len(list((tmp_path / stage).rglob("offline-run-*/*.wandb"))) == 1
-    assert not (tmp_path / "netrc").exists()
+        run = read_run(tmp_path / "demo" / stage)
+        assert (run["group"], run["job_type"], run["exit"]) == ("demo", stage, 0)
+        ids.add(run["id"])
+    assert len(ids) == 2
+    assert not (wandb_home / "netrc").exists()
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_an_offline_run_holds_all_that_was_found(tmp_path, wandb_home):
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "pruner.json").write_text("{}")
+    keep = [[1, 1, 0, 1], [1, 0, 0, 1]]
+    with logging_to("wandb", tmp_path / "run", {"budget": 0.3, "factors": ["rank"]}, "trial", "factors") as logger:
+        log_outcome(
+            logger,
+            numbers={"kl": 0.25, "kept": None},
+            history=[{"step": step, "total": 1.0 / step} for step in (1, 2, 3)],
+            images={"schedule": lambda: schedule_png([0.1, 0.5], [0.1, 0.4]), "gates": lambda: gates_png(keep)},
+            tables={"starts": [{"start": "uniform", "loss": 0.5}, {"start": "ramp", "loss": 0.125}]},
+            pruned=tmp_path / "pruned",
+        )
+    run = read_run(tmp_path / "run")
+    assert (run["config"]["budget"], run["config"]["factors"]) == (0.3, ["rank"])
+    assert (run["group"], run["job_type"]) == ("factors", "trial")
+    assert [row["train/total"] for row in run["history"] if "train/total" in row] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert [row["kl"] for row in run["history"] if "kl" in row] == [0.25]
+    images = [row[name] for row in run["history"] for name in ("schedule", "gates") if name in row]
+    assert [image["_type"] for image in images] == ["images/separated"] * 2
+    (media,) = (tmp_path / "run").rglob("offline-run-*/files/media")
+    assert len(list(media.rglob("*.png"))) == 2
+    (table,) = media.rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [["uniform", 0.5], ["ramp", 0.125]]
+    assert [("pruner", ["pruner.json"])] == [(kind, paths) for _, kind, paths in run["artifacts"] if kind == "pruner"]
+    staged = [path for path in (tmp_path / "run").rglob("*") if "staging" in path.parts and path.is_file()]
+    assert staged and not (wandb_home / ".local").exists()
+
+
+def test_an_interrupted_stage_goes_on_in_its_run_and_another_one_does_not(tmp_path, wandb_home):
+    ids = []
+    for config in ({"steps": 2}, {"steps": 2}, {"steps": 3}):
+        logger = make_logger("wandb", tmp_path, config, "train")
+        ids.append(logger._id)
+        assert logger._wandb_init["resume"] == "allow"
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_under_an_agent_the_run_is_the_agents(tmp_path, wandb_home, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    with logging_to("wandb", tmp_path, {}, "trial") as logger:
+        logger.log_metrics({"kl": 1.0}, step=0)
+    assert read_run(tmp_path)["id"] == "agents"
+
+
+def test_a_key_is_in_no_file_and_no_line(tmp_path, wandb_home, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SILENT")
+    with logging_to("wandb", tmp_path / "run", {"budget": 0.3}, "train") as logger:
+        log_outcome(logger, numbers={"kl": 0.5}, tables={"rows": [{"a": 1}]})
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written)
+    assert [path for path in written if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_online_where_a_key_is_there_and_not_where_the_user_says_no(monkeypatch):
+    import wandb
+
+    from ftp_lightning import tracking
+
+    asked = []
+    monkeypatch.setattr(wandb, "login", lambda **how: asked.append(how) or True)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert tracking._may_go_online() and asked == [{"prompt": False, "verify": False}]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not tracking._may_go_online() and len(asked) == 1
 
 
 def test_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="tensorboard"):
-        make_logger("tensorboard", tmp_path, {}, "train")
+    with pytest.raises(ValueError, match="mlflow"):
+        make_logger("mlflow", tmp_path, {}, "train")
+
+
+@pytest.mark.slow
+def test_every_stage_tells_wandb_what_it_found(tmp_path, wandb_home, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tiny = ["--model=random:tiny", "--device=cpu", "--tracking=wandb", "--prompt_tokens=96", "--continuation_tokens=8"]
+    text = ["--recall_share=0.5", "--windows=2"]
+    training = ["--steps=3", "--batch_size=2", "--validations=1", "--validation_windows=2", "--budget=0.3"]
+    asked = {
+        "search": [*text, "--generations=2", "--offspring=2"],
+        "train": training,
+        "sensitivity": [*text, "--levels=0.5"],
+        "evaluate": ["--budget=0.3", "--tasks=", "--windows=2"],
+    }
+    runs = {}
+    for stage, flags in asked.items():
+        folder = tmp_path / "chain" / stage
+        parse(stage, [*tiny, *flags, f"--output={folder}"]).execute()
+        runs[stage] = read_run(folder)
+    assert {(run["group"], run["job_type"]) for run in runs.values()} == {("chain", stage) for stage in asked}
+    logged = {stage: {name for row in run["history"] for name in row} for stage, run in runs.items()}
+    assert {"search/best", "schedule", "gates", "starts"} <= logged["search"]
+    assert {"train/distillation", "train/total", "validation_kl", "schedule", "gates"} <= logged["train"]
+    assert sum("train/total" in row for row in runs["train"]["history"]) == 3
+    assert any(kind == "pruner" for _, kind, _ in runs["train"]["artifacts"])
+    assert {"sensitivity", "blocks"} <= logged["sensitivity"]
+    assert {"methods", "gates", "realised", "kl"} <= logged["evaluate"]

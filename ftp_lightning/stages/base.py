@@ -68,7 +68,9 @@ class ModelSettings(Settings):
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
     estimate: str | None = option(None, "DEVICESxGB: say what it takes on 8x80, and do nothing", passive=True)
-    tracking: Literal["csv", "wandb", "none"] = option("csv", "where metrics of the way are logged", passive=True)
+    tracking: Literal["csv", "tensorboard", "wandb", "none"] = option(
+        "csv", "where metrics of the way are logged", passive=True
+    )
     prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
     continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
 
@@ -145,7 +147,7 @@ class StageSettings(ModelSettings):
         files = [item.name for item in fields(self) if item.metadata["is_file"]]
         settings |= {name: _content(name, getattr(self, name)) for name in files}
         settings["model"] = _source(self.model, ASSETS / "llama")
-        settings["data"] = _source(self.data, ASSETS / "stories")
+        settings["data"] = text_identity(self.data)
         return settings
 
 
@@ -199,6 +201,11 @@ def _content(name: str, path: str | None) -> str | None:
     if not Path(path).expanduser().exists():
         raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
     return hash_path(Path(path).expanduser())
+
+
+def text_identity(source: str) -> str:
+    """A text by its content where it lies on this disk, else by its name."""
+    return _source(source, ASSETS / "stories")
 
 
 def _source(name: str, embedded: Path) -> str:

@@ -110,10 +110,21 @@ class BenchmarkStage(PrunedSettings):
         folder.write_json("benchmark.json", found)
         write_benchmark(rows, folder.place)
         folder.write_json("metrics.json", {"speedup": {_name(row): row["speedup"] for row in rows}})
+        self._track(folder, rows)
         last = rows[-1]
         progress.done(
             f"{last['speedup']:.2f}x as fast at {last['length']} tokens (FLOPs allow {last['flops_limit']:.2f}x)"
         )
+
+    def _track(self, folder: StageFolder, rows: list[dict[str, Any]]) -> None:
+        """The cells as a table, their speed-ups as numbers. The CSV of a logger would say nothing new."""
+        from ftp_lightning.tracking import log_outcome, logging_to
+
+        if self.tracking == "csv":
+            return
+        numbers = {f"speedup/{_name(row)}": row["speedup"] for row in rows}
+        with logging_to(self.tracking, folder.place("logs").parent, self.config(), self.stage) as logger:
+            log_outcome(logger, numbers=numbers, tables={"cells": rows})
 
 
 def _step(progress: Progress, done: int, total: int, what: str, part: float) -> None:

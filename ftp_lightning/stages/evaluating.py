@@ -14,6 +14,7 @@ from ftp_lightning.evaluation.pairing import pairs_of
 from ftp_lightning.evaluation.result_tables import result_tables
 from ftp_lightning.evaluation.tables import written
 from ftp_lightning.processes import Processes
+from ftp_lightning.report import tracked
 from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.inputs import check_chat_template, load_model
 from ftp_lightning.stages.measuring import Bench
@@ -21,6 +22,7 @@ from ftp_lightning.stages.methods import Methods, choose_methods
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.showcase import story_tokens
 from ftp_lightning.stages.task_cells import counted_tasks, with_retention
+from ftp_lightning.tracking import log_outcome, logging_to
 
 ANSWERS = "answers"
 
@@ -49,7 +51,8 @@ def carry_out(
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
     results = _measured(settings, bench, methods)
     if first:
-        _write(settings, folder, results, bench, methods)
+        tokens = _write(settings, folder, results, bench, methods)
+        _track(settings, folder, results["methods"], tokens)
         if not settings.answers:
             shutil.rmtree(place, ignore_errors=True)
         last = results["methods"][-1]
@@ -70,11 +73,33 @@ def _measured(settings: EvaluateStage, bench: Bench, methods: Methods) -> dict[s
 
 def _write(
     settings: EvaluateStage, folder: StageFolder, results: dict[str, Any], bench: Bench, methods: Methods
-) -> None:
+) -> dict[str, Any]:
     folder.write_json("results.json", results)
     folder.write_text("samples.jsonl", "".join(json.dumps(row) + "\n" for row in bench.samples()))
-    folder.write_json("tokens.json", story_tokens(settings, bench.model, bench.tokenizer, methods[-1][1]))
+    tokens = story_tokens(settings, bench.model, bench.tokenizer, methods[-1][1])
+    folder.write_json("tokens.json", tokens)
     for name, content in written(result_tables(results)).items():
         folder.write_text(name, content)
     summary = {method["name"]: {"kl": method["kl"], "kept": method["kept"]} for method in results["methods"]}
     folder.write_json("metrics.json", {"methods": summary, "windows": bench.windows.hash()})
+    return tokens
+
+
+def _track(settings: EvaluateStage, folder: StageFolder, methods: list[dict[str, Any]], tokens: dict[str, Any]) -> None:
+    """The methods as a table; schedule and gates of the last one as images. The CSV would say nothing new."""
+    if settings.tracking == "csv":
+        return
+    rows = [_row(method) for method in methods]
+    images = {
+        "realised": lambda: tracked.schedule_png(methods[-1]["realised_per_block"]),
+        "gates": lambda: tracked.gates_png(tokens["keep"]),
+    }
+    with logging_to(settings.tracking, folder.place("logs").parent, settings.config(), settings.stage) as logger:
+        numbers = {"kl": rows[-1]["kl"], "kept": rows[-1]["kept"]}
+        log_outcome(logger, numbers=numbers, images=images, tables={"methods": rows})
+
+
+def _row(method: dict[str, Any]) -> dict[str, Any]:
+    kept = method["kept"]["share"] if method["kept"] else None
+    names = ("name", "budget", "kv", "realised_sparsity", "flops_reduction")
+    return {name: method[name] for name in names} | {"kl": method["kl"]["mean"], "kept": kept}

@@ -38,9 +38,40 @@ def load_model(
     """
     where = settings.device if device is None else str(device)
     place = {"dtype": settings.dtype, "device": where, "revision": settings.revision}
-    model, tokenizer = models.load(settings.model, **place, seed=settings.seed)
+    model, tokenizer = _load(settings.model, **place, seed=settings.seed)
     check_positions(model.config, settings.prompt_tokens + settings.continuation_tokens)
     return model, tokenizer
+
+
+_models: dict[tuple, Any] | None = None
+"""Inside `keeping_models`: the model that was loaded last."""
+
+
+@contextmanager
+def keeping_models() -> Iterator[None]:
+    """Inside it stages that ask for the same model get one and the same, loaded once; stages leave it as it was.
+
+    Within another one it changes nothing.
+    """
+    global _models
+    before = _models
+    _models = {} if before is None else before
+    try:
+        yield
+    finally:
+        _models = before
+
+
+def _load(name: str, **about: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if _models is None:
+        return models.load(name, **about)
+    about["device"] = str(models.resolve_device(about["device"]))
+    seed = about["seed"] if name.startswith("random:") else None
+    key = (name, about["dtype"], about["device"], about["revision"], seed)
+    if key not in _models:
+        _models.clear()
+        _models[key] = models.load(name, **about)
+    return _models[key]
 
 
 def check_positions(

@@ -22,7 +22,8 @@ from ftp_lightning.stages.inputs import load_model, load_pruner, mixed_windows, 
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.seeds import starting_schedules
-from ftp_lightning.tracking import logging_to
+from ftp_lightning.stages.showcase import pruner_images
+from ftp_lightning.tracking import log_outcome, logging_to
 
 
 def carry_out(
@@ -52,8 +53,10 @@ def carry_out(
     with logging or nullcontext() as logger:
         listener = _Listener(settings, folder, progress, logger) if first else None
         found = _search(asked, start, fitness, listener, state, processes)
+        if first:
+            _write(settings, folder, model, start, found, text)
+            _track(logger, settings, folder, (model, tokenizer), start, found)
     if first:
-        _write(settings, folder, model, start, found, text)
         progress.done(_conclusion(found))
     return folder.files
 
@@ -157,6 +160,31 @@ def _write(
     if settings.pruned:
         start.with_schedule(result.schedule).save(folder.place("pruned"), base=settings.model, model=model)
     folder.write_json("metrics.json", metrics(result) | more)
+
+
+def _track(
+    logger: Any,
+    settings: SearchStage,
+    folder: StageFolder,
+    loaded: tuple[Any, Any],
+    start: TokenPruner,
+    found: dict[float, SearchResult],
+) -> None:
+    """Schedules and gates as images, what the search started from as a table, the pruner that was fine-tuned."""
+    several = len(found) > 1
+    images = {
+        f"{name}{f' at {budget:.0%}' if several else ''}": draw
+        for budget, result in found.items()
+        for name, draw in pruner_images(settings, *loaded, start.with_schedule(result.schedule)).items()
+    }
+    rows = [
+        {"budget": budget, "start": name, "loss": loss, "found": result.value}
+        for budget, result in found.items()
+        for name, loss in result.allocations.items()
+    ]
+    log_outcome(
+        logger, images=images, tables={"starts": rows}, pruned=folder.path / "pruned" if settings.pruned else None
+    )
 
 
 def _conclusion(found: dict[float, SearchResult]) -> str:

@@ -63,6 +63,7 @@ class SensitivityStage(StageSettings):
         folder.write_json("sensitivity.json", found)
         write_bytes(folder.place("sensitivity.png"), self.picture(found))
         folder.write_json("metrics.json", {"windows": windows.hash(), "tokens": found["tokens"]})
+        self._track(folder, found)
         weakest = min(range(found["num_blocks"]), key=lambda block: found["kl"][block][-1])
         kl = found["kl"][weakest][-1]
         progress.done(f"block {weakest + 1} is cheapest to prune, KL {kl:.2g} at {self.levels[-1]:.0%}")
@@ -78,6 +79,18 @@ class SensitivityStage(StageSettings):
         makers = {kv: partial(TokenPruner, router, kv=kv) for kv in KV[self.kv]}
         shape = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
         return BlockSensitivity(model, makers, num_blocks(model), self.levels, self.thresholds, **shape)
+
+    def _track(self, folder: StageFolder, found: dict[str, Any]) -> None:
+        """One row per block, and the picture. The CSV of a logger would say nothing new."""
+        from ftp_lightning.tracking import log_outcome, logging_to
+
+        if self.tracking == "csv":
+            return
+        columns = {"block_influence": found["block_influence"]}
+        columns |= {f"kl at {level}": [row[i] for row in found["kl"]] for i, level in enumerate(found["levels"])}
+        rows = [{"block": 1 + block, **dict(zip(columns, cells))} for block, cells in enumerate(zip(*columns.values()))]
+        with logging_to(self.tracking, folder.place("logs").parent, self.config(), self.stage) as logger:
+            log_outcome(logger, images={"sensitivity": lambda: self.picture(found)}, tables={"blocks": rows})
 
     def picture(self, found: dict[str, Any]) -> bytes:
         """All that was found as a PNG."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,18 @@ def story_tokens(settings: StageSettings, model: Any, tokenizer: Any, pruner: To
         "computed_by": keep.sum(0).tolist(),
         "keep": keep.tolist(),
         "num_blocks": len(keep),
+    }
+
+
+def pruner_images(
+    settings: StageSettings, model: Any, tokenizer: Any, pruner: TokenPruner, realised: Sequence[float] | None = None
+) -> dict[str, Callable[[], bytes]]:
+    """Name -> what draws the PNG: the schedule, and the gates on the beginning of the stage's text."""
+    from ftp_lightning.report import tracked
+
+    return {
+        "schedule": lambda: tracked.schedule_png(pruner.schedule.sparsity, realised),
+        "gates": lambda: tracked.gates_png(story_tokens(settings, model, tokenizer, pruner)["keep"]),
     }
 
 

@@ -29,8 +29,9 @@ from ftp_lightning.stages.inputs import (
     schedule_or_uniform,
 )
 from ftp_lightning.stages.progress import Progress
+from ftp_lightning.stages.showcase import pruner_images
 from ftp_lightning.stages.train import TrainStage
-from ftp_lightning.tracking import logging_to
+from ftp_lightning.tracking import log_outcome, logging_to
 
 
 def carry_out(
@@ -54,8 +55,11 @@ def carry_out(
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), "train") if first else None
     with logging or nullcontext() as logger:
         found = fit(system, data, place, logger, tell, folder.fingerprint, processes)
+        if first:
+            pruner.save(folder.place("pruned"), base=settings.model, model=model)
+            images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
+            log_outcome(logger, images=images, pruned=folder.path / "pruned")
     if first:
-        pruner.save(folder.place("pruned"), base=settings.model, model=model)
         counts = rows.counts() if settings.rows == "examples" else {}
         folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")

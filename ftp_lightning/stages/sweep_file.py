@@ -1,0 +1,91 @@
+"""A wandb sweep file, read as `wandb sweep` reads it: its grid, and the command line of every run."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from ftp_lightning.errors import UserError
+
+Run = dict[str, Any]
+"""Parameter -> value."""
+
+DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
+AGENT = "Run it with `wandb sweep {}`, then `wandb agent ID`."
+
+
+def read_sweep(path: str) -> dict[str, Any]:
+    """The sweep in a YAML file. UserError where there is none, or one whose runs are not told beforehand."""
+    import yaml
+
+    try:
+        sweep = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"study: {path} cannot be read: {error.strerror}\nGive --study sweeps/NAME.yaml.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"study: {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict):
+        raise UserError(f"study: {path} has no parameters, so it is no sweep file\nGive --study sweeps/NAME.yaml.")
+    _check_is_grid(sweep, path)
+    return sweep
+
+
+def _check_is_grid(sweep: dict[str, Any], path: str) -> None:
+    """UserError for what only wandb's server decides while runs are going on, and for what is not a grid."""
+    agent = AGENT.format(path)
+    if sweep.get("method") != "grid":
+        raise UserError(f"study: the method of {path} is {sweep.get('method')}; alone only a grid is run\n{agent}")
+    if "early_terminate" in sweep:
+        raise UserError(f"study: {path} stops runs early, for which they are compared as they go\n{agent}")
+    for name, told in sweep["parameters"].items():
+        listed = isinstance(told, dict) and isinstance(told.get("values", [told.get("value")]), list)
+        if not listed or not {"value", "values"} & set(told):
+            raise UserError(f"study: parameter {name} of {path} has neither `value` nor a list `values`\n{agent}")
+
+
+def with_values(sweep: dict[str, Any], path: str, **given: Any) -> dict[str, Any]:
+    """The sweep with parameters set; None leaves one as it is. A list of values replaces a list of values.
+
+    UserError where one value is given for a parameter that the study varies.
+    """
+    parameters = dict(sweep["parameters"])
+    for name, value in given.items():
+        if value is None:
+            continue
+        varied = "values" in parameters.get(name, {})
+        if varied and not isinstance(value, list):
+            raise UserError(f"{name} is what {path} varies, so it cannot be {value}\nLeave --{name} out.")
+        parameters[name] = {"values" if isinstance(value, list) else "value": value}
+    return sweep | {"parameters": parameters}
+
+
+def expand(sweep: dict[str, Any]) -> list[Run]:
+    """All runs of a grid, in wandb's order: parameters by name, the last one changing first; at most `run_cap`."""
+    told = sorted(sweep["parameters"].items())
+    values = [one["values"] if "values" in one else [one["value"]] for _, one in told]
+    runs = [dict(zip((name for name, _ in told), chosen)) for chosen in itertools.product(*values)]
+    return runs[: sweep.get("run_cap")]
+
+
+def arguments(sweep: dict[str, Any], run: Run) -> tuple[str, list[str]]:
+    """The stage of this package that `wandb agent` would start for a run, and its arguments.
+
+    UserError where the command starts something else, or has a macro other than ${args}.
+    """
+    words: list[str] = []
+    for word in sweep.get("command", DEFAULT_COMMAND):
+        words += [f"--{name}={value}" for name, value in run.items()] if word == "${args}" else [str(word)]
+    start = ["${env}", "${interpreter}", "-m", "ftp_lightning"]
+    if words[:4] != start or len(words) < 5:
+        raise UserError(f"study: its command is not {' '.join(start)} STAGE ${{args}}\nWrite it so.")
+    macro = next((word for word in words[5:] if re.fullmatch(r"\$\{.*\}", word)), None)
+    if macro:
+        raise UserError(f"study: its command has {macro}, which is not understood here\nUse ${{args}} alone.")
+    return words[4], words[5:]
+
+
+def varied(sweep: dict[str, Any]) -> list[str]:
+    """Names of the parameters with several values, but for the seed."""
+    return [name for name, told in sorted(sweep["parameters"].items()) if "values" in told and name != "seed"]
