@@ -52,6 +52,9 @@ def top_legend(axis: Any, columns: int = 4, **options: Any) -> None:
     axis.legend(**place, ncols=columns, handlelength=1.6, columnspacing=1.4, **options)
 
 
+LOG = "log scale: no zero"
+"""What an axis says of itself that does not show its zero."""
+
 DIAMOND = {"color": INK, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8, "clip_on": False}
 
 
@@ -83,9 +86,9 @@ def sensitivity(rows: Rows) -> "Figure":
     for level, colour, marker in zip(levels, CYCLE * len(levels), "osD^vP" * len(levels)):
         axis.plot(column(rows, "block"), column(rows, level), marker + "-", color=colour, label=level, clip_on=False)
     kl_scale(axis, [row[level] for row in rows for level in levels])
-    axis.set_ylabel("KL to dense (nats per token)")
+    axis.set_ylabel("KL to dense (nats per token)\nlog scale, linear near 0")
     block_axis(axis, len(rows))
-    top_legend(axis)
+    top_legend(axis, columns=3)
     return figure
 
 
@@ -122,7 +125,8 @@ def convergence(rows: Rows) -> "Figure":
             look = {"color": INK, "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
         axis.axhline(row["kl"], **look, label=f"{row['series']}  {number(row['kl'])}")
     kl_scale_to_range(axis, column(rows, "kl"))
-    axis.set(xlabel="forward tokens spent", ylabel="KL to dense (nats per token)")
+    axis.set_xlabel("forward tokens spent")
+    axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(si_formatter())
     figure.legend(loc="outside lower left", ncols=3, handlelength=1.6, columnspacing=1.2)
     return figure
@@ -130,9 +134,11 @@ def convergence(rows: Rows) -> "Figure":
 
 def kl_scale_to_range(axis: Any, values: list[float]) -> None:
     """Logarithmic where every value allows it: a search moves within one or two powers of ten."""
+    axis.set_ylabel("KL to dense (nats per token)")
     if min(values) > 0:
         axis.set_yscale("log")
         axis.set_ylim(min(values) * 0.8, max(values) * 1.2)
+        axis.set_ylabel(f"KL to dense (nats per token)\n{LOG}")
         plain_log(axis.yaxis, math.log10(max(values) / min(values)))
 
 
@@ -167,6 +173,19 @@ def losses(rows: Rows) -> "Figure":
     return figure
 
 
+def weighted(rows: Rows) -> "Figure":
+    """The weighted losses as they are added up, stacked: which of them is minimised."""
+    figure, axis = canvas()
+    names = ("distillation", "sparsity", "guide")
+    width = max(1, len(rows) // 20)
+    values = [running_mean(column(rows, name), width) for name in names]
+    shades = {"colors": (BLUE, ORANGE, GREEN), "alpha": 0.75, "linewidth": 0}
+    axis.stackplot(column(rows, "step"), values, labels=names, **shades)
+    axis.set(xlabel="training step", ylabel="weight x loss", ylim=(0, None), xlim=(0, rows[-1]["step"]))
+    top_legend(axis)
+    return figure
+
+
 def smooth_curve(axis: Any, rows: Rows, name: str, colour: str, label: str | None = None) -> None:
     """Every step, and over it the running mean over 5 % of the steps."""
     steps, values = column(rows, "step"), column(rows, name)
@@ -183,13 +202,16 @@ def validation(rows: Rows) -> "Figure":
 
 
 def target_and_soft(rows: Rows) -> "Figure":
-    """What the schedule asks of the router, and what the router's probabilities say."""
+    """What the schedule asks of the router, what its probabilities say, and what it did."""
     figure, axis = canvas()
     blocks = column(rows, "block")
-    axis.bar(blocks, column(rows, "soft"), 0.75, color=BLUE, label="soft: 1 - mean p(compute)")
+    if "soft" in rows[0]:
+        axis.bar(blocks, column(rows, "soft"), 0.75, color=BLUE, label="soft: 1 - mean p(compute)")
     edges = [block - 0.45 for block in blocks], [block + 0.45 for block in blocks]
     axis.hlines(column(rows, "target"), *edges, color=ORANGE, linewidth=2.6, label="target")
-    axis.set(ylim=(0, 1), ylabel="sparsity")
+    if "realised" in rows[0]:
+        axis.plot(blocks, column(rows, "realised"), "D", **DIAMOND, label="realised")
+    axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens)")
     block_axis(axis, len(rows))
-    top_legend(axis)
+    top_legend(axis, columns=3)
     return figure

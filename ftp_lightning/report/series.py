@@ -39,12 +39,20 @@ def schedules(run: Run) -> Rows:
 
 
 def sensitivity(run: Run) -> Rows:
-    """block, "sparsity 0.3", …: KL per continuation token when this block alone skips that share of tokens."""
+    """block, "sparsity 0.3", …: KL per continuation token when this block alone skips that share of tokens; where
+    several kv modes were measured "keep, sparsity 0.3", …"""
     found = run["sensitivity"]
     if not found:
         return []
-    columns = zip(*found["kl"], strict=True)
-    return by_block(**{f"sparsity {level:g}": list(kl) for level, kl in zip(found["levels"], columns, strict=True)})
+    by_kv = found.get("kl_by_kv") or {}
+    by_kv = {f"{kv}, ": kl for kv, kl in by_kv.items()} if len(by_kv) > 1 else {"": found["kl"]}
+    return by_block(
+        **{
+            f"{kv}sparsity {level:g}": list(column)
+            for kv, kl in by_kv.items()
+            for level, column in zip(found["levels"], zip(*kl, strict=True), strict=True)
+        }
+    )
 
 
 def influence(run: Run) -> Rows:
@@ -54,6 +62,20 @@ def influence(run: Run) -> Rows:
         return []
     redundancy = {f"cosine > {level}": shares for level, shares in found.get("redundancy", {}).items()}
     return by_block(block_influence=found["block_influence"], **redundancy)
+
+
+def gradient(run: Run) -> Rows:
+    """block, gradient: mean |dL/dg| of a gate on the block's update of each prompt token (nats)."""
+    found = run["sensitivity"]
+    return by_block(gradient=found.get("gradient")) if found else []
+
+
+def positions(run: Run) -> Rows:
+    """block, "same > 0.8", "chance > 0.8", "explained > 0.8", …: whether the tokens that a block hardly turns stand at
+    the same positions in every text (pooled Jaccard index; that of as many tokens anywhere; R² of position alone)."""
+    measured = (run["sensitivity"] or {}).get("position") or {}
+    names = {"same": "jaccard", "chance": "jaccard_by_chance", "explained": "explained"}
+    return by_block(**{f"{own} > {at}": values[key] for at, values in measured.items() for own, key in names.items()})
 
 
 def convergence(run: Run, stage: str) -> Rows:
@@ -98,6 +120,15 @@ def losses(run: Run) -> Rows:
     return [dict(step) for step in found["steps"]] if found else []
 
 
+def weighted(run: Run) -> Rows:
+    """step, distillation, sparsity, guide: lambda times the loss at every step; empty where it was not logged."""
+    steps = (run["train"] or {}).get("steps") or []
+    if not steps or "weighted_distillation" not in steps[0]:
+        return []
+    names = ("distillation", "sparsity", "guide")
+    return [{"step": step["step"], **{name: step[f"weighted_{name}"] for name in names}} for step in steps]
+
+
 def validation(run: Run) -> Rows:
     """step, kl: KL per continuation token on validation windows during training."""
     found = run["train"]
@@ -105,9 +136,71 @@ def validation(run: Run) -> Rows:
 
 
 def target_and_soft(run: Run) -> Rows:
-    """block, target, soft: the sparsity asked of the router and 1 - mean p_compute at the end of training."""
+    """block, target, soft, realised: the sparsity asked of the router, 1 - mean p_compute, and the share of tokens that
+    skipped, at the end of training."""
     found = run["train"]
-    return by_block(target=found["target_sparsity"], soft=found["soft_sparsity"]) if found else []
+    if not found:
+        return []
+    values = {name: found.get(f"{name}_sparsity") for name in ("target", "soft", "realised")}
+    return by_block(**values)
+
+
+def realised(run: Run) -> Rows:
+    """block, target, realised, difference: what the schedule of the headline method asks, what its evaluation did.
+
+    Empty where the evaluated method is none whose schedule the run holds.
+    """
+    method = headline_method(run["evaluate"]) or {}
+    schedule = run[SCHEDULES[method["name"]]] if method.get("name") in SCHEDULES else None
+    done = method.get("realised_per_block")
+    if not schedule or not done or len(done) != len(schedule["sparsity"]):
+        return []
+    target = schedule["sparsity"]
+    return by_block(target=target, realised=done, difference=[a - b for a, b in zip(done, target)])
+
+
+SCHEDULES = {
+    "dynamic": "finetune_schedule",
+    "dynamic (before fine-tuning)": "search_schedule",
+    "static": "search_schedule",
+}
+"""Method of an evaluation -> the product that holds its schedule."""
+
+
+def gates(run: Run) -> Rows:
+    """token, text, computed_by, block_1, …: which blocks (1 = computed) took each token of the shown text."""
+    found = run["tokens"]
+    if not found:
+        return []
+    return [
+        {"token": place, "text": text, "computed_by": count}
+        | {f"block_{block}": int(keep[place - 1]) for block, keep in enumerate(found["keep"], start=1)}
+        for place, (text, count) in enumerate(zip(found["tokens"], found["computed_by"], strict=True), start=1)
+    ]
+
+
+def pareto(run: Run) -> Rows:
+    """method, label, flops_cut, share, low, high, best: answers kept against FLOPs saved, dense first; `best` 1 where
+    no other method saves as much and keeps more. Empty without answers to keep."""
+    methods = [(m, label) for m, label in method_labels(run["evaluate"]) if m.get("kept") and "flops_reduction" in m]
+    if not methods:
+        return []
+    rows = [{"method": "dense", "label": "dense", "flops_cut": 0.0, "share": 1.0, "low": 1.0, "high": 1.0}]
+    for method, label in methods:
+        kept = {name: method["kept"][name] for name in ("share", "low", "high")}
+        rows.append({"method": method["name"], "label": label, "flops_cut": method["flops_reduction"], **kept})
+    return with_best(rows)
+
+
+def with_best(rows: Rows) -> Rows:
+    """`best`: 1 where no row saves at least as much and keeps at least as much, one of the two more; else 0."""
+
+    def beaten(row: dict[str, Any]) -> bool:
+        own = row["flops_cut"], row["share"]
+        others = ((other["flops_cut"], other["share"]) for other in rows)
+        return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in others)
+
+    return [{**row, "best": int(not beaten(row))} for row in rows]
 
 
 def kept(run: Run) -> Rows:
