@@ -23,6 +23,8 @@ from shutil import which
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "hide-scrollbars", "no-first-run", "disable-dev-shm-usage",
+         "remote-debugging-pipe")  # fmt: skip
 WIDTH = 1280
 
 
@@ -33,20 +35,16 @@ class Browser:
         self.folder = tempfile.TemporaryDirectory(prefix="browser", ignore_cleanup_errors=True)
         to_browser, self.write_to = os.pipe()
         self.read_from, from_browser = os.pipe()
-        flags = [
-            "headless=new",
-            "no-sandbox",
-            "disable-gpu",
-            "hide-scrollbars",
-            "no-first-run",
-            "disable-dev-shm-usage",
-        ]
-        flags += [f"user-data-dir={self.folder.name}", "remote-debugging-pipe"]
+        flags = [*FLAGS, f"user-data-dir={self.folder.name}"]
         command = [program, *(f"--{flag}" for flag in flags)]
-        # Chromium reads its commands from descriptor 3 and answers on 4.
-        shell = ["sh", "-c", f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"', "sh", *command, "about:blank"]
+
+        def connect() -> None:
+            """Chromium reads its commands from descriptor 3 and answers on 4."""
+            ends = os.dup(to_browser), os.dup(from_browser)  # so that neither lies under the other's new number
+            os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(shell, pass_fds=(to_browser, from_browser), **quiet)
+        self.process = subprocess.Popen(command, pass_fds=(3, 4), preexec_fn=connect, **quiet)
         os.close(to_browser), os.close(from_browser)
         self.buffer, self.number, self.session, self.complaints = b"", 0, None, []
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -110,7 +108,7 @@ class Browser:
         size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.ask("Emulation.setDeviceMetricsOverride", **size)
 
-    def picture(self, selector: str = "body") -> bytes:
+    def picture(self, selector: str = "html") -> bytes:
         """The element as a PNG."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
         script = f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])({box})"

@@ -5,13 +5,16 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_run import BLOCKS, STAGES, Page, benchmark, edit, read_csv, results, schedule, search_metrics, write_run
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.report import build_report, figures, headline, outcome_figures, page, series
+from ftp_lightning.report import block_figures, build_report, figures, headline, outcome_figures, page, series
+from ftp_lightning.report.block_figures import runs
 from ftp_lightning.report.figures import running_mean
+from ftp_lightning.report.reading import read_run
 from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
 from ftp_lightning.report.tables import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
@@ -328,3 +331,52 @@ def test_broken_files_name_themselves(tmp_path: Path) -> None:
         build_report(folder)
     with pytest.raises(UserError, match="is not a folder"):
         build_report(tmp_path / "nowhere")
+
+
+ALONG_X = {"kl", "kept"}
+"""Figures whose values lie along the horizontal axis."""
+
+
+def test_a_chart_that_hides_its_zero_says_so(tmp_path: Path) -> None:
+    found = read_run(write_run(tmp_path / "run"))
+    for plot in (plot for section in SECTIONS for plot in section.plots):
+        with house_style():
+            drawn = plot.draw(plot.rows(found))
+        for axis in drawn.axes:
+            values = ("x",) if plot.name in ALONG_X else ("y",)
+            for limits, label in ((getattr(axis, f"get_{v}lim")(), getattr(axis, f"get_{v}label")()) for v in values):
+                assert min(limits) <= 0 <= max(limits) or "no zero" in label or plot.name == "gates", (plot.name, label)
+            assert axis.get_xlabel() or axis.get_title() or not axis.xaxis.get_visible() or len(drawn.axes) > 1
+
+
+def test_the_gate_map_shows_every_decision(tmp_path: Path) -> None:
+    rows = series.gates(read_run(write_run(tmp_path / "run", ("evaluate",))))
+    tokens = json.loads((tmp_path / "run/evaluate/tokens.json").read_text())
+    assert [[row[f"block_{block + 1}"] for row in rows] for block in range(BLOCKS)] == tokens["keep"]
+    assert runs([1, 1, 0, 1, 0, 0, 1, 1, 1]) == [(1, 2), (4, 1), (7, 3)] and runs([0, 0]) == []
+    drawn = block_figures.gates(rows).axes[1]
+    areas = [abs(polygon_area(patch.get_path().vertices)) for patch in drawn.patches]
+    assert [round(area / 0.8) for area in areas] == [sum(keep) for keep in tokens["keep"] if sum(keep)]
+
+
+def polygon_area(corners: Any) -> float:
+    """Summed area of closed boxes of five corners each."""
+    boxes = [corners[start : start + 5] for start in range(0, len(corners), 5)]
+    return sum((box[:, 0].max() - box[:, 0].min()) * (box[:, 1].max() - box[:, 1].min()) for box in boxes)
+
+
+def test_the_headline_table_has_the_measured_time_of_what_was_clocked(run: Path) -> None:
+    table = page.headline_table(read_run(run))
+    times = {row[0]: row[-1] for row in table}
+    assert page.headline_columns(read_run(run))[-1] == "prefill, 2,048 tokens"
+    assert times["dense"] == "228 ms" and times["dynamic"] == "174 ms (1.31x)" and times["random tokens"] == "–"
+
+
+def test_the_best_are_those_that_nobody_beats_in_both() -> None:
+    rows = [{"flops_cut": cut, "share": share} for cut, share in ((0.0, 1.0), (0.3, 0.9), (0.3, 0.5), (0.4, 0.2))]
+    assert [row["best"] for row in series.with_best(rows)] == [1, 1, 0, 1]
+
+
+def test_commands_are_told_in_order(run: Path) -> None:
+    shown = Page(run / "report.html")
+    assert "\n".join(f"ftp-lightning {stage} --seed 0" for stage in STAGES) in shown.text

@@ -133,7 +133,7 @@ def recall_answers(run: Run) -> dict[str, tuple[bool, Any]]:
 
 
 def difference(first: str, other: str, base: dict, own: dict, draws: int) -> str:
-    """ "b against a: +1.2 % [-0.5, 2.9] of 280 answers: no difference that can be told from chance"."""
+    """ "b against a: cannot be told apart; answers kept +1.2 points [-0.5, 2.9], paired, 280 questions."."""
     from ftp_lightning.evaluation.statistics import paired_bootstrap
 
     both = [item for item in own if item in base]
@@ -143,5 +143,5 @@ def difference(first: str, other: str, base: dict, own: dict, draws: int) -> str
     apart = [int(own[item][0]) - int(base[item][0]) for item in both]
     mean, low, high = paired_bootstrap(apart, documents, random.Random(0), draws)
     said = "keeps more" if low > 0 else "keeps fewer" if high < 0 else "cannot be told apart"
-    interval = f"{100 * mean:+.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    interval = f"{100 * mean:+.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{other} against {first}: {said}; answers kept {interval}, paired, {len(both):,} questions."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.figures import LOG, column, top_legend, whiskers
 from ftp_lightning.report.series import Rows
-from ftp_lightning.report.style import CYCLE, INK, canvas, method_colour, plain_log
+from ftp_lightning.report.style import CYCLE, INK, METHOD_COLOURS, canvas, method_colour, plain_log
 from ftp_lightning.report.tables import floor_kl_text, number, percent
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def pareto(rows: Rows) -> "Figure":
     """Answers kept against FLOPs saved; the line joins those that no other method beats in both."""
     figure, axis = canvas(11, 3.3)
     for index, row in enumerate(rows):
-        colour = INK if row["method"] == "dense" else method_colour(row["method"], index)
+        colour = INK if row["method"] == "dense" else METHOD_COLOURS.get(row["method"], CYCLE[index % len(CYCLE)])
         look = {"color": colour, "marker": "osD^vP"[index % 6], "capsize": 3, "linestyle": "none"}
         axis.errorbar([row["flops_cut"]], [row["share"]], yerr=whiskers([row]), **look, label=row["label"], zorder=3)
     front = sorted((row["flops_cut"], row["share"]) for row in rows if row["best"])

@@ -1,11 +1,14 @@
 """A study: rows of settings, each measured under several seeds. Reads `study.json` and says what differs.
 
-    {"question": …, "command": …, "metrics": [{"name": …, "unit": …, "better": "higher"}],
+    {"question": …, "command": …, "metrics": [{"name": …, "title": …, "unit": …, "better": "higher"}],
      "rows": [{"label": …, "parameters": {…}, "seeds": [0, 1, 2], "metrics": {NAME: [one value per seed]}}],
-     "baseline": LABEL}
+     "baseline": LABEL, "compared": [{"label": LABEL, NAME: {"difference": …, "low": …, "high": …}}], "sentence": …}
 
-`metrics` (or `metric_names`) may also be plain names; without it the names are those of the first row. A value that a
-seed does not have is null.
+Only `rows` must be there. `metrics` may also be plain names; without it the names are those of the first row. A row
+may hold its lists beside its label instead of in `metrics`; what it holds otherwise are its parameters. A value that a
+seed does not have is null. `compared` are differences to the baseline that the study itself has measured, item by item:
+where they are there they decide what differs, and `sentence` says it; else it is a paired t interval over seeds.
+Without `baseline` the first row is it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from ftp_lightning.report.tables import MISSING, number
 
 STUDY = "study.json"
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Two-sided 95 % quantiles of Student's t for 1 ... 15 degrees of freedom; beyond them 1.96 (1 + 1.2 / df) [ours]."""
+"""Two-sided 95 % quantiles of Student's t for 1 ... 15 degrees of freedom."""
 
 Study = dict[str, Any]
 
@@ -35,9 +38,38 @@ def read_study(folder: Path) -> Study | None:
         return None
     if problem := what_is_wrong(study):
         raise UserError(f"{folder / STUDY}: {problem}\nRun the study again.")
-    named = study.get("metrics") or study.get("metric_names") or list(study["rows"][0]["metrics"])
+    rows = [tidy(row) for row in study["rows"]]
+    named = study.get("metrics") or list(rows[0]["metrics"])
     known = [{"name": metric} if isinstance(metric, str) else metric for metric in named]
-    return study | {"metrics": [{"unit": "", "better": None, **metric} for metric in known]}
+    metrics = [{"title": m["name"], "unit": "", "better": None} | KNOWN.get(m["name"], {}) | m for m in known]
+    return study | {"rows": rows, "metrics": metrics, "baseline": study.get("baseline", rows[0]["label"])}
+
+
+KNOWN = {
+    "kl": {"title": "KL to dense", "unit": "nats per continuation token", "better": "lower"},
+    "kept": {"title": "answers kept", "unit": "share", "better": "higher"},
+    "realised_sparsity": {"title": "realised sparsity", "unit": "share"},
+    "flops_reduction": {"title": "FLOPs cut", "unit": "share"},
+    "validation_kl": {"title": "validation KL", "unit": "nats per continuation token", "better": "lower"},
+}
+"""What our own measures are called on the page."""
+
+
+def measured(row: dict[str, Any]) -> dict[str, list[float | None]]:
+    """Metric -> values of one row, whether it has them in `metrics` or beside its label."""
+    beside = {name: v for name, v in row.items() if isinstance(v, list) and name != "seeds"}
+    return row.get("metrics") or beside
+
+
+def tidy(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as {"label", "seeds", "metrics", "parameters"}."""
+    metrics, given = measured(row), row.get("parameters")
+    if isinstance(given, dict):
+        parameters = given
+    else:
+        apart = {"label", "seeds", "metrics", *metrics}
+        parameters = {name: value for name, value in row.items() if name not in apart and value is not None}
+    return {"label": row["label"], "seeds": row["seeds"], "metrics": metrics, "parameters": parameters}
 
 
 def what_is_wrong(study: Any) -> str | None:
@@ -46,8 +78,10 @@ def what_is_wrong(study: Any) -> str | None:
         return "it has no rows"
     labels = [row.get("label") for row in study["rows"]]
     for row in study["rows"]:
-        for name, values in row.get("metrics", {}).items():
-            if not isinstance(values, list) or len(values) != len(row.get("seeds", [])):
+        if not isinstance(row.get("seeds"), list):
+            return f"row {row.get('label')!r} names no seeds"
+        for name, values in measured(row).items():
+            if not isinstance(values, list) or len(values) != len(row["seeds"]):
                 return f"row {row.get('label')!r}: {name} must have one value per seed"
             if any(value is not None and not isinstance(value, int | float) for value in values):
                 return f"row {row.get('label')!r}: {name} holds what is no number"
@@ -74,7 +108,11 @@ def mean_and_std(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def t_quantile(df: int) -> float:
-    return T_95[df - 1] if df <= len(T_95) else 1.96 * (1 + 1.2 / df)
+    """Beyond the table by its expansion about the normal z: z + (z^3 + z) / 4 df + (5 z^5 + 16 z^3 + 3 z) / 96 df^2."""
+    if df <= len(T_95):
+        return T_95[df - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
 def half_width(std: float | None, n: int) -> float | None:
@@ -96,7 +134,8 @@ def difference(row: dict[str, Any], baseline: dict[str, Any], metric: str) -> tu
 
 
 def study_rows(study: Study) -> list[dict[str, Any]]:
-    """label, metric, seeds, mean, std, low, high, difference, difference_half: one row per setting and metric."""
+    """label, metric, seeds, mean, std, low, high, values, difference, difference_half, differs: one row per setting and
+    metric."""
     baseline = next((row for row in study["rows"] if row["label"] == study.get("baseline")), None)
     found = []
     for metric in study["metrics"]:
@@ -110,17 +149,28 @@ def study_rows(study: Study) -> list[dict[str, Any]]:
                 "label": row["label"], "metric": metric["name"], "seeds": len(values), "mean": mean, "std": std,
                 "low": limits[0], "high": limits[1], "values": values,
                 "difference": apart and apart[0], "difference_half": apart and apart[1],
+                "differs": differs(study, row["label"], metric["name"], apart),
             })  # fmt: skip
     return found
 
 
+def differs(study: Study, label: str, metric: str, apart: tuple[float, float] | None) -> bool:
+    """Whether a row differs from the baseline: by the study's own interval, else by the paired one over seeds."""
+    if study.get("compared") is not None:
+        found = next((one.get(metric) for one in study["compared"] if one["label"] == label), None)
+        return bool(found) and not found["low"] <= 0 <= found["high"]
+    return apart is not None and abs(apart[0]) > apart[1]
+
+
 def statements(study: Study) -> list[str]:
     """A sentence per metric: which rows differ from the baseline by more than the 95 % interval of the difference."""
+    if study.get("sentence"):
+        return [study["sentence"]]
     rows = study_rows(study)
     said = []
     for metric in study["metrics"]:
         mine = [row for row in rows if row["metric"] == metric["name"] and row["difference"] is not None]
-        sure = [row for row in mine if abs(row["difference"]) > row["difference_half"]]
+        sure = [row for row in mine if row["differs"]]
         changes = "; ".join(
             f"{row['label']} {signed(row['difference'])} ± {number(row['difference_half'])}" for row in sure
         )
@@ -128,7 +178,7 @@ def statements(study: Study) -> list[str]:
         if mine:
             rest = f"; {len(mine) - len(sure)} not" if len(sure) < len(mine) else ""
             clause = f"{changes}{rest}" if sure else "no row differs by more than its interval"
-            said.append(f"{metric['name']}{unit}, against {study['baseline']}: {clause}.")
+            said.append(f"{metric['title']}{unit}, against {study['baseline']}: {clause}.")
     return said
 
 
@@ -142,7 +192,7 @@ def table(study: Study) -> tuple[list[str], list[list[str]]]:
     rows = study_rows(study)
     at = {(row["label"], row["metric"]): row for row in rows}
     varied = varied_parameters(study)
-    columns = ["setting", *varied, "seeds", *(metric["name"] for metric in study["metrics"])]
+    columns = ["setting", *varied, "seeds", *(metric["title"] for metric in study["metrics"])]
     cells = []
     for row in study["rows"]:
         parameters = [str(row.get("parameters", {}).get(name, MISSING)) for name in varied]
@@ -161,5 +211,5 @@ def cell(row: dict[str, Any]) -> str:
     """ "0.912 ± 0.004 *"."""
     if row["mean"] is None:
         return MISSING
-    star = " *" if row["difference"] is not None and abs(row["difference"]) > row["difference_half"] else ""
+    star = " *" if row["differs"] else ""
     return number(row["mean"]) + ("" if row["std"] is None else f" ± {number(row['std'])}") + star

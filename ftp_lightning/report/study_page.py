@@ -24,14 +24,14 @@ def study_plots(study: Study) -> list[tuple[Plot, Rows]]:
         if not mine:
             continue
         caption = "Large dot: mean over seeds; whiskers: its 95 % interval (Student's t); small dots: single seeds."
-        if study.get("baseline"):
-            caption += f" Dashed: the baseline, {study['baseline']}. Stars in the table: paired differences."
+        if study["baseline"]:
+            caption += f" Dashed: the baseline, {study['baseline']}."
         name = f"study-{place}-{re.sub(r'[^a-z0-9]+', '-', metric['name'].lower()).strip('-')[:40]}"
-        title = metric["name"] + {"higher": ": higher is better", "lower": ": lower is better"}.get(
+        title = metric["title"] + {"higher": ": higher is better", "lower": ": lower is better"}.get(
             metric["better"], ""
         )
         unit = f" ({metric['unit']})" if metric["unit"] else ""
-        found.append((Plot(name, title, caption, lambda run: [], Points(metric["name"] + unit), True), mine))
+        found.append((Plot(name, title, caption, lambda run: [], Points(metric["title"] + unit), True), mine))
     return found
 
 
@@ -52,7 +52,7 @@ class Points:
         for place, row in enumerate(rows):
             colour = ORANGE if row["baseline"] else BLUE
             seeds = [float(value) for value in row["values"].split()]
-            axis.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
+            axis.plot(seeds, [place + 0.24] * len(seeds), "o", color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
             reach = half_width(row["std"], row["seeds"])
             error = {"xerr": [[reach], [reach]]} if reach is not None else {}
             axis.errorbar([row["mean"]], [place], **error, fmt="o", color=colour, markersize=7, capsize=4)
@@ -87,7 +87,8 @@ def study_context(folder: Path, study: Study, plots: list[dict[str, Any]]) -> di
         "statements": statements(study),
         "columns": columns,
         "cells": cells,
-        "baseline": study.get("baseline"),
+        "baseline": study["baseline"],
+        "own_intervals": study.get("compared") is not None,
         "plots": plots,
         "command": study.get("command"),
         "rows": study["rows"],
