@@ -2,10 +2,10 @@
 
     python docs/screenshots.py PAGE NAME [PAGE NAME ...] [--output docs/pictures] [--browser chromium]
 
-PAGE is a report.html, NAME the stem of its pictures: NAME-light.png and NAME-dark.png, the whole page, and where the
-page has a slider over blocks NAME-slider.png, that part of it with one block chosen. Exit status 1 where the console
-said something, or the page could be scrolled sideways. Chromium is driven by its own protocol over a pipe: nothing else
-has to be installed.
+PAGE is a report.html, NAME the stem of its pictures: NAME-light.png and NAME-dark.png, the whole page at half size;
+NAME-head.png, its beginning; and where the page has a slider over blocks NAME-slider.png, that part of it with one
+block chosen. Exit status 1 where the console said something, or the page could be scrolled sideways. Chromium is driven
+by its own protocol over a pipe: nothing else has to be installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "hide-scrollbars", "no-first-run", "disable-dev-shm-usage",
          "remote-debugging-pipe")  # fmt: skip
-WIDTH = 1280
+WIDTH, HEAD = 1280, 1420
 
 
 class Browser:
@@ -108,11 +108,12 @@ class Browser:
         size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.ask("Emulation.setDeviceMetricsOverride", **size)
 
-    def picture(self, selector: str = "html") -> bytes:
-        """The element as a PNG."""
+    def picture(self, selector: str = "html", scale: float = 1.0, most: float = 1e9) -> bytes:
+        """The element as a PNG, `most` pixels of its height."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
         script = f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])({box})"
-        clip = dict(zip(("x", "y", "width", "height"), self.run(script))) | {"scale": 1}
+        x, y, width, height = self.run(script)
+        clip = {"x": x, "y": y, "width": width, "height": min(height, most), "scale": scale}
         return b64decode(self.ask("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"])
 
 
@@ -133,9 +134,10 @@ def photograph(browser: Browser, page: Path, name: str, folder: Path) -> list[st
     browser.open(page)
     for scheme in ("light", "dark"):
         browser.dress(scheme)
-        (folder / f"{name}-{scheme}.png").write_bytes(browser.picture())
+        (folder / f"{name}-{scheme}.png").write_bytes(browser.picture(scale=0.5))
+    browser.dress("light")
+    (folder / f"{name}-head.png").write_bytes(browser.picture(most=HEAD))
     if browser.run("!!document.getElementById('block')"):
-        browser.dress("light")
         said = browser.run(SLIDE)
         if not said.startswith("block "):
             browser.complaints.append(f"the slider says {said!r}")
@@ -144,8 +146,12 @@ def photograph(browser: Browser, page: Path, name: str, folder: Path) -> list[st
     return [*browser.complaints, *([f"the page is {wide} wide, the window {WIDTH}"] if wide > WIDTH else [])]
 
 
-SLIDE = """(() => { const s = document.getElementById('block'); s.value = Math.ceil(s.max * .6);
+SLIDE = """(() => { const s = document.getElementById('block');
+  const words = [...document.querySelectorAll('#story-text [data-keep]')].map(w => w.dataset.keep);
+  const kept = [...words[0]].map((_, l) => words.filter(w => w[l] == '1').length / words.length);
+  s.value = 1 + kept.indexOf(kept.reduce((a, b) => Math.abs(a - .5) < Math.abs(b - .5) ? a : b));
   s.dispatchEvent(new Event('input')); return document.getElementById('block-name').textContent; })()"""
+"""Chooses the block that nearest to half of the tokens skip; returns what the slider says of it."""
 
 
 def find_browser(given: str | None = None) -> str | None:
