@@ -11,13 +11,22 @@ import pytest
 from made_up_run import BLOCKS, STAGES, Page, benchmark, edit, read_csv, results, schedule, search_metrics, write_run
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.report import block_figures, build_report, figures, headline, outcome_figures, page, series
+from ftp_lightning.report import (
+    block_figures,
+    build_report,
+    figures,
+    headline,
+    outcome_figures,
+    outcome_series,
+    page,
+    series,
+)
 from ftp_lightning.report.block_figures import runs
-from ftp_lightning.report.figures import running_mean
 from ftp_lightning.report.reading import read_run
 from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
 from ftp_lightning.report.tables import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
+from ftp_lightning.report.training_figures import running_mean
 from ftp_lightning.report.verdict import cautions, speed_row, verdict
 
 
@@ -214,7 +223,7 @@ def test_the_noise_floor_says_what_it_was_measured_against(floor: float, said: s
     assert noise_floor_text(found) == f"Noise floor (dense against batches of 1): {said}."
     assert dict(zip(HEADLINE, headline_rows(found)[1]))["KL"] == ("≈ 0" if floor == 0 else number(floor))
     with house_style():
-        axis = outcome_figures.kl(series.kl({"evaluate": found})).axes[0]
+        axis = outcome_figures.kl(outcome_series.kl({"evaluate": found})).axes[0]
     dashed = [drawn.get_xdata()[0] for drawn in axis.lines if drawn.get_linestyle() == "--"]
     low, high = axis.get_xlim()
     assert axis.get_xscale() == "log" and dashed == ([] if line is None else [line])
@@ -226,7 +235,7 @@ def test_a_kl_of_exactly_zero_is_hollow_at_the_left_edge() -> None:
     found = results(random.Random(0))
     found["methods"][0]["kl"].update(mean=0.0, p99=0.0)
     with house_style():
-        axis = outcome_figures.kl(series.kl({"evaluate": found})).axes[0]
+        axis = outcome_figures.kl(outcome_series.kl({"evaluate": found})).axes[0]
     dots = [drawn for drawn in axis.lines if drawn.get_marker() == "o"]
     assert [dot.get_fillstyle() for dot in dots] == ["none"] + ["full"] * 4
     assert dots[0].get_xdata()[0] < min(dot.get_xdata()[0] for dot in dots[1:]) and axis.texts[0].get_text() == "0"
@@ -236,7 +245,7 @@ def test_methods_are_named_in_words_and_keep_their_keys_in_the_data() -> None:
     found = results(random.Random(0))
     found["methods"][0]["name"] = "block_influence"
     names = ["Block Influence", "uniform, static", "searched, static", "dynamic (before fine-tuning)", "dynamic"]
-    rows = series.kept({"evaluate": found})
+    rows = outcome_series.kept({"evaluate": found})
     assert [row[0] for row in headline_rows(found)[2:]] == [row["label"] for row in rows] == names
     assert [row["method"] for row in rows] == [m["name"] for m in found["methods"]]
 
@@ -350,7 +359,7 @@ def test_a_chart_that_hides_its_zero_says_so(tmp_path: Path) -> None:
 
 
 def test_the_gate_map_shows_every_decision(tmp_path: Path) -> None:
-    rows = series.gates(read_run(write_run(tmp_path / "run", ("evaluate",))))
+    rows = outcome_series.gates(read_run(write_run(tmp_path / "run", ("evaluate",))))
     tokens = json.loads((tmp_path / "run/evaluate/tokens.json").read_text())
     assert [[row[f"block_{block + 1}"] for row in rows] for block in range(BLOCKS)] == tokens["keep"]
     assert runs([1, 1, 0, 1, 0, 0, 1, 1, 1]) == [(1, 2), (4, 1), (7, 3)] and runs([0, 0]) == []
@@ -374,7 +383,7 @@ def test_the_headline_table_has_the_measured_time_of_what_was_clocked(run: Path)
 
 def test_the_best_are_those_that_nobody_beats_in_both() -> None:
     rows = [{"flops_cut": cut, "share": share} for cut, share in ((0.0, 1.0), (0.3, 0.9), (0.3, 0.5), (0.4, 0.2))]
-    assert [row["best"] for row in series.with_best(rows)] == [1, 1, 0, 1]
+    assert [row["best"] for row in outcome_series.with_best(rows)] == [1, 1, 0, 1]
 
 
 def test_commands_are_told_in_order(run: Path) -> None:

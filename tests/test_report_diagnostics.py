@@ -7,7 +7,8 @@ import pytest
 from made_up_run import BLOCKS, Page, edit, results, schedule, search_metrics, train_metrics, write_run
 
 from ftp_lightning.report import build_report, page
-from ftp_lightning.report.diagnostics import SIGNATURES, diagnose, single_block_kl
+from ftp_lightning.report.diagnostics import SIGNATURES, diagnose
+from ftp_lightning.report.failure_rules import single_block_kl
 from ftp_lightning.report.reading import PRODUCTS
 
 IMPORTANT, HARD, DROWNED, NO_BETTER, OFF_TARGET, OVERFITTED = (signature.name for signature in SIGNATURES)

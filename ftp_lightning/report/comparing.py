@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.report.outcome_series import with_best
 from ftp_lightning.report.reading import STAGES, Run, read_config, read_run, read_text
-from ftp_lightning.report.series import Rows, with_best
+from ftp_lightning.report.series import Rows
 from ftp_lightning.report.tables import MISSING, headline_method, kept_text, number, percent
 from ftp_lightning.report.verdict import speed_row
 

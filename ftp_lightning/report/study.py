@@ -57,8 +57,10 @@ KNOWN = {
 
 def measured(row: dict[str, Any]) -> dict[str, list[float | None]]:
     """Metric -> values of one row, whether it has them in `metrics` or beside its label."""
-    beside = {name: v for name, v in row.items() if isinstance(v, list) and name != "seeds"}
-    return row.get("metrics") or beside
+    if row.get("metrics"):
+        return row["metrics"]
+    lists = {name: v for name, v in row.items() if isinstance(v, list) and len(v) == len(row["seeds"])}
+    return {n: v for n, v in lists.items() if n != "seeds" and all(x is None or isinstance(x, int | float) for x in v)}
 
 
 def tidy(row: dict[str, Any]) -> dict[str, Any]:
