@@ -6,7 +6,7 @@ RUN ?= runs/demo
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report bench schedules-study reproduce test slurm-test faults check
+.PHONY: help setup demo report docs pictures bench schedules-study reproduce test slurm-test faults check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,18 @@ demo: $(SETUP)  ## prune the embedded model with the whole method; ends with run
 
 report: $(SETUP)  ## write the report of RUN (runs/demo) anew
 	$(PYTHON) -m ftp_lightning report --run $(RUN)
+
+docs: $(VENV)/.docs  ## build these pages into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(SETUP) requirements-docs.txt
+	$(PYTHON) -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+pictures: $(SETUP)  ## docs/pictures of reports, by a headless Chromium; fails where its console complains
+	$(PYTHON) docs/schedules_study.py runs/schedules-study
+	$(PYTHON) -m ftp_lightning report runs/schedules-study
+	$(PYTHON) docs/screenshots.py $(RUN)/report.html demo runs/schedules-study/report.html study
 
 bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense and pruned
 	$(PYTHON) -m ftp_lightning benchmark --config experiments/benchmark_cpu.yaml

@@ -1,171 +1,33 @@
 """The report: shows what the stages measured, leaves out what was not run, and loads nothing from anywhere."""
 
-import csv
 import json
 import math
 import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_run import BLOCKS, STAGES, Page, benchmark, edit, read_csv, results, schedule, search_metrics, write_run
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.report import build_report, figures, headline, outcome_figures, page, series
-from ftp_lightning.report.figures import running_mean
+from ftp_lightning.report import (
+    block_figures,
+    build_report,
+    figures,
+    headline,
+    outcome_figures,
+    outcome_series,
+    page,
+    series,
+)
+from ftp_lightning.report.block_figures import runs
+from ftp_lightning.report.reading import read_run
 from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
 from ftp_lightning.report.tables import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
+from ftp_lightning.report.training_figures import running_mean
 from ftp_lightning.report.verdict import cautions, speed_row, verdict
-
-BLOCKS = 12
-STAGES = ("sensitivity", "search", "train", "finetune", "evaluate", "benchmark")
-CONFIG = "model: embedded\ndata: embedded\nkv: keep\nseed: 0\nprompt_tokens: 192\ncontinuation_tokens: 64\n"
-STORY = (
-    "Mara hid the brass key under the third flowerpot. Then the rain came, and for an hour nobody left the house. Her "
-    "brother read an old newspaper aloud, the cat slept, and the kettle sang twice. When the sun returned they asked "
-    "her where it was."
-)
-
-
-def schedule(rng: random.Random, budget: float = 0.3) -> list[float]:
-    """Twelve sparsities with the given mean: a noisy ramp, the first block dense."""
-    raw = [0.0] + [block / BLOCKS + rng.uniform(0, 0.3) for block in range(1, BLOCKS)]
-    return [round(value * budget * BLOCKS / sum(raw), 4) for value in raw]
-
-
-def search_metrics(rng: random.Random, start: float) -> dict[str, Any]:
-    best = [start * (0.35 + 0.65 * math.exp(-g / 9)) for g in range(31)]
-    generations = [
-        {"generation": g, "best": kl, "mean": kl * rng.uniform(1.1, 1.5), "forward_tokens": 49152 * (g + 1),
-         "evaluations": 24 * (g + 1), "memo_hits": 3 * g} for g, kl in enumerate(best)
-    ]  # fmt: skip
-    allocations = {"uniform": start * 1.4, "ramp": start, "block_influence": start * 2.6, "sensitivity": start * 0.8}
-    return {"value": best[-1], "allocations": allocations, "generations": generations}
-
-
-def train_metrics(rng: random.Random) -> dict[str, Any]:
-    steps = []
-    for step in range(1, 301):
-        fade, weight = math.exp(-step / 80), max(0.0, 1 - step / 150)
-        parts = {"distillation": 0.02 + 0.1 * fade * rng.uniform(0.6, 1.4),
-                 "sparsity": 0.01 + 0.9 * fade * rng.random(),
-                 "guide": 0.45 + 0.25 * fade + 0.03 * rng.random()}  # fmt: skip
-        total = parts["distillation"] + parts["sparsity"] + weight * parts["guide"]
-        steps.append({"step": step, **parts, "guide_weight": weight, "total": total, "agreement": 0.86 - 0.3 * fade})
-    target = schedule(rng)
-    kl = [{"step": step, "kl": 0.0016 + 0.004 * math.exp(-step / 70)} for step in range(50, 301, 50)]
-    soft = [max(0.0, value + rng.uniform(-0.04, 0.03)) for value in target]
-    return {"parameters": 450, "steps": steps, "validation_kl": kl, "target_sparsity": target, "soft_sparsity": soft}
-
-
-def method(name: str, share: float, kl: float, rng: random.Random) -> dict[str, Any]:
-    def kept(at: float, items: int) -> dict[str, Any]:
-        half = 1.96 * math.sqrt(max(at * (1 - at), 0) / items)
-        return {"share": at, "low": at - half, "high": at + half, "items": items}
-
-    bins = {
-        bounds: kept(max(0.02, share - 0.04 * i), 500)
-        for i, bounds in enumerate(("0-64", "64-96", "96-128", "128-192"))
-    }
-    scores = {
-        "recall": (share * 0.8, share * 0.95, True),
-        "names": (share * 0.7, share, True),
-        "coin": (0.51, None, False),
-    }
-    tasks = {t: {"acc": acc, "stderr": 0.011, "skill": skill, "measures": ok} for t, (acc, skill, ok) in scores.items()}
-    per_block = schedule(rng)
-    return {
-        "name": name, "budget": 0.3, "kv": "keep", "realised_sparsity": 0.2987, "realised_per_block": per_block,
-        "flops_reduction": 0.2711, "kl": {"mean": kl, "p99": kl * 14, "top1": 1 - kl * 9}, "kl_sequence": kl * 900,
-        "ppl": {"prompt": 9.41 * (1 + kl), "sequence": 9.41 * (1 + 70 * kl)},
-        "kept": {**kept(share, 2000), "gained": 21, "by_distance": bins}, "retention": 100 * (0.4 + 0.6 * share),
-        "tasks": tasks,
-    }  # fmt: skip
-
-
-def results(rng: random.Random) -> dict[str, Any]:
-    tasks = {name: {"acc": acc, "stderr": 0.011, "chance": chance, "n": 2000}
-             for name, acc, chance in (("recall", 0.83, 0.0), ("names", 0.74, 0.25), ("coin", 0.51, 0.5))}  # fmt: skip
-    values = {"random": (0.412, 0.0192), "uniform": (0.701, 0.0051), "static": (0.804, 0.0021),
-              "dynamic (before fine-tuning)": (0.886, 0.0013), "dynamic": (0.912, 0.0009)}  # fmt: skip
-    methods = [method(name, share, kl, rng) for name, (share, kl) in values.items()]
-    return {"dense": {"ppl": 9.41, "tasks": tasks}, "noise_floor": {"kl": 2.3e-5, "top1": 0.9993}, "methods": methods}
-
-
-def story_tokens(rng: random.Random) -> dict[str, Any]:
-    tokens = re.findall(r"\s?\S+", STORY)
-    levels = [[rng.random() + 0.6 * any(c.isupper() for c in t) for t in tokens] for _ in range(BLOCKS)]
-    keep = [[int(score > 0.07 * block) for score in row] for block, row in enumerate(levels)]
-    counts = [sum(column) for column in zip(*keep, strict=True)]
-    return {"title": "The brass key", "tokens": tokens, "computed_by": counts, "keep": keep, "num_blocks": BLOCKS}
-
-
-def benchmark(rng: random.Random) -> dict[str, Any]:
-    rows = []
-    for batch in (1, 8):
-        for length in (256, 512, 1024, 2048):
-            speedup = 1.36 - 40 / length - 0.03 * (batch == 1)
-            rows.append({"length": length, "batch": batch, "kv": "keep", "budget": 0.3, "speedup": speedup,
-                         "low": speedup - 0.02, "high": speedup + 0.03, "flops_limit": 1.372,
-                         "dense_ms": length / 9 * batch, "pruned_ms": length / 9 * batch / speedup,
-                         "realised_sparsity": 0.299})  # fmt: skip
-    return {"rows": rows}
-
-
-def write_run(folder: Path, stages: tuple[str, ...] = STAGES) -> Path:
-    """A made-up run: the files that the given stages leave."""
-    rng = random.Random(0)
-    kl = [
-        [level**2 * 0.004 * (1 + 6 * math.exp(-b)) * (b < BLOCKS - 1) for level in (0.3, 0.6, 0.9)]
-        for b in range(BLOCKS)
-    ]
-    influence = [0.4 * math.exp(-b / 2) + 0.05 + 0.15 * (b == BLOCKS - 1) for b in range(BLOCKS)]
-    found = {"num_blocks": BLOCKS, "levels": [0.3, 0.6, 0.9], "block_influence": influence, "kl": kl, "tokens": 65536,
-             "redundancy": {"0.8": [1 - x for x in influence]}}  # fmt: skip
-    made = {
-        "sensitivity": {"sensitivity.json": found},
-        "search": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.004)},
-        "train": {"metrics.json": train_metrics(rng)},
-        "finetune": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.0015)},
-        "evaluate": {"results.json": results(rng), "tokens.json": story_tokens(rng)},
-        "benchmark": {"benchmark.json": benchmark(rng)},
-    }
-    for stage in stages:
-        (folder / stage).mkdir(parents=True)
-        origin = {"command": f"ftp-lightning {stage} --seed 0", "seed": 0, "commit": "4f2a9c1",
-                  "versions": {"torch": "2.13.0"}, "data": {"stories": "sha256:9d1e"}}  # fmt: skip
-        for name, content in {**made[stage], "provenance.json": origin}.items():
-            (folder / stage / name).write_text(json.dumps(content))
-        (folder / stage / "config.yaml").write_text(CONFIG + f"output: {stage}\n")
-    return folder
-
-
-def edit(path: Path, change: Any) -> None:
-    """Changes one JSON file in place."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text; knows nothing of how the page was made."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def ids(self) -> set[str | None]:
-        return {attributes.get("id") for _, attributes in self.tags}
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +42,6 @@ def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawing out, which takes most of the time, where only the page around it is asked for."""
     files = {"svg": "<svg></svg>", "png": b"", "csv": b""}
     monkeypatch.setattr(page, "draw", lambda plot, rows: files if rows else None)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 PLOTS = {plot.name: section for section in SECTIONS for plot in section.plots}
@@ -366,7 +223,7 @@ def test_the_noise_floor_says_what_it_was_measured_against(floor: float, said: s
     assert noise_floor_text(found) == f"Noise floor (dense against batches of 1): {said}."
     assert dict(zip(HEADLINE, headline_rows(found)[1]))["KL"] == ("≈ 0" if floor == 0 else number(floor))
     with house_style():
-        axis = outcome_figures.kl(series.kl({"evaluate": found})).axes[0]
+        axis = outcome_figures.kl(outcome_series.kl({"evaluate": found})).axes[0]
     dashed = [drawn.get_xdata()[0] for drawn in axis.lines if drawn.get_linestyle() == "--"]
     low, high = axis.get_xlim()
     assert axis.get_xscale() == "log" and dashed == ([] if line is None else [line])
@@ -378,7 +235,7 @@ def test_a_kl_of_exactly_zero_is_hollow_at_the_left_edge() -> None:
     found = results(random.Random(0))
     found["methods"][0]["kl"].update(mean=0.0, p99=0.0)
     with house_style():
-        axis = outcome_figures.kl(series.kl({"evaluate": found})).axes[0]
+        axis = outcome_figures.kl(outcome_series.kl({"evaluate": found})).axes[0]
     dots = [drawn for drawn in axis.lines if drawn.get_marker() == "o"]
     assert [dot.get_fillstyle() for dot in dots] == ["none"] + ["full"] * 4
     assert dots[0].get_xdata()[0] < min(dot.get_xdata()[0] for dot in dots[1:]) and axis.texts[0].get_text() == "0"
@@ -388,7 +245,7 @@ def test_methods_are_named_in_words_and_keep_their_keys_in_the_data() -> None:
     found = results(random.Random(0))
     found["methods"][0]["name"] = "block_influence"
     names = ["Block Influence", "uniform, static", "searched, static", "dynamic (before fine-tuning)", "dynamic"]
-    rows = series.kept({"evaluate": found})
+    rows = outcome_series.kept({"evaluate": found})
     assert [row[0] for row in headline_rows(found)[2:]] == [row["label"] for row in rows] == names
     assert [row["method"] for row in rows] == [m["name"] for m in found["methods"]]
 
@@ -406,7 +263,12 @@ def test_the_same_run_gives_the_same_page_and_no_leftovers(tmp_path: Path) -> No
     before = build_report(folder).read_bytes()
     (folder / "report" / "speed.csv").write_text("of an earlier run")
     assert build_report(folder).read_bytes() == before
-    assert {path.stem for path in (folder / "report").iterdir()} == {"sensitivity", "influence"}
+    assert {path.stem for path in (folder / "report").iterdir()} == {
+        "sensitivity",
+        "influence",
+        "gradient",
+        "positions",
+    }
 
 
 @pytest.mark.parametrize("absent", ["search_schedule", "finetune_schedule", "evaluate"])
@@ -478,3 +340,52 @@ def test_broken_files_name_themselves(tmp_path: Path) -> None:
         build_report(folder)
     with pytest.raises(UserError, match="is not a folder"):
         build_report(tmp_path / "nowhere")
+
+
+ALONG_X = {"kl", "kept"}
+"""Figures whose values lie along the horizontal axis."""
+
+
+def test_a_chart_that_hides_its_zero_says_so(tmp_path: Path) -> None:
+    found = read_run(write_run(tmp_path / "run"))
+    for plot in (plot for section in SECTIONS for plot in section.plots):
+        with house_style():
+            drawn = plot.draw(plot.rows(found))
+        for axis in drawn.axes:
+            values = ("x",) if plot.name in ALONG_X else ("y",)
+            for limits, label in ((getattr(axis, f"get_{v}lim")(), getattr(axis, f"get_{v}label")()) for v in values):
+                assert min(limits) <= 0 <= max(limits) or "no zero" in label or plot.name == "gates", (plot.name, label)
+            assert axis.get_xlabel() or axis.get_title() or not axis.xaxis.get_visible() or len(drawn.axes) > 1
+
+
+def test_the_gate_map_shows_every_decision(tmp_path: Path) -> None:
+    rows = outcome_series.gates(read_run(write_run(tmp_path / "run", ("evaluate",))))
+    tokens = json.loads((tmp_path / "run/evaluate/tokens.json").read_text())
+    assert [[row[f"block_{block + 1}"] for row in rows] for block in range(BLOCKS)] == tokens["keep"]
+    assert runs([1, 1, 0, 1, 0, 0, 1, 1, 1]) == [(1, 2), (4, 1), (7, 3)] and runs([0, 0]) == []
+    drawn = block_figures.gates(rows).axes[1]
+    areas = [abs(polygon_area(patch.get_path().vertices)) for patch in drawn.patches]
+    assert [round(area / 0.8) for area in areas] == [sum(keep) for keep in tokens["keep"] if sum(keep)]
+
+
+def polygon_area(corners: Any) -> float:
+    """Summed area of closed boxes of five corners each."""
+    boxes = [corners[start : start + 5] for start in range(0, len(corners), 5)]
+    return sum((box[:, 0].max() - box[:, 0].min()) * (box[:, 1].max() - box[:, 1].min()) for box in boxes)
+
+
+def test_the_headline_table_has_the_measured_time_of_what_was_clocked(run: Path) -> None:
+    table = page.headline_table(read_run(run))
+    times = {row[0]: row[-1] for row in table}
+    assert page.headline_columns(read_run(run))[-1] == "prefill, 2,048 tokens"
+    assert times["dense"] == "228 ms" and times["dynamic"] == "174 ms (1.31x)" and times["random tokens"] == "–"
+
+
+def test_the_best_are_those_that_nobody_beats_in_both() -> None:
+    rows = [{"flops_cut": cut, "share": share} for cut, share in ((0.0, 1.0), (0.3, 0.9), (0.3, 0.5), (0.4, 0.2))]
+    assert [row["best"] for row in outcome_series.with_best(rows)] == [1, 1, 0, 1]
+
+
+def test_commands_are_told_in_order(run: Path) -> None:
+    shown = Page(run / "report.html")
+    assert "\n".join(f"ftp-lightning {stage} --seed 0" for stage in STAGES) in shown.text

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.series import OTHER_START, START, Rows
-from ftp_lightning.report.style import BLUE, CYCLE, GREEN, INK, LINES, ORANGE, PALE, PURPLE, canvas, plain_log
+from ftp_lightning.report.style import BLUE, CYCLE, INK, LINES, ORANGE, PALE, canvas, plain_log
 from ftp_lightning.report.tables import number
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ def top_legend(axis: Any, columns: int = 4, **options: Any) -> None:
     axis.legend(**place, ncols=columns, handlelength=1.6, columnspacing=1.4, **options)
 
 
+LOG = "log scale: no zero"
+"""What an axis says of itself that does not show its zero."""
+
 DIAMOND = {"color": INK, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8, "clip_on": False}
 
 
@@ -83,9 +86,9 @@ def sensitivity(rows: Rows) -> "Figure":
     for level, colour, marker in zip(levels, CYCLE * len(levels), "osD^vP" * len(levels)):
         axis.plot(column(rows, "block"), column(rows, level), marker + "-", color=colour, label=level, clip_on=False)
     kl_scale(axis, [row[level] for row in rows for level in levels])
-    axis.set_ylabel("KL to dense (nats per token)")
+    axis.set_ylabel("KL to dense (nats per token)\nlog scale, linear near 0")
     block_axis(axis, len(rows))
-    top_legend(axis)
+    top_legend(axis, columns=3)
     return figure
 
 
@@ -122,7 +125,8 @@ def convergence(rows: Rows) -> "Figure":
             look = {"color": INK, "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
         axis.axhline(row["kl"], **look, label=f"{row['series']}  {number(row['kl'])}")
     kl_scale_to_range(axis, column(rows, "kl"))
-    axis.set(xlabel="forward tokens spent", ylabel="KL to dense (nats per token)")
+    axis.set_xlabel("forward tokens spent")
+    axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(si_formatter())
     figure.legend(loc="outside lower left", ncols=3, handlelength=1.6, columnspacing=1.2)
     return figure
@@ -130,9 +134,11 @@ def convergence(rows: Rows) -> "Figure":
 
 def kl_scale_to_range(axis: Any, values: list[float]) -> None:
     """Logarithmic where every value allows it: a search moves within one or two powers of ten."""
+    axis.set_ylabel("KL to dense (nats per token)")
     if min(values) > 0:
         axis.set_yscale("log")
         axis.set_ylim(min(values) * 0.8, max(values) * 1.2)
+        axis.set_ylabel(f"KL to dense (nats per token)\n{LOG}")
         plain_log(axis.yaxis, math.log10(max(values) / min(values)))
 
 
@@ -141,55 +147,3 @@ def si_formatter() -> Any:
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep=" ")
-
-
-def running_mean(values: list[float], width: int) -> list[float]:
-    """mean(values[max(0, i - width + 1) .. i]): looks back only, so the curve never knows its future."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    starts = [max(0, end - width) for end in range(1, len(values) + 1)]
-    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
-
-
-def losses(rows: Rows) -> "Figure":
-    """The three losses, each on its own scale, and the guide: every step faintly, the running mean boldly."""
-    figure, axes = canvas(11, 2.9, ncols=4)
-    for axis, name, colour in zip(axes, ("distillation", "sparsity", "guide"), (BLUE, ORANGE, GREEN)):
-        smooth_curve(axis, rows, name, colour)
-        axis.set(title=f"{name} loss")
-    smooth_curve(axes[3], rows, "agreement", PURPLE, label="agreement")
-    axes[3].plot(column(rows, "step"), column(rows, "guide_weight"), "--", color=GREEN, label="guide weight")
-    axes[3].set(title="agreement with the static router")
-    axes[3].legend(loc="best")
-    for axis in axes:
-        axis.set(xlabel="training step", ylim=(0, None))
-    return figure
-
-
-def smooth_curve(axis: Any, rows: Rows, name: str, colour: str, label: str | None = None) -> None:
-    """Every step, and over it the running mean over 5 % of the steps."""
-    steps, values = column(rows, "step"), column(rows, name)
-    axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    axis.plot(steps, running_mean(values, max(1, len(rows) // 20)), color=colour, label=label)
-
-
-def validation(rows: Rows) -> "Figure":
-    """KL on validation windows while training."""
-    figure, axis = canvas()
-    axis.plot(column(rows, "step"), column(rows, "kl"), "o-", color=BLUE)
-    axis.set(xlabel="training step", ylabel="KL to dense\n(nats per token)", ylim=(0, None))
-    return figure
-
-
-def target_and_soft(rows: Rows) -> "Figure":
-    """What the schedule asks of the router, and what the router's probabilities say."""
-    figure, axis = canvas()
-    blocks = column(rows, "block")
-    axis.bar(blocks, column(rows, "soft"), 0.75, color=BLUE, label="soft: 1 - mean p(compute)")
-    edges = [block - 0.45 for block in blocks], [block + 0.45 for block in blocks]
-    axis.hlines(column(rows, "target"), *edges, color=ORANGE, linewidth=2.6, label="target")
-    axis.set(ylim=(0, 1), ylabel="sparsity")
-    block_axis(axis, len(rows))
-    top_legend(axis)
-    return figure

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.report.figures import column, top_legend, whiskers
+from ftp_lightning.report.figures import LOG, column, top_legend, whiskers
 from ftp_lightning.report.series import Rows
-from ftp_lightning.report.style import CYCLE, INK, canvas, method_colour, plain_log
+from ftp_lightning.report.style import CYCLE, INK, METHOD_COLOURS, canvas, method_colour, plain_log
 from ftp_lightning.report.tables import floor_kl_text, number, percent
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def kl(rows: Rows) -> "Figure":
     draw_floor(axis, rows[0]["noise_floor"], edge)
     low, high = axis.get_xlim()
     plain_log(axis.xaxis, decades=math.log10(high / low))
-    axis.set_xlabel("KL to dense (nats per token)")
+    axis.set_xlabel(f"KL to dense (nats per token, {LOG})")
     return figure
 
 
@@ -100,6 +100,21 @@ def kept_by_distance(rows: Rows) -> "Figure":
     return figure
 
 
+def pareto(rows: Rows) -> "Figure":
+    """Answers kept against FLOPs saved; the line joins those that no other method beats in both."""
+    figure, axis = canvas(11, 3.3)
+    for index, row in enumerate(rows):
+        colour = INK if row["method"] == "dense" else METHOD_COLOURS.get(row["method"], CYCLE[index % len(CYCLE)])
+        look = {"color": colour, "marker": "osD^vP"[index % 6], "capsize": 3, "linestyle": "none"}
+        axis.errorbar([row["flops_cut"]], [row["share"]], yerr=whiskers([row]), **look, label=row["label"], zorder=3)
+    front = sorted((row["flops_cut"], row["share"]) for row in rows if row["best"])
+    axis.plot(*zip(*front), color=INK, linewidth=1, linestyle="--", label="not beaten")
+    axis.set(xlabel="FLOPs of the prompt saved (share)", ylabel="answers kept (share)", ylim=(0, 1.05))
+    axis.set_xlim(left=0)
+    figure.legend(loc="outside right upper", handlelength=1.6)
+    return figure
+
+
 LIMITS = {"shape_limit": ("blocks of that shape", (0, (5, 2))), "flops_limit": ("FLOPs", (0, (1, 1.6)))}
 """Column -> what sets the limit, and how its line is dashed."""
 
@@ -120,7 +135,7 @@ def speed(rows: Rows) -> "Figure":
             draw_speed(axis, [row for row in mine if round(row["budget"], 6) == budget], budget, index)
         axis.axhline(1, color=INK, linewidth=1)
         axis.set_title(f"batch {panel[0]}, kv {panel[1]}", loc="right")
-        axis.set_xlabel("prompt length (tokens)")
+        axis.set_xlabel("prompt length (tokens, log scale)")
         length_axis(axis, sorted(set(column(mine, "length"))))
     for axis in axes[:, 0]:
         axis.set_ylabel("prefill speed-up\n(dense time / pruned time)")

@@ -8,29 +8,57 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.report import tables
+from ftp_lightning.report.comparing import read_runs
+from ftp_lightning.report.comparison_page import PLOTS, comparison_context
+from ftp_lightning.report.diagnostics import diagnose
 from ftp_lightning.report.reading import Run, read_origins, read_run, read_settings
 from ftp_lightning.report.sections import SECTIONS, Plot, Section
 from ftp_lightning.report.series import Rows, closed_form, starts
+from ftp_lightning.report.study import Study, read_study
+from ftp_lightning.report.study_page import study_context, study_plots
 from ftp_lightning.report.style import freeze, house_style, to_png, to_svg
-from ftp_lightning.report.verdict import cards, cautions, verdict
+from ftp_lightning.report.verdict import cards, cautions, speed_row, verdict
 from ftp_lightning.report.writing import write_report
 
 HERE = Path(__file__).parent
 
 
 def build_report(run_folder: Path) -> Path:
-    """Writes `run_folder/report.html`, and every figure as PNG with its data as CSV in `run_folder/report/`.
+    """Writes `run_folder/report.html` of a run or a study (a folder with study.json), and every figure as PNG with its
+    data as CSV in `run_folder/report/`.
 
     A stage that has not been run is left out with a sentence. Only files that a report makes are replaced.
     Errors: UserError if the folder is missing, holds nothing of a run or cannot be written to, or if a stage's product
     is not JSON.
     """
     folder = Path(run_folder)
+    if study := read_study(folder):
+        return build_study(folder, study)
     run = read_run(folder)
     drawn = {plot.name: draw(plot, plot.rows(run)) for section in SECTIONS for plot in section.plots}
     drawn = {name: files for name, files in drawn.items() if files}
     page = render(context(folder, run, {name: files["svg"] for name, files in drawn.items()}))
     return write_report(folder, page, drawn, [plot.name for section in SECTIONS for plot in section.plots])
+
+
+def build_study(folder: Path, study: Study) -> Path:
+    """report.html and the figures of a study, in its own folder."""
+    plots = study_plots(study)
+    drawn = {plot.name: draw(plot, rows) for plot, rows in plots}
+    shown = [{"plot": plot, "svg": drawn[plot.name]["svg"]} for plot, _ in plots]
+    earlier = [path.stem for path in (folder / "report").glob("study-*.csv")]
+    return write_report(folder, render(study_context(folder, study, shown), "study.html"), drawn, earlier)
+
+
+def build_comparison(folders: list[Path], output: Path) -> Path:
+    """Writes `output/report.html`, which puts the runs side by side, and its figures in `output/report/`."""
+    runs = read_runs(folders)
+    drawn = {plot.name: draw(plot, plot.rows(runs)) for plot in PLOTS}
+    drawn = {name: files for name, files in drawn.items() if files}
+    shown = [{"plot": plot, "svg": drawn[plot.name]["svg"]} for plot in PLOTS if plot.name in drawn]
+    page = render(comparison_context(runs, shown), "compare.html")
+    output.mkdir(parents=True, exist_ok=True)
+    return write_report(output, page, drawn, [plot.name for plot in PLOTS])
 
 
 def draw(plot: Plot, rows: Rows) -> dict[str, Any] | None:
@@ -54,7 +82,7 @@ def to_csv(rows: Rows) -> bytes:
 
 def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
     """Everything the template names."""
-    results = run["evaluate"]
+    results, origins = run["evaluate"], read_origins(folder)
     return {
         "name": folder.resolve().name,
         "facts": facts(read_settings(folder), tables.headline_method(results)),
@@ -62,8 +90,10 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "cautions": cautions(run),
         "cards": cards(run),
         "sections": [section_context(section, run, svgs) for section in SECTIONS],
-        "headline_columns": tables.HEADLINE,
-        "headline": tables.headline_rows(results) if results else [],
+        "contents": [*CONTENTS, *((item.key, item.title) for item in SECTIONS), ("origin", "Provenance")],
+        "diagnosis": diagnose(run),
+        "headline_columns": headline_columns(run),
+        "headline": headline_table(run),
         "headline_label": headline_label(results),
         "noise_floor": tables.noise_floor_text(results),
         "method_labels": [label for _, label in tables.method_labels(results)],
@@ -71,7 +101,8 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune") if run[stage]},
         "training": run["train"],
         "story": story(run["tokens"]),
-        "origins": read_origins(folder),
+        "origins": origins,
+        "commands": [o["provenance"]["command"] for o in origins if o["provenance"].get("command")],
         "number": tables.number,
     }
 
@@ -81,6 +112,27 @@ def section_context(section: Section, run: Run, svgs: dict[str, str]) -> dict[st
     plots = [{"plot": plot, "svg": svgs[plot.name]} for plot in section.plots if plot.name in svgs]
     present = any(run[product] is not None for product in section.needs)
     return {"section": section, "plots": plots, "missing": section.missing(run), "present": present}
+
+
+CONTENTS = (("diagnostics", "Diagnostics"),)
+
+
+def headline_columns(run: Run) -> tuple[str, ...]:
+    """Columns of the headline table; the last one is measured time, where the run measured it."""
+    row = speed_row(run)
+    return tables.HEADLINE + ((f"prefill, {row['length']:,} tokens",) if row else ())
+
+
+def headline_table(run: Run) -> list[tuple[str, ...]]:
+    """The headline rows, with the time of the two methods that the benchmark clocked: dense, and the headline's."""
+    if not run["evaluate"]:
+        return []
+    rows, row, label = tables.headline_rows(run["evaluate"]), speed_row(run), headline_label(run["evaluate"])
+    if not row:
+        return rows
+    pace = f"{row['pruned_ms']:.0f} ms ({row['speedup']:.2f}x)"
+    times = {"dense": f"{row['dense_ms']:.0f} ms", label: pace}
+    return [(*cells, times.get(cells[0], tables.MISSING)) for cells in rows]
 
 
 def headline_label(results: dict[str, Any] | None) -> str | None:
@@ -135,7 +187,7 @@ def facts(settings: dict[str, Any], method: dict[str, Any] | None) -> list[str]:
     return found
 
 
-def render(values: dict[str, Any]) -> str:
+def render(values: dict[str, Any], template: str = "run.html") -> str:
     """The page. Every value is escaped; only the figures, which matplotlib escaped, go in as they are.
 
     The page's own policy forbids all loading, and allows one script: the slider, by its hash.
@@ -148,4 +200,4 @@ def render(values: dict[str, Any]) -> str:
     slider = (HERE / "slider.js").read_text(encoding="utf-8")
     policy = b64encode(sha256(slider.encode()).digest()).decode()
     style = (HERE / "page.css").read_text(encoding="utf-8")
-    return environment.get_template("template.html").render(**values, style=style, slider=slider, slider_hash=policy)
+    return environment.get_template(template).render(**values, style=style, slider=slider, slider_hash=policy)

@@ -32,12 +32,13 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.\nGive the output folder of `run`.")
     run = {name: read_json(folder / path) for name, path in PRODUCTS.items()}
+    criteria = {stage: read_config(folder / stage).get("criterion", "kl") for stage in ("search", "finetune")}
     if all(product is None for product in run.values()):
         raise UserError(
             f"{folder} holds nothing that a stage of a run has written.\n"
             "Give the output folder of `run`: the one with search/, train/, evaluate/ in it."
         )
-    return run
+    return run | {"criteria": criteria}
 
 
 def read_json(path: Path) -> Any:
@@ -62,17 +63,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
     Errors: UserError if the file is not YAML.
     """
+    return next(filter(None, (read_config(folder / stage) for stage in ("evaluate", *reversed(STAGES)))), {})
+
+
+def read_config(stage_folder: Path) -> dict[str, Any]:
+    """The settings that a stage has left in its config.yaml; empty where there is none. UserError if it is not YAML."""
     import yaml
 
-    for stage in ("evaluate", *reversed(STAGES)):
-        path = folder / stage / "config.yaml"
-        text = read_text(path)
-        if text is not None:
-            try:
-                return yaml.safe_load(text) or {}
-            except yaml.YAMLError as error:
-                raise UserError(f"{path} is not valid YAML.\nRun its stage again with --overwrite.") from error
-    return {}
+    path = stage_folder / "config.yaml"
+    text = read_text(path)
+    try:
+        found = yaml.safe_load(text or "")
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML.\nRun its stage again with --overwrite.") from error
+    return found if isinstance(found, dict) else {}
 
 
 def read_origins(folder: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ftp_lightning.report import figures, outcome_figures, series
+from ftp_lightning.report import block_figures, figures, outcome_figures, outcome_series, series, training_figures
 from ftp_lightning.report.reading import Run
 
 
@@ -38,17 +38,28 @@ class Section:
 
 OUTCOME = (
     Plot("kept", "Answers kept", "Of the items that dense answers right, and wrong without the passage: the share "
-         "still right. Whiskers: 95 % interval.", series.kept, outcome_figures.kept),
+         "still right. Whiskers: 95 % interval.", outcome_series.kept, outcome_figures.kept),
     Plot("kl", "Distance from the dense model", "Dot: mean over continuation tokens. Tick at the end of the line: 99th "
-         "percentile. Left of a dashed line (the noise floor) no difference can be measured.", series.kl,
+         "percentile. Left of a dashed line (the noise floor) no difference can be measured.", outcome_series.kl,
          outcome_figures.kl),
     Plot("kept_by_distance", "Answers kept, by distance", "How many tokens lie between the fact and the question. "
-         "Whiskers: 95 % interval.", series.kept_by_distance, outcome_figures.kept_by_distance, True),
+         "Whiskers: 95 % interval.", outcome_series.kept_by_distance, outcome_figures.kept_by_distance, True),
+    Plot("pareto", "What the saving costs", "Right and up is better. Dashed: the methods that no other beats in both. "
+         "FLOPs, not time: measured time is under Speed.", outcome_series.pareto, outcome_figures.pareto,
+         True),
 )  # fmt: skip
 
 SCHEDULE = (
     Plot("schedule", "Sparsity of every block", "Found with the static router, then fine-tuned with the trained one. "
          "Diamonds: what the evaluation realised.", series.schedules, figures.schedules, True),
+    Plot("realised", "Realised against target", "Bars: the share of the prompts' tokens that skipped the block, by the "
+         "method of the headline. Below: the difference, on its own scale.", outcome_series.realised,
+         block_figures.realised, True),
+)  # fmt: skip
+
+GATES = (
+    Plot("gates", "Gates", "Filled: the block computed the token. Above: how many blocks computed it.",
+         outcome_series.gates, block_figures.gates, True),
 )  # fmt: skip
 
 BLOCKS = (
@@ -56,6 +67,11 @@ BLOCKS = (
          series.sensitivity, figures.sensitivity),
     Plot("influence", "Block Influence and redundancy", "Above: how far a block turns its input. Below: the share of "
          "tokens whose input and output nearly agree.", series.influence, figures.influence),
+    Plot("gradient", "Gradient of a token's gate", "How much the continuation's loss changes with a gate on the "
+         "block's update of one prompt token.", series.gradient, block_figures.gradient),
+    Plot("positions", "Are the same positions redundant in every text?", "Above: overlap of the redundant positions "
+         "of two texts; dotted: as many tokens anywhere. Below: what position alone explains; gaps: not defined.",
+         series.positions, block_figures.positions),
 )  # fmt: skip
 
 SEARCH = (
@@ -69,25 +85,27 @@ SEARCH = (
 
 TRAINING = (
     Plot("losses", "Losses", "Faint: every step. Bold: running mean over the last 5 % of the steps. The guide tells "
-         "the router to decide as the static one, and fades.", series.losses, figures.losses, True),
-    Plot("target_and_soft", "Target and soft sparsity", "At the last training step. The sparsity loss pulls where a "
-         "bar stays below its mark.", series.target_and_soft, figures.target_and_soft),
+         "the router to decide as the static one, and fades.", series.losses, training_figures.losses, True),
+    Plot("weighted", "Which loss is minimised", "Weight times loss, running mean, stacked. A loss that is hardly seen "
+         "here decides nothing.", series.weighted, training_figures.weighted),
+    Plot("target_and_soft", "Target, soft and realised sparsity", "At the last training step. The sparsity loss pulls "
+         "where a bar stays below its mark.", series.target_and_soft, training_figures.target_and_soft),
     Plot("validation", "Validation", "KL per continuation token on windows that were not trained on; the best state "
-         "is kept.", series.validation, figures.validation),
+         "is kept.", series.validation, training_figures.validation),
 )  # fmt: skip
 
 SPEED = (
     Plot("speed", "Prefill, measured", "Solid: measured, with its 95 % interval. Dashed: if blocks took what stock "
          "ones of the kept tokens take. Dotted: what the FLOPs saved would allow. Decoding is not part of it.",
-         series.speed, outcome_figures.speed, True),
+         outcome_series.speed, outcome_figures.speed, True),
 )  # fmt: skip
 
 SECTIONS = (
     Section("result", "Result", "", {"evaluate": "evaluate"}, OUTCOME),
     Section("schedule", "Schedule", "The share of tokens that skip each block; the mean is the budget. Blocks are "
-            "numbered from 1, nearest the input.", {"search_schedule": "search", "finetune_schedule": "finetune"},
-            SCHEDULE),
-    Section("story", "Which tokens are computed", "", {"tokens": "evaluate"}),
+            "numbered from 1, nearest the input.", {"search_schedule": "search", "finetune_schedule": "finetune",
+            "evaluate": "evaluate"}, SCHEDULE),
+    Section("story", "Which tokens are computed", "", {"tokens": "evaluate"}, GATES),
     Section("speed", "Speed", "", {"benchmark": "benchmark"}, SPEED),
     Section("tasks", "Tasks", "", {"evaluate": "evaluate"}),
     Section("blocks", "Sensitivity of the blocks", "What the search begins with.",

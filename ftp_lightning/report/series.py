@@ -8,7 +8,7 @@ untouched.
 from typing import Any
 
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.tables import headline_method, method_labels
+from ftp_lightning.report.tables import headline_method
 
 Rows = list[dict[str, Any]]
 
@@ -39,12 +39,20 @@ def schedules(run: Run) -> Rows:
 
 
 def sensitivity(run: Run) -> Rows:
-    """block, "sparsity 0.3", …: KL per continuation token when this block alone skips that share of tokens."""
+    """block, "sparsity 0.3", …: KL per continuation token when this block alone skips that share of tokens; where
+    several kv modes were measured "keep, sparsity 0.3", …"""
     found = run["sensitivity"]
     if not found:
         return []
-    columns = zip(*found["kl"], strict=True)
-    return by_block(**{f"sparsity {level:g}": list(kl) for level, kl in zip(found["levels"], columns, strict=True)})
+    by_kv = found.get("kl_by_kv") or {}
+    by_kv = {f"{kv}, ": kl for kv, kl in by_kv.items()} if len(by_kv) > 1 else {"": found["kl"]}
+    return by_block(
+        **{
+            f"{kv}sparsity {level:g}": list(column)
+            for kv, kl in by_kv.items()
+            for level, column in zip(found["levels"], zip(*kl, strict=True), strict=True)
+        }
+    )
 
 
 def influence(run: Run) -> Rows:
@@ -54,6 +62,20 @@ def influence(run: Run) -> Rows:
         return []
     redundancy = {f"cosine > {level}": shares for level, shares in found.get("redundancy", {}).items()}
     return by_block(block_influence=found["block_influence"], **redundancy)
+
+
+def gradient(run: Run) -> Rows:
+    """block, gradient: mean |dL/dg| of a gate on the block's update of each prompt token (nats)."""
+    found = run["sensitivity"]
+    return by_block(gradient=found.get("gradient")) if found else []
+
+
+def positions(run: Run) -> Rows:
+    """block, "same > 0.8", "chance > 0.8", "explained > 0.8", …: whether the tokens that a block hardly turns stand at
+    the same positions in every text (pooled Jaccard index; that of as many tokens anywhere; R² of position alone)."""
+    measured = (run["sensitivity"] or {}).get("position") or {}
+    names = {"same": "jaccard", "chance": "jaccard_by_chance", "explained": "explained"}
+    return by_block(**{f"{own} > {at}": values[key] for at, values in measured.items() for own, key in names.items()})
 
 
 def convergence(run: Run, stage: str) -> Rows:
@@ -98,6 +120,15 @@ def losses(run: Run) -> Rows:
     return [dict(step) for step in found["steps"]] if found else []
 
 
+def weighted(run: Run) -> Rows:
+    """step, distillation, sparsity, guide: lambda times the loss at every step; empty where it was not logged."""
+    steps = (run["train"] or {}).get("steps") or []
+    if not steps or "weighted_distillation" not in steps[0]:
+        return []
+    names = ("distillation", "sparsity", "guide")
+    return [{"step": step["step"], **{name: step[f"weighted_{name}"] for name in names}} for step in steps]
+
+
 def validation(run: Run) -> Rows:
     """step, kl: KL per continuation token on validation windows during training."""
     found = run["train"]
@@ -105,49 +136,10 @@ def validation(run: Run) -> Rows:
 
 
 def target_and_soft(run: Run) -> Rows:
-    """block, target, soft: the sparsity asked of the router and 1 - mean p_compute at the end of training."""
+    """block, target, soft, realised: the sparsity asked of the router, 1 - mean p_compute, and the share of tokens that
+    skipped, at the end of training."""
     found = run["train"]
-    return by_block(target=found["target_sparsity"], soft=found["soft_sparsity"]) if found else []
-
-
-def kept(run: Run) -> Rows:
-    """method, label, share, low, high, items, gained: answers kept, with their 95 % interval."""
-    return [
-        {"method": method["name"], "label": label, **{key: method["kept"].get(key) for key in KEPT}}
-        for method, label in method_labels(run["evaluate"])
-        if method.get("kept")
-    ]
-
-
-KEPT = ("share", "low", "high", "items", "gained")
-
-
-def kl(run: Run) -> Rows:
-    """method, label, mean, p99, noise_floor: KL per continuation token (nats)."""
-    floor = (run["evaluate"] or {}).get("noise_floor") or {}
-    return [
-        {
-            "method": method["name"],
-            "label": label,
-            "mean": method["kl"]["mean"],
-            "p99": method["kl"]["p99"],
-            "noise_floor": floor.get("kl"),
-        }
-        for method, label in method_labels(run["evaluate"])
-        if method.get("kl")
-    ]
-
-
-def kept_by_distance(run: Run) -> Rows:
-    """method, label, distance, share, low, high, items: answers kept, by how far back the fact lies (tokens)."""
-    return [
-        {"method": method["name"], "label": label, "distance": distance, **{key: at.get(key) for key in KEPT[:4]}}
-        for method, label in method_labels(run["evaluate"])
-        for distance, at in ((method.get("kept") or {}).get("by_distance") or {}).items()
-    ]
-
-
-def speed(run: Run) -> Rows:
-    """The benchmark's rows as they are: length, batch, kv, budget, speedup, low, high, flops_limit, …"""
-    found = run["benchmark"]
-    return [dict(row) for row in found["rows"]] if found else []
+    if not found:
+        return []
+    values = {name: found.get(f"{name}_sparsity") for name in ("target", "soft", "realised")}
+    return by_block(**values)

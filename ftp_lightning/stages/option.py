@@ -22,15 +22,17 @@ def option(
     is_file: bool = False,
     passive: bool = False,
     raw: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field that is a flag: `default`, `help`, and what it may be.
 
     least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose
     *content* is an input. `passive`: has no influence on what the stage finds. `raw`: the words as they are, never read
-    as YAML.
+    as YAML. `positional`: the words that stand without a flag, as many as there are.
     """
     bounds = {"least": least, "most": most, "below": below, "above": above}
     said = {"help": help, "bounds": bounds, "is_file": is_file, "passive": passive, "raw": raw}
+    said["positional"] = positional
     return field(default=default, metadata=said)
 
 

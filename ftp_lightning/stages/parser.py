@@ -55,7 +55,12 @@ def parser_of(settings_class: type) -> Parser:
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
         kind = words if field.metadata["raw"] else hints[field.name]
-        _add(parser, field.name, kind, field.default, field.metadata["help"])
+        if field.metadata["positional"]:
+            parser.add_argument(
+                field.name, nargs="*", type=str, default=list(field.default), help=field.metadata["help"]
+            )
+        else:
+            _add(parser, field.name, kind, field.default, field.metadata["help"])
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Stage `report`: one page that shows what a run found."""
+"""Stage `report`: one page that shows what a run, a study, or several runs side by side have found."""
 
 from __future__ import annotations
 
@@ -11,25 +11,38 @@ from ftp_lightning.stages.base import Settings
 from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 
+COMPARISON = "runs/comparison"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportStage(Settings):
-    """Write report.html, self-contained, into the folder of a run. It is written anew every time."""
+    """Write report.html, self-contained, into the folder of a run or study; of several runs, side by side, into OUTPUT.
+    It is written anew every time."""
 
     stage: ClassVar[str] = "report"
 
-    run: str | None = option(None, "folder that `run` has written", passive=True)
-    output: str | None = option(None, "the same, under the name that every stage knows", passive=True)
+    runs: tuple[str, ...] = option((), "folder of a run or study, or of several runs", passive=True, positional=True)
+    run: str | None = option(None, "folder that `run` has written, or a study", passive=True)
+    output: str | None = option(
+        None, f"of one run the same, under the name that every stage knows; of several {COMPARISON}", passive=True
+    )
     overwrite: bool = option(False, "as for every stage; the page is written anew in any case", passive=True)
 
     def check(self) -> None:
-        if (self.run is None) == (self.output is None):
-            raise UserError("report needs the folder of one run\nGive --run FOLDER.")
+        if len(self.runs) > 1:
+            if self.run is not None:
+                raise UserError("report is given several runs and --run\nName all runs without a flag.")
+        elif len([given for given in (*self.runs, self.run, self.output) if given is not None]) != 1:
+            raise UserError("report needs the folder of one run, or several runs\nGive --run FOLDER, or RUN RUN ….")
 
     def execute(self, progress: Progress | None = None) -> Path:
-        from ftp_lightning.report import build_report
+        from ftp_lightning.report import build_comparison, build_report
 
-        folder = Path(self.run or self.output).expanduser()
-        page = build_report(folder)
+        if len(self.runs) > 1:
+            folder = Path(self.output or COMPARISON).expanduser()
+            page = build_comparison([Path(run).expanduser() for run in self.runs], folder)
+        else:
+            folder = Path(next(iter(self.runs), self.run or self.output)).expanduser()
+            page = build_report(folder)
         (progress or Progress(self.stage)).say(f"wrote {page}")
         return folder
