@@ -16,7 +16,7 @@ from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
-from ftp_lightning.stages.train import TrainStage
+from ftp_lightning.stages.train import RouterName, TrainStage
 
 SHARES = {"sensitivity": 3, "search": 16, "train": 19, "finetune": 11, "evaluate": 49, "benchmark": 2}
 """Rough shares of the time at the default sizes, for the time left."""
@@ -36,6 +36,15 @@ class RunStage(BudgetSettings):
     generations: int = option(15, "generations of the search", least=0)
     finetune_generations: int = option(6, "generations of the fine-tuning", least=0)
     offspring: int = option(8, "children per generation", least=1)
+    router: RouterName = option("dynamic", "which router; `projected` also sees 12 directions of the hidden state")
+    guide: Literal["static", "future"] = option("static", "what the guide loss teaches, see `train --guide`")
+    guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
+    guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how it decays")
+    dense: int | None = option(
+        None,
+        "train first under a uniform schedule with so many dense blocks; else the searched one",
+        least=0,
+    )
     rounds: int = option(1, "times that router and schedule are adapted to each other: train, finetune", least=1)
     steps: int = option(200, "steps of router training", least=1)
     batch_size: int = option(4, "windows per step of router training", least=1)
@@ -111,7 +120,9 @@ class RunStage(BudgetSettings):
 
     def _rounds(self, tuning: dict[str, Any], searched: str) -> dict[str, tuple[type[StageSettings], dict[str, Any]]]:
         """Train and finetune, round after round: the next goes on from the pruner that the one before has tuned."""
-        chain, schedule, start = {}, searched, {"schedule": searched, "kv": self.kv}
+        chain, schedule = {}, searched
+        first = {"schedule": searched} if self.dense is None else {"budget": self.budget, "dense": self.dense}
+        start = first | {"kv": self.kv, "router": self.router}
         for place in round_places(self.rounds):
             trained = {"pruned": self._at(f"{place}train/pruned"), "schedule": schedule}
             chain[f"{place}train"] = (TrainStage, self._training() | start)
@@ -125,6 +136,7 @@ class RunStage(BudgetSettings):
 
     def _training(self) -> dict[str, Any]:
         names = ("steps", "batch_size", "learning_rate", "recall_share", "processes")
+        names += ("guide", "guide_share", "guide_decay")
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class TrainStage(StageSettings):
     pruned: str | None = option(None, "folder of a pruner to go on from: router, schedule, settings", is_file=True)
     schedule: str | None = option(None, "schedule.json to train under", is_file=True)
     budget: float | None = option(None, "uniform schedule of this budget, without --schedule", least=0.0, below=1.0)
+    dense: int = option(0, "first blocks that the uniform schedule leaves dense", least=0)
     budgets: tuple[float, ...] = option((), "LOW,HIGH: every forward draws a budget; --schedule is a schedules.json")
     kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     router: RouterName = option("dynamic", "which router; `dynamic` is the global one of 450 parameters")
@@ -75,6 +76,8 @@ class TrainStage(StageSettings):
             self._check_pruned()
         if self.schedule and self.budget is not None and not holds_family(self.schedule):
             raise UserError("budget is given beside a schedule that has its own\nLeave --budget or --schedule out.")
+        if self.dense and (self.schedule or self.pruned):
+            raise UserError("dense is about a uniform schedule, and another one is given\nLeave --dense out.")
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
             self._check_budgets()

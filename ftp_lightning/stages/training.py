@@ -18,7 +18,9 @@ from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.compensation import fit_compensation
 from ftp_lightning.routing import Router, make_router
+from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
+from ftp_lightning.search.allocations import step
 from ftp_lightning.stages.base import picked
 from ftp_lightning.stages.inputs import (
     load_model,
@@ -80,7 +82,20 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
         windows = mixed_windows(settings, tokenizer, settings.skip_windows, settings.recall_share)
         rank = settings.skip_rank if settings.skip == "low-rank" else 0
         about["compensation"] = fit_compensation(model, windows, rank, batch_size=settings.batch_size)
-    return TokenPruner(new_router(settings, model), schedule_or_uniform(settings.schedule, budget, model), **about)
+    return TokenPruner(new_router(settings, model), _first_schedule(settings, budget, model), **about)
+
+
+def _first_schedule(settings: TrainStage, budget: float | None, model: Any) -> Schedule:
+    """The one that is given, or uniform behind the blocks that are to be dense; UserError where these leave none."""
+    schedule, blocks = schedule_or_uniform(settings.schedule, budget, model), num_blocks(model)
+    if not settings.dense:
+        return schedule
+    if settings.dense >= blocks or schedule.budget * blocks > blocks - settings.dense:
+        raise UserError(
+            f"{settings.dense} dense blocks of {blocks} leave no room for a budget of {schedule.budget:g}\n"
+            "Give a lower --dense or --budget."
+        )
+    return step(blocks, schedule.budget, settings.dense)
 
 
 def new_router(settings: TrainStage, model: Any) -> Router:
