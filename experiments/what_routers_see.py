@@ -2,10 +2,10 @@
 experiments/what_routers_see.py --help
 
 Facts are set into prose, as in the questions everything is measured with; the dense model reads them. Per block: the
-area under the ROC curve (0.5 = by chance) with which a two-layer probe of 64 units, fitted on half of the passages, tells
-tokens of facts from prose in the other half, by what a router of that block sees. It is the mean over passages of the
-share of (fact token, prose token) pairs in the right order. The first token and the last `--tail` (the question) count
-for neither.
+area under the ROC curve (0.5 = by chance) with which a two-layer probe of 64 units, fitted on half of the passages,
+tells tokens of facts from prose in the other half, by what a router of that block sees. It is the mean over passages of
+the share of (fact token, prose token) pairs in the right order. The first token and the last `--tail` (the question)
+count for neither.
 """
 
 import argparse
