@@ -5,7 +5,7 @@ that need something far back in the prompt (as experiments/budgets.py measures t
 searches have them.
 
 * static, searched: the static router under the schedule found for it (`--static`, from experiments/schedules.py:
-  about a million forward tokens).
+  about a million forward tokens), or searched here.
 * paper: the four factors, guide to the static router over a quarter of the steps, trained under that schedule; then the
   schedule is fine-tuned with the trained router.
 * factors, projected (and their variants): first trained under a schedule that leaves `--dense` first blocks dense and
@@ -101,11 +101,18 @@ class Cell:
 
     @functools.cached_property
     def static(self):
-        """The schedule that was found for the static router."""
-        from ftp_lightning import Schedule
+        """The schedule that was found for the static router, or is searched here with as many forward tokens as the
+        others take for two trainings and a search."""
+        from ftp_lightning import Schedule, StaticRouter, TokenPruner
+        from ftp_lightning.search.allocations import late, ramp, step, uniform
 
         path = self.args.static / f"{self.kv}-{self.budget}-{self.seed}.json"
-        return Schedule(json.loads(path.read_text())["ours"]["sparsity"])
+        if path.exists():
+            return Schedule(json.loads(path.read_text())["ours"]["sparsity"])
+        seeds = {made.__name__: made(self.blocks, self.budget) for made in (uniform, ramp, step, late)}
+        pruner = TokenPruner(StaticRouter(), seeds["uniform"], kv=self.kv)
+        training = 2 * 4 * self.args.steps * 4 * (192 + 64)  # two of them, four forwards a step, four rows each
+        return self.searched(pruner, seeds, self.args.tokens + training).schedule
 
     def trained(self, pruner, folder, rounds, **settings):
         """The pruner with its router trained under its schedule, on rows of its own in every round."""
@@ -118,7 +125,7 @@ class Cell:
         rows = rows.subset(range(count * rounds, count * (rounds + 1)))
         return fit_router(self.model, pruner, rows, self.validation, settings, folder)
 
-    def searched(self, pruner, seeds):
+    def searched(self, pruner, seeds, tokens=None):
         """The pruner under the best schedule for its router."""
         from ftp_lightning.search.fitness import ContinuationFitness
         from ftp_lightning.search.genetic import genetic_search
@@ -127,7 +134,7 @@ class Cell:
         fitness = ContinuationFitness(
             self.model, self.calibration, pruner.with_schedule, max(1, len(self.calibration) // 4)
         )
-        limits = {"generations": 10**6, "max_forward_tokens": self.args.tokens}
+        limits = {"generations": 10**6, "max_forward_tokens": tokens or self.args.tokens}
         settings = SearchSettings(budget=self.budget, seed=self.seed, **limits)
         return pruner.with_schedule(genetic_search(fitness, self.blocks, settings, seeds).schedule)
 
