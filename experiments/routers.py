@@ -11,7 +11,7 @@ searches have them.
 * factors, projected (and their variants): first trained under a schedule that leaves `--dense` first blocks dense and
   is uniform else, where every block has something to decide; then the schedule is searched with the trained router;
   then trained again, where that lowers the validation KL. `projected` sees 12 directions of the hidden state beside the
-  factors. Guide "future": the tokens that the continuation attends to.
+  factors; compensated: a skipped token gets a fitted map of rank 8 of its state. Guide "future": the tokens that the continuation attends to.
 
 A training step costs about four forwards of its rows (teacher, student, backward). What is finished is not done again.
 `--worker I/N` takes every N-th cell; `--methods` does only those; `--tables` only writes the tables.
@@ -37,6 +37,7 @@ METHODS = {
     "projected, guide static": {"router": "projected"},
     "projected, trained once": {"router": "projected", "again": False} | FUTURE,
     "projected, from static": {"router": "projected", "start": "static"} | FUTURE,
+    "projected, compensated": {"router": "projected", "skip": 8} | FUTURE,
     "hidden+factors": {"router": "hidden+factors"} | FUTURE,
 }
 """Name -> router, first schedule, and what differs from the training's defaults."""
@@ -138,6 +139,15 @@ class Cell:
         settings = SearchSettings(budget=self.budget, seed=self.seed, **limits)
         return pruner.with_schedule(genetic_search(fitness, self.blocks, settings, seeds).schedule)
 
+    def compensated(self, rank):
+        """What the pruner is told of skipped tokens: the identity, or the low-rank map of that rank, fitted here."""
+        from ftp_lightning import fit_compensation
+
+        if rank is None:
+            return {}
+        windows = self.windows(self.args.calibration, "training", 64, 300 + self.seed)
+        return {"skip": "low-rank", "compensation": fit_compensation(self.model, windows, rank)}
+
     def find(self, name, folder):
         """The pruner of one method, and the validation KL of its trainings."""
         import torch
@@ -153,7 +163,7 @@ class Cell:
         first = self.static if start == "static" else step(self.blocks, self.budget, self.args.dense)
         torch.manual_seed(self.seed)
         made = make_router(router, self.blocks, self.model.config.hidden_size)
-        pruner = TokenPruner(made, first, kv=self.kv)
+        pruner = TokenPruner(made, first, kv=self.kv, **self.compensated(settings.pop("skip", None)))
         curves = [self.trained(pruner, folder / "0", 0, **settings)["validation_kl"]]
         seeds = {"first": first, "ramp": ramp(self.blocks, self.budget), "step": step(self.blocks, self.budget)}
         pruner = self.searched(pruner, seeds)
