@@ -181,7 +181,8 @@ class Test:
 
         text = evaluate_windows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
         found = {"kl": text.kl_mean, "ppl": text.ppl, "kl_rows": text.kl_rows, "realised": text.mean_sparsity}
-        found["flops_cut"] = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv)  # of the last batch
+        cut = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv, rank=pruner.skip_rank)
+        found["flops_cut"] = cut  # of the last batch
         if not self.questions:
             return found
         with pruner(self.model):

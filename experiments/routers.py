@@ -11,7 +11,8 @@ searches have them.
 * factors, projected (and their variants): first trained under a schedule that leaves `--dense` first blocks dense and
   is uniform else, where every block has something to decide; then the schedule is searched with the trained router;
   then trained again, where that lowers the validation KL. `projected` sees 12 directions of the hidden state beside the
-  factors; compensated: a skipped token gets a fitted map of rank 8 of its state. Guide "future": the tokens that the continuation attends to.
+  factors; compensated: a skipped token gets a fitted map of rank 8 of its state. Guide
+  "future": the tokens that the continuation attends to.
 
 A training step costs about four forwards of its rows (teacher, student, backward). What is finished is not done again.
 `--worker I/N` takes every N-th cell; `--methods` does only those; `--tables` only writes the tables.
