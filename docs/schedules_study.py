@@ -25,7 +25,7 @@ def study() -> dict:
             "label": name,
             "seeds": list(seeds),
             "metrics": {
-                "kl": [found[name]["kl"] for found in seeds.values()],
+                "kl": [found[name]["held"]["kl"] for found in seeds.values()],
                 "kept": [kept(found[name]) for found in seeds.values()],
             },
         }

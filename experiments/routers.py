@@ -232,16 +232,7 @@ def table_row(cells, name, other="static, searched"):
     ]
     shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
     shown.append(study.mean_std([100 * row["flops_cut"] for row in rows], 1))
-    if name == other:
-        return [*shown, "", ""]
-    kl = [a - b for cell in cells for a, b in zip(cell[name]["held"]["kl_rows"], cell[other]["held"]["kl_rows"])]
-    kept = [
-        100.0 * (a - b)
-        for cell in cells
-        for a, b, need in zip(cell[name]["right"], cell[other]["right"], cell[other]["need"])
-        if need
-    ]
-    return [*shown, searches.interval(kl, 4), searches.interval(kept, 1)]
+    return [*shown, *(["", ""] if name == other else searches.paired(cells, name, other))]
 
 
 def main():

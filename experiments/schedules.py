@@ -345,15 +345,17 @@ def table_row(cells, name):
     losses = [[row["calibration"], row["held"]["kl"], row["long"]["kl"], row["kl"]] for row in rows]
     shown = [study.mean_std(column, 4) for column in zip(*losses)]
     shown.append(study.mean_std([100 * row["kept"]["share"] for row in rows], 1))
-    kl = [a - b for cell in cells for a, b in zip(cell["ours"]["held"]["kl_rows"], cell[name]["held"]["kl_rows"])]
-    kept = [
-        100.0 * (a - b)
-        for cell in cells
-        for a, b, need in zip(cell["ours"]["right"], cell[name]["right"], cell[name]["need"])
-        if need
-    ]
-    shown += ["", ""] if name == "ours" else [interval(kl, 4), interval(kept, 1)]
+    shown += ["", ""] if name == "ours" else paired(cells, "ours", name)
     return [*shown, f"{statistics.median(row['curve'][-1][0] for row in rows):,.0f}"]
+
+
+def paired(cells, name, other):
+    """`name` minus `other` with its interval: held-out KL over windows, kept answers in points over questions."""
+    pairs = [(cell[name], cell[other]) for cell in cells]
+    kl = [a - b for one, two in pairs for a, b in zip(one["held"]["kl_rows"], two["held"]["kl_rows"])]
+    answers = [answer for one, two in pairs for answer in zip(one["right"], two["right"], two["need"])]
+    kept = [100.0 * (a - b) for a, b, need in answers if need]
+    return [interval(kl, 4), interval(kept, 1)]
 
 
 def interval(differences, digits):
