@@ -1,5 +1,7 @@
 """The documentation: every command in it parses, what it links to is there, its table names what exists, it builds."""
 
+import dataclasses
+import itertools
 import re
 import shlex
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from ftp_lightning.__main__ import STAGES, main, parse
+from ftp_lightning.stages.evaluate import EvaluateStage
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -45,6 +48,7 @@ OURS = [(page, words) for page, words in ALL if words[0] in ("ftp-lightning", "p
 
 def check(words: list[str]) -> None:
     """AssertionError or UserError where a command line cannot be what it looks like."""
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))  # NAME=VALUE in front of one
     program, *rest = words
     if words[:3] == ["python", "-m", "ftp_lightning"]:
         program, rest = "ftp-lightning", rest[2:]
@@ -56,13 +60,19 @@ def check(words: list[str]) -> None:
             assert settings is not None or "--help" in arguments or "--print_config" in arguments
     elif program == "make":
         targets = {word for word in rest if "=" not in word}
-        assert targets and targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+        known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+        known |= {f"ablation-{path.stem}" for path in (ROOT / "sweeps").glob("*.yaml")}
+        assert targets and targets <= known
     elif program == "python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest[2:] if word.startswith("tests/"))
     elif program == "python":
         source = (ROOT / rest[0]).read_text(encoding="utf-8")
         flags = {word.split("=")[0] for word in rest[1:] if word.startswith("--")}
+        if "parse_known_args" in source:  # it hands flags on to the stage `evaluate`
+            flags -= {f"--{field.name}" for field in dataclasses.fields(EvaluateStage)}
         assert all(f'"{flag}"' in source for flag in flags), flags
+    elif "/" in program:
+        assert (ROOT / program).is_file()
     else:
         assert program in OTHER_PROGRAMS, f"{program} is not known here"
 

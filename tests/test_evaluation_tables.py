@@ -8,10 +8,10 @@ import pytest
 
 from ftp_lightning.data.long_tasks import MAKERS, REPHRASED, long_items
 from ftp_lightning.data.sources import load_documents
+from ftp_lightning.data.task_names import LONG
 from ftp_lightning.data.words import KINDS
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import pairing, quoted, statistics
-from ftp_lightning.evaluation.declared import LONG
 from ftp_lightning.evaluation.tables import Table, escape_latex, percent, text, with_error, with_interval, written
 from ftp_lightning.models import load_tokenizer
 

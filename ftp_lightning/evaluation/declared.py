@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OURS = ("story_recall", "story_ending", "story_name")
-"""The embedded sets; what `evaluate` runs by default."""
-
-LONG = ("multi_key_recall", "document_qa", "question_first", "question_both", "rephrased_recall")
-"""Long-context tasks made at `--prompt_tokens` from the stage's own text."""
+from ftp_lightning.data.task_names import LONG
 
 RECALL = ("story_recall", *LONG)
 """Tasks whose answer is nowhere but in the passage; each has a twin NAME_deleted, the same without its facts."""

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.declared import LONG, OURS, RECALL, declared
+from ftp_lightning.evaluation.declared import RECALL, declared
 from ftp_lightning.evaluation.task_data import LAYOUT, by_subject, read_rows
 from ftp_lightning.evaluation.task_results import METRICS, summaries
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftp_lightning import models
-from ftp_lightning.evaluation.declared import LONG
+from ftp_lightning.data.task_names import LONG
 from ftp_lightning.stages import inputs
 from ftp_lightning.stages.base import StageSettings
 from ftp_lightning.stages.task_files import RECALL, check_tasks, local_files, long_rows, recall_rows, test_windows

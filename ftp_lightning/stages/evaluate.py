@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.declared import LONG, OURS
 from ftp_lightning.stages.base import PrunedSettings
 from ftp_lightning.stages.option import option
 from ftp_lightning.stages.progress import Progress

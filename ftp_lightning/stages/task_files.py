@@ -14,8 +14,9 @@ from ftp_lightning.data import choices
 from ftp_lightning.data.long_tasks import long_items
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
+from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.data.windows import Windows, plain_windows
-from ftp_lightning.evaluation.declared import DECLARED, LONG, OURS
+from ftp_lightning.evaluation.declared import DECLARED
 from ftp_lightning.evaluation.declared import RECALL as FACTS
 from ftp_lightning.evaluation.task_data import Files, find_files
 from ftp_lightning.stages.evaluate import EvaluateStage
