@@ -52,7 +52,7 @@ def test_save_and_load_give_the_same_numbers_to_the_last_bit(tmp_path_factory, v
     Schedule(values).save(path)
     assert Schedule.load(path) == Schedule(values)
     assert [p.name for p in path.parent.iterdir()] == ["schedule.json"]
-    assert json.loads(path.read_text()).keys() == {"format", "version", "sparsity"}
+    assert json.loads(path.read_text()).keys() == {"format", "version", "sparsity", "key"}
 
 
 @pytest.mark.parametrize(
