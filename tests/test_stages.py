@@ -11,7 +11,7 @@ from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
-from ftp_lightning.stages.run import SHARES, gains
+from ftp_lightning.stages.run import SHARES, RunStage, gains
 from ftp_lightning.stages.searching import starting_pruner
 from ftp_lightning.stages.task_cells import with_retention
 
@@ -247,6 +247,16 @@ def test_settings_of_the_chain_pass_on_what_they_share():
         "test",
     ]
     assert stages["search"].budget == stages["finetune"].budget == 0.5
+
+
+def test_a_run_trains_first_under_the_schedule_it_is_told(tmp_path):
+    about = {"router": "projected", "guide": "future", "guide_share": 1.0, "guide_decay": "constant"}
+    stages = RunStage(output=str(tmp_path), budget=0.6, dense=2, **about).stages()
+    train, tuned = stages["train"], stages["finetune"]
+    assert train.schedule is None and (train.budget, train.dense, train.router) == (0.6, 2, "projected")
+    assert (train.guide, train.guide_share, train.guide_decay) == ("future", 1.0, "constant")
+    assert tuned.schedule == str(tmp_path / "search/schedule.json")  # the static router's is one to start from
+    assert RunStage(output=str(tmp_path)).stages()["train"].schedule == str(tmp_path / "search/schedule.json")
 
 
 def test_rounds_adapt_router_and_schedule_to_each_other_again(tmp_path):

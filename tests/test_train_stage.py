@@ -103,3 +103,34 @@ def test_it_goes_on_from_a_pruner(tmp_path):
         assert torch.allclose(one, two, atol=1e-6)
     with pytest.raises(UserError, match="router is given"):
         train(tmp_path / "third", pruned=str(tmp_path / "first" / "pruned"), router="local")
+
+
+def test_the_router_is_first_trained_where_every_block_decides(tmp_path):
+    about = {"router": "projected", "guide": "future", "guide_share": 1.0, "guide_decay": "constant"}
+    metrics, pruner = train(tmp_path / "run", budget=0.5, dense=2, **about)
+    assert pruner.schedule.sparsity == pytest.approx([0.0, 0.0, *[0.6] * 10])
+    assert metrics["parameters"] == 12 * 256 + 17 * 64 + 130
+
+
+def test_a_family_goes_on_from_a_pruner(tmp_path):
+    """The schedule it holds afterwards is the family's, of the middle budget."""
+    train(tmp_path / "first", budget=0.3)
+    about = {"schedule": family(tmp_path / "schedules.json"), "budgets": (0.2, 0.6)}
+    _, pruner = train(tmp_path / "second", pruned=str(tmp_path / "first" / "pruned"), **about)
+    assert pruner.schedule.sparsity == pytest.approx([0.4] * 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"budget": 0.9, "dense": 2}, "leave no room"), ({"budget": 0.3, "dense": 12}, "leave no room")],
+)
+def test_dense_blocks_that_leave_no_room_are_refused(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", **given)
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+def test_dense_blocks_beside_a_schedule_are_refused(tmp_path):
+    Schedule.uniform(12, 0.3).save(tmp_path / "schedule.json")
+    with pytest.raises(UserError, match="dense is about a uniform schedule"):
+        train(tmp_path / "run", schedule=str(tmp_path / "schedule.json"), dense=1)
