@@ -128,6 +128,7 @@ def test_wishes_replace_what_the_file_says_but_not_what_it_varies():
         ({"command": ["${env}", "${interpreter}", "-m", "ftp_lightning", "train", "${args}"]}, "stage train"),
         ({"parameters": {"bugdet": {"value": 3}}}, "bugdet"),
         ({"parameters": {"allocation": {"value": "even"}}}, "no allocation 'even'"),
+        ({"parameters": {"dense": {"value": 2}}}, "dense is given, but a run of a study finds its own"),
         ({"parameters": {"config": {"values": [{"label": "a"}, {"label": "a", "steps": 3}]}}}, "two runs are called a"),
         ({"parameters": {"config": {"values": [{"label": "a"}, {"label": "b"}]}}}, "a and b are one and the same run"),
     ],

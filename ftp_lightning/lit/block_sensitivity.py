@@ -125,6 +125,18 @@ class BlockSensitivity(lightning.LightningModule):
     def test_step(self, batch: dict, batch_idx: int) -> None:
         self._measure(batch["input_ids"], int(batch["prompt_tokens"]))
 
+    def on_predict_start(self) -> None:
+        self._add_up_over_the_trainers_processes()
+
+    def on_test_start(self) -> None:
+        self._add_up_over_the_trainers_processes()
+
+    def _add_up_over_the_trainers_processes(self) -> None:
+        """Metrics would wait for every process of a launcher, also where this one measures alone."""
+        if self.trainer.world_size == 1:
+            for metric in (self.cosine, self.redundant, self.saliency, self.kl, self.counted):
+                metric.distributed_available_fn = _never
+
     def on_predict_epoch_end(self) -> None:
         self.summary()  # while the processes still are together; the metrics remember what they computed
 
@@ -227,6 +239,10 @@ class BlockSensitivity(lightning.LightningModule):
 
     def _prompt(self, states: BlockStates, block: int) -> Tensor:
         return _wide(states.entering(block)[:, : self.prompt_tokens])
+
+
+def _never() -> bool:
+    return False
 
 
 def _alone(block: int, sparsity: float, num_blocks: int) -> Schedule:

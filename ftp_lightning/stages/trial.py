@@ -63,7 +63,7 @@ class TrialStage(TrainStage):
 
     def check(self) -> None:
         super().check()
-        for name in ("pruned", "schedule", "budgets"):
+        for name in ("pruned", "schedule", "budgets", "dense"):
             if getattr(self, name):
                 raise UserError(f"{name} is given, but a run of a study finds its own\nLeave --{name} out.")
         if self.finetune_generations and self.router in UNTRAINED:
