@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftp_lightning import Schedule, TokenPruner, load_pruned
+from ftp_lightning import Schedule, TokenPruner, UserError, load_pruned
 from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
@@ -257,6 +257,8 @@ def test_a_run_trains_first_under_the_schedule_it_is_told(tmp_path):
     assert (train.guide, train.guide_share, train.guide_decay) == ("future", 1.0, "constant")
     assert tuned.schedule == str(tmp_path / "search/schedule.json")  # the static router's is one to start from
     assert RunStage(output=str(tmp_path)).stages()["train"].schedule == str(tmp_path / "search/schedule.json")
+    with pytest.raises(UserError, match="one of tokens"):
+        RunStage(output=str(tmp_path), budget=0.3, budget_kind="flops", dense=2)
 
 
 def test_rounds_adapt_router_and_schedule_to_each_other_again(tmp_path):

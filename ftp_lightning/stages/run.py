@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import write_text
+from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import BudgetSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import BASELINES, OUR_TASKS, EvaluateStage
@@ -67,6 +68,10 @@ class RunStage(BudgetSettings):
 
     def check(self) -> None:
         super().check()
+        if self.dense is not None and self.budget_kind == "flops":
+            raise UserError(
+                "dense asks for a uniform schedule, whose budget is one of tokens\nLeave --budget_kind out."
+            )
         self.stages()
 
     def execute(self, progress: Progress | None = None) -> Path:
