@@ -257,7 +257,7 @@ def test_a_run_trains_first_under_the_schedule_it_is_told(tmp_path):
     assert (train.guide, train.guide_share, train.guide_decay) == ("future", 1.0, "constant")
     assert tuned.schedule == str(tmp_path / "search/schedule.json")  # the static router's is one to start from
     assert RunStage(output=str(tmp_path)).stages()["train"].schedule == str(tmp_path / "search/schedule.json")
-    with pytest.raises(UserError, match="one of tokens"):
+    with pytest.raises(UserError, match="a budget of tokens"):
         RunStage(output=str(tmp_path), budget=0.3, budget_kind="flops", dense=2)
 
 

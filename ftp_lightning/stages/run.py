@@ -69,9 +69,7 @@ class RunStage(BudgetSettings):
     def check(self) -> None:
         super().check()
         if self.dense is not None and self.budget_kind == "flops":
-            raise UserError(
-                "dense asks for a uniform schedule, whose budget is one of tokens\nLeave --budget_kind out."
-            )
+            raise UserError("dense asks for a uniform schedule: a budget of tokens\nLeave --budget_kind out.")
         self.stages()
 
     def execute(self, progress: Progress | None = None) -> Path:
