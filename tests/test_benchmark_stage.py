@@ -137,6 +137,7 @@ def test_a_cell_that_does_not_fit_is_left_out_and_told(command, tmp_path, monkey
     assert status == 2 and "no cell fits" in said and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_goes_on_behind_the_last_size(command, tmp_path, monkeypatch):
     measured, sizes = Bench.cell, []
 

@@ -192,6 +192,7 @@ def test_prompts_of_another_length_are_refused():
         predict(system)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one():
     """Each measures its share of the windows; both tell the same, what all measured."""
     (first, second), expected = launch(2, torch.device("cpu"), share_of_the_windows), measured(IDS.split(2)).summary()

@@ -254,6 +254,7 @@ def test_a_stage_is_the_fewest_whole_chunks_that_hold_its_windows():
     assert enough_chunks([4, 4, 4, 2], [3, 1, 0, 2], 99) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_family_warm_starts_each_budget_and_resumes_between_and_within_them():
     ask = {budget: {"uniform": Schedule.uniform(BLOCKS, budget)} for budget in (0.6, 0.2, 0.4)}
     states = []

@@ -24,6 +24,7 @@ def in_step(processes, device, folder):
     return metrics, torch.cat([value.flatten() for value in pruner.router.state_dict().values()]).tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_that_accumulates_twice(tmp_path):
     two, weights = launch(2, torch.device("cpu"), in_step, tmp_path / "two")
     pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
