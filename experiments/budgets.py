@@ -57,6 +57,20 @@ def whole(source):
     return {"data": source, "split": "auto" if source == "embedded" else "all"}
 
 
+def documents(source, part):
+    """Those of a text of ours, whole; of the embedded stories the part."""
+    from ftp_lightning.data.sources import load_documents
+
+    return load_documents(source, part if source == "embedded" else "all")
+
+
+def search_windows(tokenizer, source, part, count, seed, prompt_tokens=192):
+    """Windows as searches and trainings have them: half of them with facts, 64 tokens of continuation."""
+    from ftp_lightning.data.windows import calibration_windows
+
+    return calibration_windows(tokenizer, documents(source, part), prompt_tokens, 64, count, seed)
+
+
 def tests_of(args):
     return dict(pair.split("=", 1) for pair in args.test or ["stories=embedded"])
 
@@ -148,17 +162,16 @@ class Test:
 
     def _prepare(self, args, seed, source, recall):
         from ftp_lightning.data.choices import recall_items
-        from ftp_lightning.data.sources import load_documents
         from ftp_lightning.data.windows import plain_windows
         from ftp_lightning.evaluation.continuation import noise_floor, teacher_logprobs
         from ftp_lightning.evaluation.greedy import as_question
         from ftp_lightning.models import load
 
         self.model, self.tokenizer = load(args.model, dtype=args.dtype)
-        documents = load_documents(source, "test" if source == "embedded" else "all")
-        self.windows = plain_windows(self.tokenizer, documents, 192, 64, args.windows, random.Random(f"{seed}/windows"))
+        texts = documents(source, "test")
+        self.windows = plain_windows(self.tokenizer, texts, 192, 64, args.windows, random.Random(f"{seed}/windows"))
         self.teacher, floor = teacher_logprobs(self.model, self.windows, 16), noise_floor(self.model, self.windows, 16)
-        items = recall_items(self.tokenizer, documents, random.Random(f"{seed}/recall"), args.items) if recall else []
+        items = recall_items(self.tokenizer, texts, random.Random(f"{seed}/recall"), args.items) if recall else []
         self.questions = [as_question(self.tokenizer, item) for item in items]
         self.right = self.answers(self.questions)
         self.without = self.answers([as_question(self.tokenizer, item, "context_deleted") for item in items])

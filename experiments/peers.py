@@ -93,20 +93,14 @@ class Bench:
 
     def __init__(self, args):
         from ftp_lightning.baselines import Setting
-        from ftp_lightning.data.sources import load_documents
-        from ftp_lightning.data.windows import calibration_windows
 
         self.args = args
         source = next(iter(study.tests_of(args).values()))
         self.test = study.Test(args, 0, source, recall=True)
         self.model, tokenizer = self.test.model, self.test.tokenizer
 
-        def windows(text, split, count, seed):
-            documents = load_documents(text, split if text == "embedded" else "all")
-            return calibration_windows(tokenizer, documents, 192, 64, count, seed)
-
-        calibration = windows(args.calibration, "calibration", args.calibration_windows, 0)
-        self.training = lambda seed: windows(args.train, "training", 4 * args.steps, seed)
+        calibration = study.search_windows(tokenizer, args.calibration, "calibration", args.calibration_windows, 0)
+        self.training = lambda seed: study.search_windows(tokenizer, args.train, "training", 4 * args.steps, seed)
         self.validation = calibration
         influence = self._influence()
         self.setting = Setting(self.model, 0, calibration, tuple(influence), rank=args.compensation)

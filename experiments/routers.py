@@ -86,12 +86,8 @@ class Cell:
         self.model, self.tokenizer = load(args.model, dtype=args.dtype)
         self.blocks = self.model.config.num_hidden_layers
 
-    def windows(self, source, split, count, seed):
-        from ftp_lightning.data.sources import load_documents
-        from ftp_lightning.data.windows import calibration_windows
-
-        documents = load_documents(source, split if source == "embedded" else "all")
-        return calibration_windows(self.tokenizer, documents, 192, 64, count, seed)
+    def windows(self, source, part, count, seed):
+        return study.search_windows(self.tokenizer, source, part, count, seed)
 
     @functools.cached_property
     def calibration(self):
@@ -174,9 +170,8 @@ class Cell:
 
 
 def run(args):
-    cells = itertools.product(map(int, args.seeds.split(",")), map(float, args.budgets.split(",")), args.kv.split(","))
-    for seed, budget, kv in study.own_cells(args, cells):
-        run_cell(args, kv, budget, seed)
+    for cell in searches.cells_of(args):
+        run_cell(args, *cell)
 
 
 def run_cell(args, kv, budget, seed):

@@ -80,15 +80,13 @@ class Cell:
     """One kv mode, budget and seed: the fitness and the searches on it."""
 
     def __init__(self, args, kv, budget, seed):
-        from ftp_lightning.data.sources import load_documents
-        from ftp_lightning.data.windows import calibration_windows
         from ftp_lightning.models import load
 
         self.args, self.kv, self.budget, self.seed = args, kv, budget, seed
         self.model, tokenizer = load(args.model, dtype=args.dtype)
         self.blocks = self.model.config.num_hidden_layers
-        documents = load_documents(args.calibration, "calibration" if args.calibration == "embedded" else "all")
-        self.more_windows = calibration_windows(tokenizer, documents, 192, 64, MORE * args.calibration_windows, seed)
+        count = MORE * args.calibration_windows
+        self.more_windows = study.search_windows(tokenizer, args.calibration, "calibration", count, seed)
         self.windows = self.more_windows.subset(range(args.calibration_windows))
         self.tokens = args.population * (args.generations + 1) * self.windows.input_ids.numel()
 
@@ -236,13 +234,10 @@ class Held:
         self.sets = self.known[seed, source]
 
     def _prepare(self, args, seed, source, test):
-        from ftp_lightning.data.sources import load_documents
-        from ftp_lightning.data.windows import calibration_windows
         from ftp_lightning.evaluation.continuation import teacher_logprobs
 
-        documents = load_documents(source, "test" if source == "embedded" else "all")
-        shapes = [(documents, prompt, 64, args.windows, seed) for prompt in HELD.values()]
-        sets = [calibration_windows(test.tokenizer, *shape) for shape in shapes]
+        asked = test.tokenizer, source, "test", args.windows, seed
+        sets = [study.search_windows(*asked, prompt) for prompt in HELD.values()]
         return {name: (windows, teacher_logprobs(test.model, windows, 8)) for name, windows in zip(HELD, sets)}
 
     def measure(self, name, pruner):
@@ -254,9 +249,14 @@ class Held:
 
 
 def run(args):
+    for cell in cells_of(args):
+        run_cell(args, *cell)
+
+
+def cells_of(args):
+    """(kv, budget, seed) of each cell that this process does, seed by seed."""
     cells = itertools.product(map(int, args.seeds.split(",")), map(float, args.budgets.split(",")), args.kv.split(","))
-    for seed, budget, kv in study.own_cells(args, cells):
-        run_cell(args, kv, budget, seed)
+    return [(kv, budget, seed) for seed, budget, kv in study.own_cells(args, cells)]
 
 
 def run_cell(args, kv, budget, seed):

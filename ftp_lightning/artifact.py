@@ -176,14 +176,15 @@ class Lock:
     def __init__(self, path: Path):
         self.path, self.file = path, None
 
-    def take(self) -> bool:
-        """False where another holds it. True also on a file system without locks: there is none to respect [ours]."""
+    def take(self, wait: bool = False) -> bool:
+        """False where another holds it; with `wait` that one is waited for. True also on a file system without locks:
+        there is none to respect [ours]."""
         while True:
             self.file = self.path.open("ab")
             try:
                 import fcntl
 
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 self._close()
                 return False

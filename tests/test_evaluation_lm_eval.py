@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ftp_models import ftp_models
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
@@ -36,16 +37,8 @@ def model(tokenizer):
 
 @pytest.fixture
 def ftp(model, tokenizer):
-    """Makes models on the shared weights and takes their pruners off again."""
-    made = []
-
-    def make(**options):
-        made.append(FtpLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 3, **options}))
-        return made[-1]
-
-    yield make
-    for lm in made:
-        lm.close()
+    with ftp_models(model, tokenizer) as make:
+        yield make
 
 
 def pruner(**options):

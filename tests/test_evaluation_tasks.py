@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ftp_models import ftp_models
 from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
 
@@ -35,15 +36,8 @@ def model(tokenizer):
 
 @pytest.fixture
 def ftp(model, tokenizer):
-    made = []
-
-    def make(**options):
-        made.append(FtpLM(pretrained=model, tokenizer=tokenizer, **{"batch_size": 3, **options}))
-        return made[-1]
-
-    yield make
-    for lm in made:
-        lm.close()
+    with ftp_models(model, tokenizer) as make:
+        yield make
 
 
 def text(i, n):

@@ -24,7 +24,7 @@ from ftp_lightning.pruning.generation import Generation, join_outputs, split_arg
 from ftp_lightning.pruning.key_gates import gated_keys
 from ftp_lightning.pruning.masked import recomputed, run_masked
 from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
-from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
+from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query, scaling_of
 from ftp_lightning.pruning.state import Decision, Pass, Site
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable, remember_prompt
 from ftp_lightning.pruning.tokens import Rows, Tokens
@@ -369,8 +369,7 @@ class Engine:
     # ---------------------------------------------------------------- attention, and what it says of its keys
 
     def attend(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, kwargs: dict):
-        site, state, scaling = self.sites[index], self.current, kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        site, state, scaling = self.sites[index], self.current, scaling_of(query, kwargs)
         if state is not None and state.table is not None and self.scores_matter(index):
             self.tapped = Tapped(query, key, scaling, kwargs.get("softcap"), site.window)
         if self.sight is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ftp_lightning.pruning.attention import interface, tap_attention
 from ftp_lightning.pruning.blocks import find_attention, find_decoder, sliding_window
-from ftp_lightning.pruning.scores import Tapped, received_attention
+from ftp_lightning.pruning.scores import Tapped, received_attention, scaling_of
 from ftp_lightning.pruning.tokens import Tokens
 
 
@@ -40,11 +40,10 @@ def _listener(attention: nn.Module, heard: list[Tensor], last: int, real: Tensor
     name, window = attention.config._attn_implementation, sliding_window(attention)
 
     def run(module, query, key, value, mask, kwargs):
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         slots = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
         tokens = Tokens(slots, torch.ones_like(slots, dtype=torch.bool) if real is None else real, real is None)
         with torch.no_grad():
+            scaling = scaling_of(query, kwargs)
             tapped = Tapped(query.detach(), key.detach(), scaling, kwargs.get("softcap"), window)
             scores, seen = received_attention(tapped, tokens, tokens, last)
             heard.append(scores.masked_fill(~seen, 0.0))

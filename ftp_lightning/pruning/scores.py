@@ -28,6 +28,12 @@ class Tapped:
     window: int | None
 
 
+def scaling_of(query: Tensor, kwargs: dict) -> float:
+    """What a model's attention multiplies q k by: what it says, else 1 / sqrt(head size)."""
+    scaling = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
 def received_attention(
     tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None, before: int = 0
 ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import StageFolder, make_folder, read_provenance
+from ftp_lightning.artifact import Lock, StageFolder, make_folder, read_provenance
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import StageSettings
 from ftp_lightning.stages.progress import Progress
@@ -24,9 +23,12 @@ from ftp_lightning.stages.progress import Progress
 def locked(place: Path) -> Iterator[None]:
     """One process at a time, machine-wide; a process that dies lets go."""
     make_folder(place.parent)
-    with (place.parent / f".{place.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = Lock(place.parent / f".{place.name}.lock")
+    lock.take(wait=True)
+    try:
         yield
+    finally:
+        lock.free()
 
 
 def is_finished(settings: StageSettings) -> bool | None:
