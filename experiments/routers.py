@@ -38,6 +38,8 @@ METHODS = {
     "projected, guide static": {"router": "projected"},
     "projected, trained once": {"router": "projected", "again": False} | FUTURE,
     "projected, from static": {"router": "projected", "start": "static"} | FUTURE,
+    "projected once": {"router": "projected_once"} | FUTURE,
+    "projected once, from static": {"router": "projected_once", "start": "static", "again": True} | FUTURE,
     "projected, compensated": {"router": "projected", "skip": 8} | FUTURE,
     "hidden+factors": {"router": "hidden+factors"} | FUTURE,
 }

@@ -21,7 +21,7 @@ PROMPT = 16
 SCHEDULE = Schedule([0.0, 0.6, 0.4, 0.7])
 ROUTED_FIRST = Schedule([0.5, 0.6, 0.0, 0.7])  # a dense block between routed ones, a routed one at the start
 NONE_DENSE = Schedule([0.5, 0.6, 0.4, 0.7])  # no block writes all scores anew
-LEARNED = ("dynamic", "local", "recurrent", "hidden", "one_pass")
+LEARNED = ("dynamic", "local", "recurrent", "hidden", "one_pass", "projected_once")
 NAMES = ("static", "random", *LEARNED)
 KV = ("evict", "keep", ("evict", "keep", "keep", "evict"))
 

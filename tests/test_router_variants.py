@@ -12,7 +12,7 @@ from ftp_lightning.routing import ROUTERS, RoutingContext
 from ftp_lightning.routing.factors import FACTORS, average_rank, factors
 
 N, D, F = 4, 12, len(FACTORS)
-LEARNED = ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected"]
+LEARNED = ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once"]
 SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
 COUNTS = {
     "dynamic": lambda w: (F + 1) * w + 2 * w + 2,
@@ -22,6 +22,7 @@ COUNTS = {
     "hidden+factors": lambda w: (D + F + 1) * w + 2 * w + 2,
     "one_pass": lambda w: (F + 1) * w + N * (2 * w + 2),
     "projected": lambda w: 12 * D + (12 + F + 1) * w + 2 * w + 2,
+    "projected_once": lambda w: 12 * D + (12 + F - 1 + 1) * w + 2 * w + 2,
 }
 
 
@@ -67,9 +68,10 @@ def test_parameters_are_as_many_as_written(name):
 
 def test_make_router_gives_each_what_it_takes():
     for name, kind in ROUTERS.items():
-        router = made(name, width=3, names=("position", "sparsity"), seed=None)
+        names = ("position",) if name == "projected_once" else ("position", "sparsity")
+        router = made(name, width=3, names=names, seed=None)
         assert type(router) is kind and not router.needs_attention
-        assert router.needs_hidden == (name in ("hidden", "hidden+factors", "projected")) and router.one_pass == (
+        assert router.needs_hidden == (name in ("hidden", "hidden+factors", "projected", "projected_once")) and router.one_pass == (
             name == "one_pass"
         )
         router.check_schedule(SCHEDULE)
@@ -78,6 +80,8 @@ def test_make_router_gives_each_what_it_takes():
         made("oracle")
     with pytest.raises(TypeError, match="no router takes"):
         made("dynamic", widht=3)
+    with pytest.raises(UserError, match="leave sparsity out"):
+        made("projected_once", names=("position", "sparsity"))
     for wrong in ({"width": 0}, {"names": ()}, {"names": ("rank", "rank")}):
         with pytest.raises(ValueError):
             made("recurrent", **wrong)
@@ -92,6 +96,7 @@ def test_another_model_or_schedule_is_refused():
         ("hidden", (N, 9)),
         ("hidden+factors", (N, 9)),
         ("projected", (N, 9)),
+        ("projected_once", (N, 9)),
     ]:
         with pytest.raises(UserError, match="was made for"):
             made(name).check_model(*other)
@@ -132,8 +137,10 @@ def test_asking_twice_and_in_any_order_changes_nothing(name, parts):
         for context in contexts_for(name, parts=parts):
             for call in calls:
                 with torch.set_grad_enabled(call == "grad"):
-                    p = router.probability(context) if call == "grad" else router.score(context)
-                assert call == "grad" or not p.requires_grad
+                    score = None if call == "grad" else router.score(context)
+                    p = router.probability(context)
+                assert call == "grad" or not (p.requires_grad or score.requires_grad)
+                assert score is None or name == "projected_once" or torch.equal(score[context.real], p[context.real])
             seen.append(p.detach()[context.real])
             with torch.enable_grad():
                 total = total + router.probability(context)[context.real].square().sum()
@@ -152,6 +159,29 @@ def test_an_earlier_block_asked_again_knows_nothing_of_later_ones(name):
     router, contexts = made(name), contexts_for(name)
     first = [router.score(c) for c in contexts]
     assert all(torch.equal(router.score(c), p) for c, p in reversed(list(zip(contexts, first))))
+
+
+def test_ranked_once_is_nested_and_has_the_schedule_as_prior():
+    """The order is that of the first routed block, whatever later blocks hold; p = sigmoid(e + log odds of 1 - s)."""
+    router, (first, *later) = made("projected_once"), list(forward())[1:]
+    e = router.score(first)
+    logits = router.logits(first).diff(dim=-1)[..., 0]
+    assert torch.equal(e[first.real], logits[first.real])
+    for context in later:
+        blind = replace(context, hidden=None, attention=None)
+        assert torch.equal(router.score(blind)[first.real], e[first.real])
+        odds = (1 - context.sparsity) / context.sparsity
+        p = e.exp() * odds / (1 + e.exp() * odds)
+        assert torch.allclose(router.probability(blind)[first.real], p[first.real], atol=1e-6)
+    other = [made("projected_once").score(context) for context in later]  # not in front of the first: another order
+    assert not any(torch.allclose(found[first.real], e[first.real], atol=1e-3) for found in other[1:])
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+    contexts = list(forward(seed=1))
+    for context in contexts:
+        p = router.probability(context)[context.real]
+        assert torch.allclose(p, torch.full_like(p, 1 - context.sparsity), atol=1e-3)
 
 
 def test_a_gradient_flows_through_blocks_asked_without():

@@ -176,7 +176,9 @@ def test_a_row_without_a_token_to_score_counts_for_nothing():
     assert found._forwards[0]["empty_rows"] == 1 and found._forwards[0]["tokens"] == 3 * 24 - 6
 
 
-@pytest.mark.parametrize("name", ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected"])
+@pytest.mark.parametrize(
+    "name", ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once"]
+)
 def test_every_variant_trains(name, tmp_path):
     model = tiny_llama(torch.float32)
     torch.manual_seed(0)

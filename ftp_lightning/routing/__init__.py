@@ -11,6 +11,7 @@ from ftp_lightning.routing.hidden_factors import HiddenFactorsRouter
 from ftp_lightning.routing.local import LocalRouter
 from ftp_lightning.routing.one_pass import OnePassRouter
 from ftp_lightning.routing.projected import ProjectedRouter
+from ftp_lightning.routing.projected_once import ProjectedOnceRouter
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.recurrent import RecurrentRouter
 from ftp_lightning.routing.static import StaticRouter
@@ -25,6 +26,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hidden+factors": HiddenFactorsRouter,
     "one_pass": OnePassRouter,
     "projected": ProjectedRouter,
+    "projected_once": ProjectedOnceRouter,
 }
 """Routers that a pruned folder may name; the keys are what its JSON and the command line say."""
 
@@ -57,6 +59,7 @@ __all__ = [
     "HiddenRouter",
     "LocalRouter",
     "OnePassRouter",
+    "ProjectedOnceRouter",
     "ProjectedRouter",
     "RandomRouter",
     "RecurrentRouter",

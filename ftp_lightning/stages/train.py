@@ -11,7 +11,9 @@ from ftp_lightning.stages.base import StageSettings, holds_family
 from ftp_lightning.stages.option import check_reachable, option
 from ftp_lightning.stages.progress import Progress
 
-RouterName = Literal["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected"]
+RouterName = Literal[
+    "dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
