@@ -16,7 +16,8 @@ def write_samples(folder: Path, right: list[bool], first_document: int = 0) -> N
     """Recall questions, four of each document; dense answers all with the passage, none without."""
     rows = []
     for place, ok in enumerate(right):
-        labels = {"id": f"recall-{place}", "document": first_document + place // 4, "distance": 100}
+        labels = {"id": f"recall-{place}", "document": first_document + place // 4}
+        labels["hash"] = f"words of {first_document}, {place}"
         rows.append({"task": "story_recall", **labels, "right": {"dense": True, "dynamic": ok}})
         rows.append({"task": "story_recall_deleted", **labels, "right": {"dense": False}})
     (folder / "evaluate/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

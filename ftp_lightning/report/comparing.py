@@ -120,14 +120,14 @@ def paired(runs: Runs, draws: int = 2000) -> list[str]:
 
 
 def recall_answers(run: Run) -> dict[str, tuple[bool, Any]]:
-    """Question -> (right?, document) of the headline method, of questions that need the passage; empty without them."""
+    """Hash of the question -> (right?, document) of the headline method, of questions that need the passage; empty
+    without them."""
     method = (headline_method(run["evaluate"]) or {}).get("name")
     text = read_text(run["folder"] / "evaluate" / "samples.jsonl")
     rows = [json.loads(line) for line in (text or "").splitlines() if line.strip()]
     without = {row["id"]: row["right"]["dense"] for row in rows if row["task"] == DELETED}
     return {
-        # the passage is in the identity: two runs may number different questions alike
-        (row["id"], row["document"], row["distance"]): (row["right"][method], row["document"])
+        row["hash"]: (row["right"][method], row["document"])  # of its words: runs may number different questions alike
         for row in rows
         if row["task"] == RECALL and row["right"]["dense"] and not without.get(row["id"], False)
     }

@@ -22,6 +22,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(decimals, 0)}f}"
 
 
+def signed(value: float) -> str:
+    """`number` with its sign; zero has none."""
+    return f"{'+' if value > 0 else '-' if value < 0 else ''}{number(abs(value))}"
+
+
 def percent(share: float | None, digits: int = 1, unit: str = " %") -> str:
     """A share in [0, 1] as per cent."""
     return MISSING if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import write_bytes, write_text
-from ftp_lightning.report.tables import number, percent
+from ftp_lightning.report.tables import number, percent, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,10 +107,6 @@ def interval_text(found: dict[str, float] | None) -> str:
         return ""
     difference, *ends = (signed(found[key]) for key in ("difference", "low", "high"))
     return f"{difference} [{', '.join(ends)}]"
-
-
-def signed(value: float) -> str:
-    return f"{'-' if value < 0 else '+'}{number(abs(value))}"
 
 
 def table(study: dict[str, Any]) -> str:
