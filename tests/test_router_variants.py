@@ -13,6 +13,7 @@ from ftp_lightning.routing.factors import FACTORS, average_rank, factors
 
 N, D, F = 4, 12, len(FACTORS)
 LEARNED = ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once"]
+SEES_HIDDEN = ("hidden", "hidden+factors", "projected", "projected_once")
 SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
 COUNTS = {
     "dynamic": lambda w: (F + 1) * w + 2 * w + 2,
@@ -71,9 +72,7 @@ def test_make_router_gives_each_what_it_takes():
         names = ("position",) if name == "projected_once" else ("position", "sparsity")
         router = made(name, width=3, names=names, seed=None)
         assert type(router) is kind and not router.needs_attention
-        assert router.needs_hidden == (name in ("hidden", "hidden+factors", "projected", "projected_once")) and router.one_pass == (
-            name == "one_pass"
-        )
+        assert router.needs_hidden == (name in SEES_HIDDEN) and router.one_pass == (name == "one_pass")
         router.check_schedule(SCHEDULE)
     assert made("random", width=3).seed == 0 and make_router("random", N, D, seed=5).seed == 5
     with pytest.raises(UserError, match="unknown"):
