@@ -13,6 +13,8 @@ searches have them.
   then trained again, where that lowers the validation KL. `projected` sees 12 directions of the hidden state beside the
   factors; compensated: a skipped token gets a fitted map of rank 8 of its state. Guide
   "future": the tokens that the continuation attends to.
+* projected once: the same, but tokens are ranked once for all blocks; as static: it is trained under the static
+  router's schedule, for three times the steps, and that schedule stays.
 
 A training step costs about four forwards of its rows (teacher, student, backward). What is finished is not done again.
 `--worker I/N` takes every N-th cell; `--methods` does only those; `--tables` only writes the tables.
@@ -39,7 +41,7 @@ METHODS = {
     "projected, trained once": {"router": "projected", "again": False} | FUTURE,
     "projected, from static": {"router": "projected", "start": "static"} | FUTURE,
     "projected once": {"router": "projected_once"} | FUTURE,
-    "projected once, from static": {"router": "projected_once", "start": "static", "again": True} | FUTURE,
+    "projected once, as static": {"router": "projected_once", "start": "static", "search": False, "longer": 3} | FUTURE,
     "projected, compensated": {"router": "projected", "skip": 8} | FUTURE,
     "hidden+factors": {"router": "hidden+factors"} | FUTURE,
 }
@@ -119,7 +121,8 @@ class Cell:
         from ftp_lightning.lit.fitting import fit_router
         from ftp_lightning.lit.training_settings import TrainingSettings
 
-        settings = TrainingSettings(steps=self.args.steps, validations=3, seed=self.seed, **settings)
+        steps = self.args.steps * settings.pop("longer", 1)
+        settings = TrainingSettings(steps=steps, validations=3, seed=self.seed, **settings)
         count = settings.steps * settings.batch_size
         rows = self.windows(self.args.calibration, "training", count * (rounds + 1), 100 + self.seed)
         rows = rows.subset(range(count * rounds, count * (rounds + 1)))
@@ -158,12 +161,14 @@ class Cell:
         if not settings:
             return TokenPruner(StaticRouter(), self.static, kv=self.kv), []
         router, start = settings.pop("router"), settings.pop("start", "step")
-        again = settings.pop("again", start == "step")
+        again, search = settings.pop("again", start == "step"), settings.pop("search", True)
         first = self.static if start == "static" else step(self.blocks, self.budget, self.args.dense)
         torch.manual_seed(self.seed)
         made = make_router(router, self.blocks, self.model.config.hidden_size)
         pruner = TokenPruner(made, first, kv=self.kv, **self.compensated(settings.pop("skip", None)))
         curves = [self.trained(pruner, folder / "0", 0, **settings)["validation_kl"]]
+        if not search:
+            return pruner, curves
         seeds = {"first": first, "ramp": ramp(self.blocks, self.budget), "step": step(self.blocks, self.budget)}
         pruner = self.searched(pruner, seeds)
         if again:
