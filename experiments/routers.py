@@ -13,7 +13,8 @@ searches have them.
   then trained again, where that lowers the validation KL. `projected` sees 12 directions of the hidden state beside the
   factors; compensated: a skipped token gets a fitted map of rank 8 of its state. Guide
   "future": the tokens that the continuation attends to.
-* projected once: the same, but tokens are ranked once for all blocks; as static: it is trained under the static
+* projected, trained on: what `projected` ended with, trained for three times the steps once more, its schedule kept.
+* projected once: as `projected`, but tokens are ranked once for all blocks; as static: it is trained under the static
   router's schedule, for three times the steps, and that schedule stays.
 
 A training step costs about four forwards of its rows (teacher, student, backward). What is finished is not done again.
@@ -42,6 +43,7 @@ METHODS = {
     "projected, from static": {"router": "projected", "start": "static"} | FUTURE,
     "projected once": {"router": "projected_once"} | FUTURE,
     "projected once, as static": {"router": "projected_once", "start": "static", "search": False, "longer": 3} | FUTURE,
+    "projected, trained on": {"from": "projected", "longer": 3} | FUTURE,
     "projected, compensated": {"router": "projected", "skip": 8} | FUTURE,
     "hidden+factors": {"router": "hidden+factors"} | FUTURE,
 }
@@ -160,6 +162,9 @@ class Cell:
         settings = dict(METHODS[name])
         if not settings:
             return TokenPruner(StaticRouter(), self.static, kv=self.kv), []
+        if earlier := settings.pop("from", None):
+            pruner = TokenPruner.load(folder_of(self.args, self.kv, self.budget, self.seed, earlier) / "pruned")
+            return pruner, [self.trained(pruner, folder, 2, **settings)["validation_kl"]]
         router, start = settings.pop("router"), settings.pop("start", "step")
         again, search = settings.pop("again", start == "step"), settings.pop("search", True)
         first = self.static if start == "static" else step(self.blocks, self.budget, self.args.dense)
@@ -194,7 +199,7 @@ def run_cell(args, kv, budget, seed):
     for name in args.methods:
         if name in known:
             continue
-        folder = args.output / f"{kv}-{budget}-{seed}-{name.replace(', ', '-').replace(' ', '-')}"
+        folder = folder_of(args, kv, budget, seed, name)
         pruner, curves = cell.find(name, folder)
         row = test.measure(pruner) | {part: held.measure(part, pruner) for part in searches.HELD}
         row |= {"sparsity": list(pruner.schedule.sparsity), "validation": curves}
@@ -207,6 +212,10 @@ def run_cell(args, kv, budget, seed):
             f"{[[round(one['kl'], 4) for one in curve] for curve in curves]}",
             flush=True,
         )
+
+
+def folder_of(args, kv, budget, seed, name):
+    return args.output / f"{kv}-{budget}-{seed}-{name.replace(', ', '-').replace(' ', '-')}"
 
 
 def table(args, kv, budget):
