@@ -37,7 +37,9 @@ class RunStage(BudgetSettings):
     generations: int = option(15, "generations of the search", least=0)
     finetune_generations: int = option(6, "generations of the fine-tuning", least=0)
     offspring: int = option(8, "children per generation", least=1)
-    router: RouterName = option("dynamic", "which router; `projected` (`projected_once`: one ranking for all blocks) sees 12 directions of the hidden state")
+    router: RouterName = option(
+        "dynamic", "which router; `projected` and `projected_once` also see 12 directions of the hidden state"
+    )
     guide: Literal["static", "future"] = option("static", "what the guide loss teaches, see `train --guide`")
     guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
     guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how it decays")
