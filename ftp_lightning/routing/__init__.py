@@ -14,6 +14,7 @@ from ftp_lightning.routing.projected import ProjectedRouter
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.recurrent import RecurrentRouter
 from ftp_lightning.routing.static import StaticRouter
+from ftp_lightning.routing.untrained import UntrainedRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "static": StaticRouter,
@@ -25,6 +26,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hidden+factors": HiddenFactorsRouter,
     "one_pass": OnePassRouter,
     "projected": ProjectedRouter,
+    "untrained": UntrainedRouter,
 }
 """Routers that a pruned folder may name; the keys are what its JSON and the command line say."""
 
@@ -63,5 +65,6 @@ __all__ = [
     "Router",
     "RoutingContext",
     "StaticRouter",
+    "UntrainedRouter",
     "make_router",
 ]
