@@ -9,8 +9,8 @@ is searched with the static router, once, for all seeds):
 * R, own: a router trained under the schedule of this budget, on the same rows, with as many steps; a seed has one of
   them for every budget.
 * R, one, longer: as `one`, with `--longer` times the steps: as many as all its own together.
-* R, transferred: `R, own` of another model, `--transfer FOLDER` (what this script wrote for that model), used here as
-  it is; a router that knows the hidden size is refused where that is another one.
+* R, transferred: `R, own` of another model, `--transfer FOLDER` (what this script wrote for that model, as far as it
+  goes), used here as it is; a router that knows the hidden size is refused where that is another one.
 * untrained, ramp; static, ramp: for people who train and search nothing (experiments/no_training.yaml).
 
 R is `dynamic`, the paper's of 450 parameters and guide, or `projected` with guide "future". Measured as
@@ -22,6 +22,7 @@ something far back in the prompt. What is finished is not done again. `--worker 
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -123,16 +124,11 @@ class Cell(routers.Cell):
         schedule = self.family.at(self.budget)
         if not how:
             return TokenPruner(StaticRouter(), schedule, kv=self.kv), []
-        folder = self.args.transfer if how == "transferred" else self.args.output
-        place = self.place(folder, kind, "own" if how == "transferred" else how)
-        if folder == self.args.output and not (place / "pruned").exists():
+        place = router_place(self.args, self.kv, self.budget, self.seed, kind, how)
+        if how != "transferred" and not (place / "pruned").exists():
             self.train(kind, how, place)
         router = TokenPruner.load(place / "pruned").router  # the router alone: it may serve another model
         return TokenPruner(router, schedule, kv=self.kv), json.loads((place / "training.json").read_text())
-
-    def place(self, folder, kind, how):
-        budget = f"-{self.budget}" if how == "own" else ""
-        return folder / "routers" / f"{self.kv}-{self.seed}-{kind}-{how.replace(', ', '-')}{budget}"
 
     def train(self, kind, how, place):
         """A router of its own under the schedule of this budget, or one for all budgets of the family."""
@@ -158,6 +154,19 @@ class Cell(routers.Cell):
         study.write(place / "training.json", {"validation": found["validation_kl"], "seconds": seconds})
 
 
+def router_place(args, kv, budget, seed, kind, how):
+    """Where a trained router lies; one that is transferred is an own one of the other study."""
+    folder, how = (args.transfer, "own") if how == "transferred" else (args.output, how.replace(", ", "-"))
+    return folder / "routers" / f"{kv}-{seed}-{kind}-{how}{f'-{budget}' if how == 'own' else ''}"
+
+
+def missing(args, kv, budget, seed, known):
+    """The methods that are still to be measured; those whose router the other study has not trained are left out."""
+    names = [name for name in args.methods if name not in known]
+    other = {name: router_place(args, kv, budget, seed, *name.split(", ")) for name in names if "transferred" in name}
+    return [name for name in names if name not in other or (other[name] / "pruned").exists()]
+
+
 def run(args):
     for cell in searches.cells_of(args):
         run_cell(args, *cell)
@@ -167,15 +176,14 @@ def run_cell(args, kv, budget, seed):
     target = args.output / f"{kv}-{budget}-{seed}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(target.read_text()) if target.exists() else {}
-    if all(name in known for name in args.methods):
+    names = missing(args, kv, budget, seed, known)
+    if not names:
         return
     cell = Cell(args, kv, budget, seed)
     source = next(iter(study.tests_of(args).values()))
     test = study.Test(args, seed, source, recall=True)
     held = searches.Held(args, seed, source, test)
-    for name in args.methods:
-        if name in known:
-            continue
+    for name in names:
         pruner, training = cell.find(name)
         row = test.measure(pruner) | {"held": held.measure("held", pruner), "training": training}
         row |= {"sparsity": list(pruner.schedule.sparsity), "parameters": pruner.router.parameter_count}
@@ -225,23 +233,25 @@ def comparisons(args, kv):
 
 
 def figure(args, kv):
-    """one_router-KV.png: held-out KL and kept answers against the budget, mean over the seeds."""
-    from ftp_lightning.report.style import CYCLE, canvas, freeze, house_style, to_png
+    """one_router-KV.png: held-out KL and kept answers against the budget, mean over the seeds; a colour per kind."""
+    from ftp_lightning.report.style import CYCLE, LINES, canvas, freeze, house_style, plain_log, to_png
 
-    shown = ["static", *(f"{kind}, {how}" for kind in KINDS for how in HOW[:3])]
-    lines = {name: curve(args, kv, name) for name in shown}
-    if not any(lines.values()):
+    shown = {("static", ""): CYCLE[0]}
+    shown |= {(kind, how): color for kind, color in zip(KINDS, CYCLE[1:]) for how in ("own", "one", "one, longer")}
+    lines = {(kind, how): curve(args, kv, f"{kind}, {how}".removesuffix(", ")) for kind, how in shown}
+    losses = [point[1] for points in lines.values() for point in points]
+    if not losses:
         return
     with house_style("one_router"):
         drawing, axes = canvas(8.4, 3.6, ncols=2)
-        for color, (name, points) in zip(CYCLE, lines.items()):
+        for (kind, how), points in lines.items():
+            style = {"own": LINES[1], "one, longer": LINES[3]}.get(how, LINES[0])
             for axis, column in zip(axes, (1, 2)):
                 if points:
-                    style = "--" if "one" in name else "-"
-                    axis.plot(
-                        [p[0] for p in points], [p[column] for p in points], style, marker="o", color=color, label=name
-                    )
+                    about = {"color": shown[kind, how], "label": f"{kind} {how}".strip()}
+                    axis.plot([p[0] for p in points], [p[column] for p in points], style, marker="o", **about)
         axes[0].set(xlabel="budget, %", ylabel="held-out KL (nats)", yscale="log")
+        plain_log(axes[0].yaxis, math.log10(max(losses) / min(losses)))
         axes[1].set(xlabel="budget, %", ylabel="kept answers, %")
         drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         freeze(drawing)

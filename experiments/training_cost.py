@@ -40,7 +40,14 @@ def arguments():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many times is told")
     parser.add_argument("--output", type=Path, default=Path("runs/training_cost.json"))
-    return parser.parse_args()
+    parser.add_argument("--routers", default="; ".join(VARIANTS), help="separated by ;")
+    args = parser.parse_args()
+    args.routers = [name.strip() for name in args.routers.split(";")]
+    if unknown := set(args.routers) - set(VARIANTS):
+        parser.error(f"there is no router {', '.join(sorted(unknown))}; routers: {'; '.join(VARIANTS)}")
+    if args.steps < 2:
+        parser.error("a step is timed from the end of the one before: give --steps of 2 at least")
+    return args
 
 
 class Bench:
@@ -100,12 +107,10 @@ class Bench:
 
 def main():
     args = arguments()
-    if args.steps < 2:
-        raise SystemExit("a step is timed from the end of the one before: give --steps of 2 at least")
     bench, rows = Bench(args), {}
     print("| router | parameters | a step, forwards | `train`, million tokens | processor time, s | peak memory, MB |")
     print("|---" * 6 + "|")
-    for name in VARIANTS:
+    for name in args.routers:
         rows[name] = row = bench.measure(name)
         tokens = DEFAULT_STEPS * row["tokens"] / 1e6
         print(

@@ -10,8 +10,8 @@ import pytest
 from ftp_lightning import ScheduleFamily, TokenPruner
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-TINY = """--budgets 0.3,0.6 --anchors 0.6 --range 0.2,0.6 --seeds 0 --items 24 --windows 4 --calibration_windows 4
---steps 2 --longer 2 --tokens 4000"""
+TINY = """--budgets 0.3,0.6 --anchors 0.6 --range 0.2,0.6 --seeds 0 --items 12 --windows 2 --calibration_windows 4
+--steps 1 --longer 2 --tokens 4000 --dtype bfloat16"""
 METHODS = "static; static, ramp; untrained, ramp; dynamic, one; dynamic, one, longer; dynamic, own"
 
 
@@ -78,11 +78,29 @@ def test_what_cannot_be_asked_is_refused(study, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_training_cost_is_told_in_forwards(monkeypatch, tmp_path, capsys):
     cost = script("training_cost")
-    monkeypatch.setattr(cost, "VARIANTS", {name: cost.VARIANTS[name] for name in ("dynamic", "one_pass")})
-    given = ["--model", "random:tiny", "--steps", "3", "--repeats", "1", "--output", str(tmp_path / "cost.json")]
+    given = [
+        "--model",
+        "random:tiny",
+        "--steps",
+        "3",
+        "--repeats",
+        "1",
+        "--routers",
+        "dynamic; one_pass",
+        "--output",
+        str(tmp_path / "cost.json"),
+    ]
     monkeypatch.setattr(sys, "argv", ["training_cost.py", *given])
     cost.main()
     rows = json.loads((tmp_path / "cost.json").read_text())
     assert list(rows) == ["dynamic", "one_pass"] and rows["dynamic"]["parameters"] == 450
     assert all(row["forwards"] > 1 and row["tokens"] == 1024 and row["peak"] > 0 for row in rows.values())
     assert "| dynamic | 450 |" in capsys.readouterr().out
+
+
+def test_a_router_that_the_other_study_has_not_trained_is_left_out(study, tmp_path):
+    args = study.argparse.Namespace(methods=["static", "dynamic, transferred"], transfer=tmp_path, output=tmp_path)
+    (tmp_path / "routers/keep-0-dynamic-own-0.3/pruned").mkdir(parents=True)
+    assert study.missing(args, "keep", 0.3, 0, {}) == args.methods
+    assert study.missing(args, "keep", 0.6, 0, {}) == ["static"]
+    assert study.missing(args, "keep", 0.3, 0, {"static": {}}) == ["dynamic, transferred"]
