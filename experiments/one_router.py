@@ -253,7 +253,7 @@ def figure(args, kv):
         axes[0].set(xlabel="budget, %", ylabel="held-out KL (nats)", yscale="log")
         plain_log(axes[0].yaxis, math.log10(max(losses) / min(losses)))
         axes[1].set(xlabel="budget, %", ylabel="kept answers, %")
-        drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, handlelength=3.5)
         freeze(drawing)
         (args.output / f"one_router-{kv}.png").write_bytes(to_png(drawing))
 
