@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RandomRouter,
         RecurrentRouter,
         StaticRouter,
+        UntrainedRouter,
         make_router,
     )
     from ftp_lightning.schedule import Schedule
@@ -44,6 +45,7 @@ _HOMES = {
     "HiddenRouter": "ftp_lightning.routing",
     "HiddenFactorsRouter": "ftp_lightning.routing",
     "OnePassRouter": "ftp_lightning.routing",
+    "UntrainedRouter": "ftp_lightning.routing",
     "make_router": "ftp_lightning.routing",
     "fit_compensation": "ftp_lightning.pruning.compensation",
     "from_pretrained": "ftp_lightning.hub",
@@ -65,6 +67,7 @@ __all__ = [
     "ScheduleFamily",
     "StaticRouter",
     "TokenPruner",
+    "UntrainedRouter",
     "UserError",
     "fit_compensation",
     "from_pretrained",

@@ -15,6 +15,7 @@ from ftp_lightning.routing.projected_once import ProjectedOnceRouter
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.recurrent import RecurrentRouter
 from ftp_lightning.routing.static import StaticRouter
+from ftp_lightning.routing.untrained import UntrainedRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "static": StaticRouter,
@@ -27,6 +28,7 @@ ROUTERS: dict[str, type[Router]] = {
     "one_pass": OnePassRouter,
     "projected": ProjectedRouter,
     "projected_once": ProjectedOnceRouter,
+    "untrained": UntrainedRouter,
 }
 """Routers that a pruned folder may name; the keys are what its JSON and the command line say."""
 
@@ -66,5 +68,6 @@ __all__ = [
     "Router",
     "RoutingContext",
     "StaticRouter",
+    "UntrainedRouter",
     "make_router",
 ]

@@ -28,7 +28,7 @@ class LearnedRouter(Router):
 
     def __init__(self, width: int, names: tuple[str, ...] | None):
         super().__init__()
-        self.width, self.names = at_least_one("width", width), () if names is None else _known(names)
+        self.width, self.names = at_least_one("width", width), () if names is None else known_factors(names)
 
     @property
     def needs_attention(self) -> bool:
@@ -53,7 +53,8 @@ def at_least_one(name: str, value: int) -> int:
     return int(value)
 
 
-def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+def known_factors(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names as a tuple. ValueError for unknown ones, one named twice, or none."""
     names = tuple(names)
     unknown = [name for name in names if name not in FACTORS]
     if unknown or not names or len(set(names)) < len(names):

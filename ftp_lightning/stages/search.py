@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage(BudgetSettings, StageSettings):
-    """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned also pruned/.
+    """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned or a --router that is
+    not static also pruned/.
 
     With --budgets one run searches a list of them and writes schedules.json, which gives a schedule for every budget
     between them. With --budget_kind flops all schedules have the mean token sparsity of the uniform one with this FLOPs
@@ -31,7 +32,9 @@ class SearchStage(BudgetSettings, StageSettings):
     kv: Literal["auto", "evict", "keep"] = option(
         "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
     )
-    router: Literal["static", "random"] = option("static", "router to search with, where there is no --pruned")
+    router: Literal["static", "random", "untrained"] = option(
+        "static", "router to search with, where there is no --pruned; `untrained` looks at position and attention"
+    )
     pruned: str | None = option(None, "folder of a trained pruner: fine-tune its schedule", is_file=True)
     schedule: str | None = option(None, "schedule(s).json to start from, besides the allocations", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json: adds allocations to start from", is_file=True)
@@ -94,6 +97,11 @@ class SearchStage(BudgetSettings, StageSettings):
     def chunk(self) -> int:
         """Windows per forward: a stage's windows are whole chunks."""
         return min(self.batch_size, *self.stage_windows or (max(1, self.windows // 4),))
+
+    @property
+    def writes_pruner(self) -> bool:
+        """Whether a pruner is found: stages take a schedule.json with the static router."""
+        return not self.budgets and (bool(self.pruned) or self.router != "static")
 
     def search_settings(self) -> SearchSettings:
         """What `search.genetic` is told."""

@@ -11,7 +11,7 @@ from ftp_lightning.artifact import StageFolder
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.flops import flops_reduction
-from ftp_lightning.routing import RandomRouter, StaticRouter
+from ftp_lightning.routing import make_router
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.search.criteria import CRITERIA
@@ -80,7 +80,7 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
     """The pruner whose schedule is searched; a new one is dense until it is given one."""
     if not settings.pruned:
         dense = Schedule.uniform(num_blocks(model), 0.0)
-        router = RandomRouter(settings.seed) if settings.router == "random" else StaticRouter()
+        router = make_router(settings.router, dense.num_blocks, hidden_size=1, seed=settings.seed)  # none reads states
         return TokenPruner(router, dense, kv="keep" if settings.kv == "auto" else settings.kv)
     trained = load_pruner(settings.pruned, model)
     changes = {} if settings.kv == "auto" else {"kv": settings.kv}
@@ -157,7 +157,7 @@ def _write(
         return
     (result,) = found.values()
     result.schedule.save(folder.place("schedule.json"))
-    if settings.pruned:
+    if settings.writes_pruner:
         start.with_schedule(result.schedule).save(folder.place("pruned"), base=settings.model, model=model)
     folder.write_json("metrics.json", metrics(result) | more)
 
@@ -182,9 +182,8 @@ def _track(
         for budget, result in found.items()
         for name, loss in result.allocations.items()
     ]
-    log_outcome(
-        logger, images=images, tables={"starts": rows}, pruned=folder.path / "pruned" if settings.pruned else None
-    )
+    pruned = folder.path / "pruned" if settings.writes_pruner else None
+    log_outcome(logger, images=images, tables={"starts": rows}, pruned=pruned)
 
 
 def _conclusion(found: dict[float, SearchResult]) -> str:

@@ -1,0 +1,35 @@
+"""A router for those who train nothing: the mean of the factors it sees. [ours]"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ftp_lightning.routing.base import Router, RoutingContext
+from ftp_lightning.routing.factors import factors
+from ftp_lightning.routing.learned import known_factors
+
+
+class UntrainedRouter(Router):
+    """score = mean of the factors; by default (i/(T-1) + rank of the attention received) / 2, in [0, 1] [ours].
+
+    Later tokens first, as in the static router, but a token that others attend to may stand up to the whole prompt
+    earlier. Without attention it is the static router's order.
+
+    Args: names, the factors, a subset of `factors.FACTORS`.
+    """
+
+    ranks_only = True
+
+    def __init__(self, names: tuple[str, ...] = ("position", "rank")):
+        super().__init__()
+        self.names = known_factors(names)
+
+    @property
+    def needs_attention(self) -> bool:
+        return "attention" in self.names or "rank" in self.names
+
+    def score(self, context: RoutingContext) -> Tensor:
+        return factors(context, self.names).mean(dim=-1)
+
+    def config(self) -> dict:
+        return {"names": list(self.names)}
