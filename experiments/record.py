@@ -6,7 +6,8 @@ prefill's FLOPs each seed takes its folder of the nearest budget, its schedule s
 (s_l -> min(1, c s_l)). Chosen on validation text, all seeds together: the largest cut at which `--keep` of the answers
 are kept. It, and the next larger cut, are measured on test text; beside them at the same cut whatever else one could
 do: the static router under the schedule found for it (also scaled), what needs no training and no search (static
-router, a ramp), the paper's configuration, prompt deletion. The interval is Wilson's over the answers of all seeds.
+router, a ramp), the paper's configuration, prompt deletion. "+ rank 8": a skipped token
+gets a low-rank map of its state, fitted in closed form to the finished pruner. The interval is Wilson's over the answers of all seeds.
 The time to first token is measured with random prompts of every `--lengths`, dense and pruned in turn: run it alone.
 
 What is finished is not done again; `--tables` measures nothing.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import budgets as study
 import schedules
 
+RANK, COMPENSATED = 8, " + rank 8"
 RIVALS = {
     "static, searched": "static router, searched schedule",
     "no training": "nothing trained or searched: static router, ramp",
@@ -36,9 +38,10 @@ def arguments():
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--trained", type=Path, default=Path("runs/routers"))
     parser.add_argument("--static", type=Path, default=Path("experiments/found/schedules"))
+    parser.add_argument("--calibration", default="embedded", help="text that a compensation is fitted on")
     parser.add_argument("--validation", default="embedded", help="text that the cut is chosen on")
     parser.add_argument("--test", action="append", metavar="NAME=SOURCE")
-    parser.add_argument("--methods", default="projected", help="; within a name")
+    parser.add_argument("--methods", default=f"projected,projected{COMPENSATED}", help="; within a name")
     parser.add_argument("--keep", type=float, default=0.99)
     parser.add_argument("--cuts", default="0.15,0.175,0.2,0.225,0.25,0.275,0.3", help="shares of the prefill's FLOPs")
     parser.add_argument("--seeds", default="0,1,2")
@@ -73,8 +76,10 @@ def nearest(paths, cut):
 class Candidates:
     """The pruners of one cut and seed."""
 
+    fitted: dict = {}
+
     def __init__(self, args, test):
-        self.args, self.model = args, test.model
+        self.args, self.model, self.tokenizer = args, test.model, test.tokenizer
 
     def __call__(self, name, cut, seed):
         return scaled(self.model, self._form(name, cut, seed), cut) if name not in DELETED else self._deleted(name, cut)
@@ -90,9 +95,20 @@ class Candidates:
             found = self.args.static.glob(f"keep-*-{seed}.json")
             path = nearest(((float(path.stem.split("-")[1]), path) for path in found), cut)
             return TokenPruner(StaticRouter(), Schedule(json.loads(path.read_text())["ours"]["sparsity"]), kv="keep")
+        if name.endswith(COMPENSATED):
+            return self._compensated(self._form(name.removesuffix(COMPENSATED), cut, seed), seed)
         kv, place = ("evict" if name == "paper" else "keep"), name.replace(", ", "-").replace(" ", "-")
         found = self.args.trained.glob(f"{kv}-*-{seed}-{place}/pruned")
         return TokenPruner.load(nearest(((float(path.parent.name.split("-")[1]), path) for path in found), cut))
+
+    def _compensated(self, pruner, seed):
+        """With a low-rank map for skipped tokens, fitted here: router and schedule know nothing of it."""
+        from ftp_lightning import fit_compensation
+
+        if seed not in self.fitted:
+            windows = study.search_windows(self.tokenizer, self.args.calibration, "calibration", 64, 300 + seed)
+            self.fitted[seed] = fit_compensation(self.model, windows, RANK)
+        return pruner.changed(skip="low-rank", compensation=self.fitted[seed])
 
     def _deleted(self, name, cut):
         from ftp_lightning.baselines import PEERS, Profile, Setting
@@ -105,7 +121,7 @@ DELETED = {"deletion, recent": "deletion_recent", "deletion, surprising": "delet
 
 def measured(args, part, name, cut, seed, test):
     """One row, from its file where it is finished."""
-    path = args.output / f"{part}-{name.replace(', ', '-').replace(' ', '-')}-{cut}-{seed}.json"
+    path = args.output / f"{part}-{name.replace(', ', '-').replace(' + ', '+').replace(' ', '-')}-{cut}-{seed}.json"
     sizes = [args.items, args.windows, args.dtype]
     if path.exists() and (row := json.loads(path.read_text()))["sizes"] == sizes:
         return row

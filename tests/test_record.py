@@ -50,9 +50,9 @@ def test_the_cut_is_chosen_and_everything_stands_at_it(record, monkeypatch, tmp_
         call(record, monkeypatch, tmp_path)
     call(record, monkeypatch, tmp_path, "--cuts", "0.1,0.2")
     chosen = json.loads((tmp_path / "found" / "chosen.json").read_text())
-    assert chosen == {"projected": 0.2}
+    assert chosen == {"projected": 0.2, "projected + rank 8": 0.2}
     rows = [json.loads(path.read_text()) for path in (tmp_path / "found").glob("test-*.json")]
-    assert {row["name"] for row in rows} == {"projected", *record.RIVALS} and {row["cut"] for row in rows} == {0.2}
+    assert {row["name"] for row in rows} == {*chosen, *record.RIVALS} and {row["cut"] for row in rows} == {0.2}
     for row in rows:
         if row["name"] != "deletion, surprising":  # the look at the prompt is not charged where it is placed
             assert row["flops_cut"] == pytest.approx(0.2, abs=0.02), row["name"]
