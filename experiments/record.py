@@ -6,9 +6,9 @@ prefill's FLOPs each seed takes its folder of the nearest budget, its schedule s
 (s_l -> min(1, c s_l)). Chosen on validation text, all seeds together: the largest cut at which `--keep` of the answers
 are kept. It, and the next larger cut, are measured on test text; beside them at the same cut whatever else one could
 do: the static router under the schedule found for it (also scaled), what needs no training and no search (static
-router, a ramp), the paper's configuration, prompt deletion. "+ rank 8": a skipped token
-gets a low-rank map of its state, fitted in closed form to the finished pruner. The interval is Wilson's over the answers of all seeds.
-The time to first token is measured with random prompts of every `--lengths`, dense and pruned in turn: run it alone.
+router, a ramp), the paper's configuration, prompt deletion. "+ rank 8": a skipped token gets a low-rank map of its
+state, fitted in closed form to the finished pruner. The interval is Wilson's over the answers of all seeds. The time
+to first token is measured with random prompts of every `--lengths`, dense and pruned in turn: run it alone.
 
 What is finished is not done again; `--tables` measures nothing.
 """
