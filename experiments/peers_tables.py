@@ -97,9 +97,8 @@ def main_table(args, rows, profile, cut):
 
 
 def table_row(found, paired):
-    kept = study.mean_std([100 * row["kept"]["share"] for row in found], 1)
     low, high = (100 * statistics.mean(row["kept"][side] for row in found) for side in ("low", "high"))
-    cells = [f"{kept} [{low:.1f}, {high:.1f}]", study.mean_std([row["kl"] for row in found], 4), *paired]
+    cells = [f"{kept_of(found)} [{low:.1f}, {high:.1f}]", study.mean_std([row["kl"] for row in found], 4), *paired]
     cells.append(", ".join(f"{mean(found, name):.1%}" for name in ("planned_cut", "realised_cut")))
     cells.append(f"{mean(found, 'flops_cut'):.1%}")
     cells.append(", ".join(f"{mean(found, name):.1%}" for name in ("nominal", "realised")))
@@ -108,6 +107,25 @@ def table_row(found, paired):
         times = mean(found, f"{name}_ms"), mean(found, f"{name}_speedup")
         cells.append("" if None in times else f"{times[0]:.1f} ms, {times[1]:.2f}x")
     return cells
+
+
+def overview(args, rows, profile):
+    """Markdown: kept in % and KL of every peer under its own schedule, by cut."""
+    here, titles = own_rows(rows, profile), methods()
+    cuts = sorted({row["cut"] for row in here})
+    found = grouped(here, "peer", "cut")
+    print(f"\n### {profile}: kept, % (KL), by method and FLOPs cut\n")
+    print(f"| method | seeds |{''.join(f' {cut:.0%} |' for cut in cuts)}\n|{'---|' * (2 + len(cuts))}")
+    for name in titles:
+        some = [found.get((name, cut)) for cut in cuts]
+        if any(some):
+            seeds = "-".join(str(n) for n in sorted({len(c) for c in some if c}))
+            cells = [f"{kept_of(c)} ({mean(c, 'kl'):.3f})" if c else "" for c in some]
+            print(f"| {titles[name].title} | {seeds} | {' | '.join(cells)} |")
+
+
+def kept_of(rows):
+    return study.mean_std([100 * row["kept"]["share"] for row in rows], 1)
 
 
 def two_way_table(args, rows, profile, cut):
@@ -268,6 +286,7 @@ def report(args):
     rows = finished(args)
     profiles = [name for name in args.profiles.split(",") if own_rows(rows, name)]
     for profile in profiles:
+        overview(args, rows, profile)
         for cut in sorted({row["cut"] for row in rows if row["profile"] == profile}):
             main_table(args, rows, profile, cut)
             two_way_table(args, rows, profile, cut)

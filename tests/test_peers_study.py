@@ -99,3 +99,20 @@ def test_an_unknown_peer_is_told_before_anything_is_measured(study, monkeypatch,
 def test_tables_of_nothing_are_empty(study, monkeypatch, tmp_path, capsys):
     call(study, monkeypatch, tmp_path, "--tables")
     assert capsys.readouterr().out == "" and not (tmp_path / "peers.csv").exists()
+
+
+def test_trained_routers_are_asked_for_by_their_folder(study, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call(study, monkeypatch, tmp_path, "--peers", "ftp_projected")
+    assert "needs --projected FOLDER" in capsys.readouterr().err
+    for more, there in (((), False), (("--projected", str(tmp_path)), True)):
+        monkeypatch.setattr(sys, "argv", ["peers.py", *more])
+        assert ("ftp_projected" in study.arguments().peers) is there
+
+
+def test_the_first_seed_of_every_peer_comes_first(study, monkeypatch):
+    words = "--profiles prefill --cuts 0.2,0.4 --seeds 0,1 --trained_seeds 0 --two_way= --peers random,mod,lazy_llm"
+    monkeypatch.setattr(sys, "argv", ["peers.py", *words.split()])
+    found = [(name, seed, cut) for _, cut, name, _, seed in study.jobs_of(study.arguments())]
+    first = [(name, 0, cut) for name in ("random", "mod", "lazy_llm") for cut in (0.2, 0.4)]
+    assert found == [*first, ("random", 1, 0.2), ("random", 1, 0.4)]
