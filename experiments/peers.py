@@ -44,6 +44,7 @@ def arguments():
     parser.add_argument("--test", action="append", metavar="NAME=SOURCE", help="test text, also of the questions")
     parser.add_argument("--peers", help="comma-separated names; default: all")
     parser.add_argument("--projected", type=Path, metavar="FOLDER", help="trained routers: adds ftp_projected")
+    parser.add_argument("--least", type=float, default=0.0, help="of ftp_projected: blocks below this stay dense")
     parser.add_argument("--cuts", default="0.2,0.3,0.4,0.5,0.6,0.7", help="shares of the FLOPs")
     parser.add_argument("--profiles", default="prefill,request")
     parser.add_argument("--prompt_tokens", type=int, default=1024, help="of the profiles")
@@ -108,7 +109,7 @@ class Bench:
     def __init__(self, args):
         from ftp_lightning.baselines import Setting
 
-        self.args, self.peers, self.trained = args, tables.methods(args.projected), {}
+        self.args, self.peers, self.trained = args, tables.methods(args.projected, args.least), {}
         source = next(iter(study.tests_of(args).values()))
         self.test = study.Test(args, 0, source, recall=True)
         self.model, self.tokenizer = self.test.model, self.test.tokenizer

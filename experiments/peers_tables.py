@@ -16,11 +16,11 @@ NEAR = {"realised_cut": 0.01, "prefill_speedup": 0.05}
 """Costs that count as equal: what placing and timing leave open."""
 
 
-def methods(projected=None):
+def methods(projected=None, least=0.0):
     """Peers by name, in the order of the tables; the last one is nothing without the folder of its routers."""
     from ftp_lightning.baselines import PEERS, FtpProjected
 
-    return PEERS | {"ftp_projected": FtpProjected(projected)}
+    return PEERS | {"ftp_projected": FtpProjected(projected, least)}
 
 
 def finished(args):

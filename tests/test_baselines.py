@@ -343,6 +343,8 @@ def test_a_trained_router_is_taken_from_the_nearest_folder_that_reaches_the_cut(
         assert pruner.schedule.sparsity == pytest.approx([min(1.0, factor * s) for s in sparsity])
         assert all(torch.equal(a, b) for a, b in zip(pruner.router.parameters(), router.parameters(), strict=True))
     assert list(found.values()) == ["keep-0.2-1-projected", "keep-0.2-1-projected", "keep-0.5-1-projected"]
+    few = FtpProjected(tmp_path, least=0.3).place(here, 0.15, PROFILE)  # 20 % in a block is too little
+    assert [s > 0 for s in few.schedule.sparsity] == [False, False, False, True]
     with pytest.raises(UserError, match="has no keep-"):
         peer.place(setting(seed=2), 0.1, PROFILE)
     with pytest.raises(UserError, match="own schedule alone"):

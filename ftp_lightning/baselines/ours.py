@@ -52,6 +52,8 @@ class FtpProjected(Peer):
 
     Args:
         folder: holds `kv-budget-seed-projected/pruned`, as experiments/routers.py leaves them.
+        least: a block whose sparsity was found to be below it stays dense, and the others are scaled up: a few tokens
+            less are hardly worth the gathering.
 
     Attributes:
         taken: the name of the folder that the last pruner came from.
@@ -60,8 +62,8 @@ class FtpProjected(Peer):
     name, title, paper = "ftp_projected", "FTP, projected router, searched with it", "ours, after FTP, arXiv 2412.11494"
     kv, seeded, own_schedule_only = "keep", True, True
 
-    def __init__(self, folder: str | Path | None = None):
-        self.folder, self.taken = None if folder is None else Path(folder), None
+    def __init__(self, folder: str | Path | None = None, least: float = 0.0):
+        self.folder, self.least, self.taken = None if folder is None else Path(folder), least, None
 
     def known(self, seed: int, kv: str) -> dict[str, TokenPruner]:
         """The trained pruners of this seed by their folders' names; UserError where there is none."""
@@ -79,8 +81,9 @@ class FtpProjected(Peer):
         off = {name: abs(planned_cut(setting.model, one, *about) - cut) for name, one in known.items()}
         for name in sorted(known, key=off.get):
             pruner, self.taken = known[name], name
+            whole = Schedule([s if s >= self.least else 0.0 for s in pruner.schedule.sparsity])
             try:
-                schedule = self._scaled(setting, cut, profile, pruner.router, pruner.schedule, kv or self.kv)
+                schedule = self._scaled(setting, cut, profile, pruner.router, whole, kv or self.kv)
             except OutOfReach as error:
                 reason = error
                 continue
