@@ -315,7 +315,7 @@ class Bench:
 def sizes_of(args):
     """What a row was measured at; a row of other sizes is measured anew."""
     names = ("items", "windows", "dtype", "prompt_tokens", "new_tokens", "compensation", "steps", "trained_at")
-    return [getattr(args, name) for name in names]
+    return [getattr(args, name) for name in names] + ([args.least] if args.least else [])
 
 
 def jobs_of(args):
