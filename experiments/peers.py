@@ -3,31 +3,36 @@
 Every peer of `ftp_lightning.baselines` is placed at every FLOPs cut, in each profile (the prefill of a prompt alone, or
 a prompt and 128 generated tokens), and measured on the same test text and questions as experiments/budgets.py measures
 them: kept answers and KL of the continuation; with planned and realised FLOPs, sparsity, bytes of keys and values, and
-the time of prefill and decoding on random prompts of the profile's length. `--two_way` cuts are measured under three
-schedules, so that selector and schedule are not confounded: the peer's own; the uniform one; the one searched with the
-static router, the same for all. The last two leave the first block dense. Selectors with randomness or training have a
-row for each seed, the others one; removed parts have no schedule.
+the time of the prefill (in the profile `request`: of decoding too) on random prompts of the profile's length.
+`--two_way` cuts are measured under three schedules, so that selector and schedule are not confounded: the peer's own;
+the uniform one; the one searched with the static router, the same for all. The last two leave the first block dense.
+Selectors with randomness have a row for each of `--seeds`, those that are trained here for each of `--trained_seeds`,
+the others one; removed parts have no schedule. `--projected FOLDER` adds the routers that experiments/routers.py left
+there, a row for each seed.
 
-What is searched, trained or removed is found on calibration and training text, never on test text. What is finished is
-not done again. `--worker I/N` takes every N-th (profile, cut); times are to be trusted only with a core for each. With
-`--tables` nothing is measured. Writes peers.csv and peers.png (the Pareto fronts) beside the rows.
+What is searched, trained or removed is found on calibration and training text, the best state of a training chosen on
+validation text; test text is only measured on. With `--trained_at` a router is trained at these cuts alone, and serves
+the others from the nearest. What is finished is not done again. `--worker I/N` takes every N-th (profile, cut). Times
+are those of the first seed, by the wall, or with `--clock process` the processor time of this process: what one thread
+would take if it had its core alone. With `--tables` nothing is measured. A file of rows for each (profile, cut);
+peers.csv and peers.png (the Pareto fronts) beside them.
 """
 
 import argparse
-import csv
+import functools
 import itertools
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets as study
+import peers_tables as tables
 import schedules
 
-FORMS = ("own", "uniform", "searched")
-OURS = ("ftp_static", "ftp")
+FORMS = tables.FORMS
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def arguments():
@@ -35,8 +40,11 @@ def arguments():
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--calibration", default="embedded", help="text to search, order and fit on")
     parser.add_argument("--train", default="embedded", help="text to train routers on")
+    parser.add_argument("--validation", default="embedded", help="text that the best state of a training is chosen on")
     parser.add_argument("--test", action="append", metavar="NAME=SOURCE", help="test text, also of the questions")
     parser.add_argument("--peers", help="comma-separated names; default: all")
+    parser.add_argument("--projected", type=Path, metavar="FOLDER", help="trained routers: adds ftp_projected")
+    parser.add_argument("--least", type=float, default=0.0, help="of ftp_projected: blocks below this stay dense")
     parser.add_argument("--cuts", default="0.2,0.3,0.4,0.5,0.6,0.7", help="shares of the FLOPs")
     parser.add_argument("--profiles", default="prefill,request")
     parser.add_argument("--prompt_tokens", type=int, default=1024, help="of the profiles")
@@ -48,22 +56,26 @@ def arguments():
         "--family", action="append", metavar="KV=FILE", help="searched schedules; else they are searched"
     )
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--trained_seeds", help="default: those of --seeds")
+    parser.add_argument("--trained_at", help="cuts at which routers are trained; default: each of --cuts")
     parser.add_argument("--items", type=int, default=2000, help="recall questions")
     parser.add_argument("--windows", type=int, default=64, help="windows of test text")
     parser.add_argument("--calibration_windows", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8, help="of a search")
     parser.add_argument("--steps", type=int, default=120, help="of a training")
     parser.add_argument("--pairs", type=int, default=15, help="timed pairs of prefills, and of decoding steps; 0: none")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("runs/peers"))
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
-    from ftp_lightning.baselines import PEERS
-
-    args.peers = args.peers.split(",") if args.peers else list(PEERS)
-    if unknown := set(args.peers) - set(PEERS):
-        parser.error(f"there is no peer {', '.join(sorted(unknown))}; peers: {', '.join(PEERS)}")
+    known = tables.methods(args.projected)
+    args.peers = args.peers.split(",") if args.peers else [n for n in known if n != "ftp_projected" or args.projected]
+    if unknown := set(args.peers) - set(known):
+        parser.error(f"there is no peer {', '.join(sorted(unknown))}; peers: {', '.join(known)}")
+    if "ftp_projected" in args.peers and not args.projected:
+        parser.error("ftp_projected needs --projected FOLDER, what experiments/routers.py has trained")
     return args
 
 
@@ -73,18 +85,21 @@ def profile_of(args, name):
     return Profile(args.prompt_tokens, args.new_tokens if PROFILES[name].new_tokens else 0)
 
 
-def rows_of(args, profile, cut):
-    """(peer, schedule, seed) of what is measured at one cut, in the order of the tables."""
-    from ftp_lightning.baselines import PEERS
+def numbers(words):
+    return [float(word) for word in words.split(",")]
 
-    first = cut == min(map(float, args.cuts.split(",")))
-    two_way = args.two_way and cut in map(float, args.two_way.split(","))
+
+def rows_of(args, cut):
+    """(peer, schedule, seed) of what is measured at one cut, in the order of the tables."""
+    known, first = tables.methods(args.projected), cut == min(numbers(args.cuts))
+    two_way = args.two_way and cut in numbers(args.two_way)
     for name in args.peers:
-        peer = PEERS[name]
+        peer = known[name]
         if name == "last_block_free" and not first:
             continue  # it has one point
-        alone = peer.own_schedule_only or name in OURS or not two_way
-        seeds = map(int, args.seeds.split(",")) if peer.seeded or peer.trained else [0]
+        alone = peer.own_schedule_only or name in tables.OURS or not two_way
+        several = args.trained_seeds or args.seeds if peer.trained else args.seeds
+        seeds = map(int, several.split(",")) if peer.seeded or peer.trained else [0]
         yield from itertools.product([name], FORMS[:1] if alone else FORMS, seeds)
 
 
@@ -94,21 +109,28 @@ class Bench:
     def __init__(self, args):
         from ftp_lightning.baselines import Setting
 
-        self.args = args
+        self.args, self.peers, self.trained = args, tables.methods(args.projected, args.least), {}
         source = next(iter(study.tests_of(args).values()))
         self.test = study.Test(args, 0, source, recall=True)
-        self.model, tokenizer = self.test.model, self.test.tokenizer
-
-        calibration = study.search_windows(tokenizer, args.calibration, "calibration", args.calibration_windows, 0)
-        self.training = lambda seed: study.search_windows(tokenizer, args.train, "training", 4 * args.steps, seed)
-        self.validation = calibration
+        self.model, self.tokenizer = self.test.model, self.test.tokenizer
+        self._needed_alone()
+        self.calibration = study.search_windows(
+            self.tokenizer, args.calibration, "calibration", args.calibration_windows, 0
+        )
         influence = self._influence()
-        self.setting = Setting(self.model, 0, calibration, tuple(influence), rank=args.compensation)
+        self.setting = Setting(self.model, 0, self.calibration, tuple(influence), rank=args.compensation)
         self.order_file = args.output / "block_pruner.json"
         if self.order_file.exists():
             known = json.loads(self.order_file.read_text())
             self.setting.memo["block_pruner"] = [(block, part) for block, part in known]
         self.families = dict(pair.split("=", 1) for pair in args.family or [])
+
+    def _needed_alone(self):
+        """Asks only the questions that count: dense answers them with the passage, and not without its facts."""
+        test = self.test
+        needed = [place for place, (a, b) in enumerate(zip(test.right, test.without)) if a and not b]
+        for name in ("questions", "right", "without"):
+            setattr(test, name, [getattr(test, name)[place] for place in needed])
 
     def _shared(self):
         shared = {"model": self.args.model, "dtype": self.args.dtype, "device": "cpu", "tracking": "none"}
@@ -118,8 +140,10 @@ class Bench:
         from ftp_lightning.stages.sensitivity import SensitivityStage
 
         folder = self.args.output / "sensitivity"
-        SensitivityStage(**self._shared(), windows=self.args.calibration_windows, output=str(folder)).execute()
-        return json.loads((folder / "sensitivity.json").read_text())["block_influence"]
+        measured = folder / "sensitivity.json"
+        if not measured.exists():
+            SensitivityStage(**self._shared(), windows=self.args.calibration_windows, output=str(folder)).execute()
+        return json.loads(measured.read_text())["block_influence"]
 
     def searched(self, kv, cut, profile):
         """The form searched with the static router at the token budget of this cut, or that of the given family."""
@@ -142,30 +166,96 @@ class Bench:
         return Schedule.load(folder / "schedule.json")
 
     def placed(self, name, form, seed, cut, profile):
-        """The pruner of one row, trained where it has to be."""
-        from ftp_lightning.baselines import PEERS, first_dense
+        """The pruner of one row, its router not yet trained."""
+        from ftp_lightning.baselines import first_dense
         from ftp_lightning.schedule import Schedule
 
-        peer, self.setting.seed = PEERS[name], seed
+        peer, self.setting.seed = self.peers[name], seed
         kv = None if self.args.kv == "own" else self.args.kv
-        if form == "searched" or name in OURS:
+        if form == "searched" or name in ("ftp_static", "ftp"):
             self.setting.searched = self.searched(kv or peer.kv, cut, profile)
         forms = {"own": lambda: None, "uniform": lambda: Schedule.uniform(self.setting.blocks, 1.0)}
         whole = forms.get(form, lambda: self.setting.searched)()
         whole = None if whole is None else first_dense(whole)
-        kv = None if peer.own_schedule_only else kv
+        kv = None if peer.own_schedule_only and name != "ftp_projected" else kv
         pruner = peer.place(self.setting, cut, profile, whole, kv)
         study.write(self.order_file, self.setting.memo.get("block_pruner", []))
-        return pruner, peer.trained
+        return pruner
+
+    def ready(self, name, form, seed, cut, profile):
+        """(pruner of one row, the cut that its router was trained at: None where nothing is trained here)."""
+        if not self.peers[name].trained:
+            return self.at_cut(lambda wanted: self.placed(name, form, seed, wanted, profile), cut, profile), None
+        at, router = self.router(name, form, seed, cut, profile)
+        placed = lambda wanted: self.placed(name, form, seed, wanted, profile).changed(router=router)  # noqa: E731
+        return self.at_cut(placed, cut, profile), at
+
+    def at_cut(self, placed, cut, profile, near=0.005, most=4):
+        """The pruner whose *realised* cut is `cut`, by asking `placed` for others.
+
+        Plans count the queries that are left as spread evenly over the prompt; a router that keeps the latest has
+        those that see most keys, and under `keep` saves less than planned. What removes parts, or is charged more for
+        a look than it saves, stays where it was placed, and so does what cannot be planned to cut more."""
+        from ftp_lightning.pruning.budget import OutOfReach
+
+        pruner, wanted = placed(cut), cut
+        for _ in range(most):
+            off = cut - self.realised(pruner, profile)
+            if abs(off) <= near or abs(off) > 0.2 or pruner.removed:
+                break
+            wanted = min(max(wanted + off, 0.0), 0.99)
+            try:
+                pruner = placed(wanted)
+            except OutOfReach:
+                break
+        return pruner
+
+    def realised(self, pruner, profile):
+        from ftp_lightning.pruning.request import realised_cut
+
+        trace = self.prefilled(pruner, self.prompts(profile).ids)
+        return realised_cut(self.model, pruner, trace, profile.new_tokens)
+
+    def prompts(self, profile):
+        """One random prompt of the profile's length, always the same."""
+        import torch
+
+        from ftp_lightning.evaluation.prompts import random_prompts
+
+        generator = torch.Generator().manual_seed(0)
+        return random_prompts(self.model, profile.prompt_tokens, 1, generator=generator)
+
+    def router(self, name, form, seed, cut, profile):
+        """(cut, router trained at it) of the nearest cut of `--trained_at` that the peer reaches."""
+        from ftp_lightning.pruning.budget import OutOfReach
+
+        at = numbers(self.args.trained_at) if self.args.trained_at else [cut]
+        for near in sorted(at, key=lambda one: abs(one - cut)):
+            key = f"{profile.new_tokens}-{near}-{name}-{form}-{self.args.kv}-{seed}"
+            if key not in self.trained:
+                try:
+                    pruner = self.placed(name, form, seed, near, profile)
+                except OutOfReach as error:
+                    reason = error
+                    continue
+                self.train(pruner, seed, self.args.output / "trained" / key)
+                self.trained[key] = pruner.router
+            return near, self.trained[key]
+        raise reason
 
     def train(self, pruner, seed, place):
         from ftp_lightning.lit.fitting import fit_router
         from ftp_lightning.lit.training_settings import TrainingSettings
 
-        settings = TrainingSettings(steps=self.args.steps, validations=3, seed=seed)
-        fit_router(self.model, pruner, self.training(seed), self.validation, settings, place, fingerprint=place.name)
+        args = self.args
+        settings = TrainingSettings(steps=args.steps, validations=3, seed=seed)
+        count = settings.steps * settings.batch_size
+        # seeds as in experiments/routers.py: rows of their own, not those of the calibration
+        rows = study.search_windows(self.tokenizer, args.train, "training", count, 100 + seed)
+        held = study.search_windows(self.tokenizer, args.validation, "validation", args.calibration_windows, 200 + seed)
+        fit_router(self.model, pruner, rows, held, settings, place, fingerprint=f"{place.name}-{count}")
 
-    def measure(self, pruner, cut, profile):
+    def measure(self, pruner, profile, timed):
         """Everything about one row."""
         from ftp_lightning.pruning.request import planned_cut, realised_cut
 
@@ -180,7 +270,7 @@ class Bench:
             "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
             "sparsity": list(pruner.schedule.sparsity),
             "removed": [list(part) for part in pruner.removed],
-            **self.costs(pruner, profile),
+            **self.costs(pruner, profile, timed),
         }
 
     def prefilled(self, pruner, ids):
@@ -190,18 +280,13 @@ class Bench:
             self.model(input_ids=ids.to(self.model.device), use_cache=True, logits_to_keep=1)
         return pruner.trace.prompt
 
-    def costs(self, pruner, profile):
+    def costs(self, pruner, profile, timed):
         """On a random prompt of the profile's length: realised cut of the request, bytes, time."""
-        import torch
-
-        from ftp_lightning.evaluation.prompts import random_prompts
-        from ftp_lightning.evaluation.speed import decode_speed, prefill_speed
         from ftp_lightning.pruning.flops import cached_bytes
         from ftp_lightning.pruning.request import kept_bytes, realised_cut
         from ftp_lightning.schedule import Schedule
 
-        generator = torch.Generator().manual_seed(0)
-        prompts = random_prompts(self.model, profile.prompt_tokens, 1, generator=generator)
+        prompts = self.prompts(profile)
         trace = self.prefilled(pruner, prompts.ids)
         dense = Schedule.uniform(len(pruner.kv), 0.0)
         every = cached_bytes(self.model, dense, profile.prompt_tokens, "evict")
@@ -209,240 +294,76 @@ class Bench:
             "realised_cut": realised_cut(self.model, pruner, trace, profile.new_tokens),
             "kv_share": kept_bytes(self.model, pruner, trace) / every,
         }
-        if self.args.pairs:
-            about = {"generator": generator}
-            for name, measured in (
-                ("prefill", prefill_speed(self.model, pruner, prompts, self.args.pairs, **about)),
-                ("decode", decode_speed(self.model, pruner, prompts, self.args.pairs, **about)),
-            ):
-                found |= {f"{name}_ms": measured.pruned_ms, f"{name}_dense_ms": measured.dense_ms}
-                found |= {f"{name}_speedup": measured.ratio.value}
+        return found | (self.times(pruner, profile, prompts) if timed and self.args.pairs else {})
+
+    def times(self, pruner, profile, prompts):
+        """Milliseconds and speed-up of the prefill, and of a decoding step where the profile has any."""
+        import torch
+
+        from ftp_lightning.evaluation.speed import decode_speed, prefill_speed
+
+        about = {"generator": torch.Generator().manual_seed(0), "clock": CLOCKS[self.args.clock]}
+        found, measures = {}, {"prefill": functools.partial(prefill_speed, warmup=1)}
+        measures |= {"decode": decode_speed} if profile.new_tokens else {}
+        for name, measure in measures.items():
+            measured = measure(self.model, pruner, prompts, self.args.pairs, **about)
+            found |= {f"{name}_ms": measured.pruned_ms, f"{name}_dense_ms": measured.dense_ms}
+            found |= {f"{name}_speedup": measured.ratio.value}
         return found
 
 
-def row_file(args, profile, cut, name, form, seed):
-    return args.output / "rows" / f"{profile}-{cut}-{name}-{form}-{args.kv}-{seed}.json"
+def sizes_of(args):
+    """What a row was measured at; a row of other sizes is measured anew."""
+    names = ("items", "windows", "dtype", "prompt_tokens", "new_tokens", "compensation", "steps", "trained_at")
+    return [getattr(args, name) for name in names] + ([args.least] if args.least else [])
 
 
-def wanted(args, path):
-    """Whether a row is missing, or was measured at other sizes."""
-    sizes = [args.items, args.windows, args.dtype, args.prompt_tokens, args.new_tokens, args.compensation, args.steps]
-    return sizes, not path.exists() or json.loads(path.read_text())["sizes"] != sizes
+def jobs_of(args):
+    """(profile, cut, peer, schedule, seed) of what this process measures: the first seed of everything first, and of
+    each seed the peers in the order given."""
+    cells = study.own_cells(args, itertools.product(args.profiles.split(","), numbers(args.cuts)))
+    found = [(*cell, *row) for cell in cells for row in rows_of(args, cell[1])]
+    return sorted(found, key=lambda job: (job[4], args.peers.index(job[2])))
 
 
 def run(args):
+    args.output.mkdir(parents=True, exist_ok=True)
+    bench = None
+    for profile, cut, name, form, seed in jobs_of(args):
+        target, key = args.output / f"{profile}-{cut}-{args.kv}.json", f"{name} {form} {seed}"
+        known = json.loads(target.read_text()) if target.exists() else {}
+        if known.get(key, {}).get("sizes") == sizes_of(args):
+            continue
+        bench, start = bench or Bench(args), time.process_time()
+        row = {"sizes": sizes_of(args), "peer": name, "schedule": form, "profile": profile, "cut": cut, "seed": seed}
+        known[key] = row = schedules.compact(row | measured(bench, name, form, seed, cut, profile))
+        study.write(target, known)
+        study.write(args.output / "dense.json", bench.test.dense)
+        said = row.get("unreachable") or f"kept {row['kept']['share']:.3f}, KL {row['kl']:.4f}"
+        print(
+            f"{profile} {cut:.0%} {name} {form} seed {seed}: {said} ({time.process_time() - start:.0f} s)", flush=True
+        )
+
+
+def measured(bench, name, form, seed, cut, profile):
+    """The numbers of one row, or why there are none."""
     from ftp_lightning.pruning.budget import OutOfReach
 
-    (args.output / "rows").mkdir(parents=True, exist_ok=True)
-    cells = itertools.product(args.profiles.split(","), map(float, args.cuts.split(",")))
-    bench = None
-    for profile, cut in study.own_cells(args, cells):
-        for name, form, seed in rows_of(args, profile, cut):
-            path = row_file(args, profile, cut, name, form, seed)
-            sizes, missing = wanted(args, path)
-            if not missing:
-                continue
-            bench, start = bench or Bench(args), time.process_time()
-            row = {"sizes": sizes, "peer": name, "schedule": form, "profile": profile, "cut": cut, "seed": seed}
-            request = profile_of(args, profile)
-            try:
-                pruner, trained = bench.placed(name, form, seed, cut, request)
-                if trained:
-                    bench.train(pruner, seed, args.output / "trained" / path.stem)
-                row |= bench.measure(pruner, cut, request)
-            except OutOfReach as error:
-                row["unreachable"] = str(error).splitlines()[0]
-            study.write(path, schedules.compact(row))
-            study.write(args.output / "dense.json", bench.test.dense)
-            said = row.get("unreachable") or f"kept {row['kept']['share']:.3f}, KL {row['kl']:.4f}"
-            print(
-                f"{profile} {cut:.0%} {name} {form} seed {seed}: {said} ({time.process_time() - start:.0f} s)",
-                flush=True,
-            )
-
-
-# ---------------------------------------------------------------- what was found
-
-
-def finished(args):
-    """All rows, in the order of the tables."""
-    from ftp_lightning.baselines import PEERS
-
-    rows = [json.loads(path.read_text()) for path in sorted((args.output / "rows").glob(f"*-{args.kv}-*.json"))]
-    place = list(PEERS)
-    return sorted(
-        rows, key=lambda r: (r["profile"], r["cut"], place.index(r["peer"]), FORMS.index(r["schedule"]), r["seed"])
-    )
-
-
-def grouped(rows, *names):
-    """{values of `names`: rows}, reached ones alone."""
-    found = {}
-    for row in rows:
-        if "kept" in row:
-            found.setdefault(tuple(row[name] for name in names), []).append(row)
-    return found
-
-
-def mean(rows, name):
-    values = [row[name]["share"] if name == "kept" else row.get(name) for row in rows]
-    return None if None in values else statistics.mean(values)
-
-
-def main_table(args, rows, profile, cut):
-    """Markdown: every peer under its own schedule; ours against it, paired over questions."""
-    from ftp_lightning.baselines import PEERS
-
-    here = [row for row in rows if row["profile"] == profile and row["cut"] == cut and row["schedule"] == "own"]
-    if not here:
-        return
-    print(f"\n### {profile}, {cut:.0%} of the FLOPs\n")
-    print(
-        "| method | seeds | kept, % | KL | FTP static - it: kept, points | FLOPs cut: planned, realised "
-        "| on the test prompts | skipped: nominal, realised | KV bytes, % | prefill | decode |"
-    )
-    print("|---" * 11 + "|")
-    ours = next((row for row in here if row["peer"] == OURS[0] and "kept" in row), None)
-    for (name,), found in grouped(here, "peer").items():
-        print(f"| {PEERS[name].title} | {len(found)} | {' | '.join(table_row(found, ours))} |")
-    for row in here:
-        if "unreachable" in row and row["seed"] == 0:
-            print(f"\n{PEERS[row['peer']].title}: {row['unreachable']}")
-
-
-def table_row(found, ours):
-    kept = study.mean_std([100 * row["kept"]["share"] for row in found], 1)
-    low, high = (100 * statistics.mean(row["kept"][side] for row in found) for side in ("low", "high"))
-    paired = [
-        100.0 * (a - b)
-        for row in found
-        for a, b, need in zip((ours or row)["right"], row["right"], row["need"])
-        if need
-    ]
-    against = "" if ours is None or found[0] is ours or not paired else schedules.interval(paired, 1)
-    cells = [f"{kept} [{low:.1f}, {high:.1f}]", study.mean_std([row["kl"] for row in found], 4), against]
-    cells.append(", ".join(f"{mean(found, name):.1%}" for name in ("planned_cut", "realised_cut")))
-    cells.append(f"{mean(found, 'flops_cut'):.1%}")
-    cells.append(", ".join(f"{mean(found, name):.1%}" for name in ("nominal", "realised")))
-    cells.append(f"{100 * mean(found, 'kv_share'):.0f}")
-    for name in ("prefill", "decode"):
-        times = mean(found, f"{name}_ms"), mean(found, f"{name}_speedup")
-        cells.append("" if None in times else f"{times[0]:.1f} ms, {times[1]:.2f}x")
-    return cells
-
-
-def two_way_table(args, rows, profile, cut):
-    """Markdown: selector x schedule, kept in % and KL."""
-    from ftp_lightning.baselines import PEERS
-
-    found = grouped([r for r in rows if r["profile"] == profile and r["cut"] == cut], "peer", "schedule")
-    names = [name for name in PEERS if (name, "uniform") in found or (name, "searched") in found]
-    if not names:
-        return
-    print(f"\n### {profile}, {cut:.0%} of the FLOPs: kept, % (KL), by selector and schedule\n")
-    print("| selector | kv | its own | uniform | searched |\n|---|---|---|---|---|")
-    for name in names:
-        cells = [found.get((name, form)) for form in FORMS]
-        shown = ["" if c is None else f"{100 * mean(c, 'kept'):.1f} ({mean(c, 'kl'):.4f})" for c in cells]
-        kv = next(c for c in cells if c)[0]["kv"]
-        print(f"| {PEERS[name].title} | {kv} | {' | '.join(shown)} |")
-
-
-def front(points, near=0.01):
-    """Names whose (x, kept) no other point beats in both, x within `near` counting as equal.
-
-    points: name -> [(x, kept)]."""
-    every = [(name, x, y) for name, line in points.items() for x, y in line]
-    beaten = lambda x, y: any((a >= x - near and b > y) or (a > x + near and b >= y) for _, a, b in every)  # noqa: E731
-    return [name for name in points if any(not beaten(x, y) for x, y in points[name])]
-
-
-def lines(rows, profile, x, y):
-    """name -> [(x, y)] by rising cut, means over seeds, under the peer's own schedule."""
-    own = [row for row in rows if row["profile"] == profile and row["schedule"] == "own"]
-    found = {}
-    for (name, _), some in grouped(own, "peer", "cut").items():
-        point = mean(some, x), mean(some, y)
-        if None not in point:
-            found.setdefault(name, []).append(point)
-    return {name: sorted(line) for name, line in found.items()}
-
-
-def csv_file(args, rows):
-    names = ["profile", "cut", "peer", "schedule", "kv", "seed", "kept", "kept_low", "kept_high", "items", "kl", "ppl"]
-    names += ["planned_cut", "realised_cut", "flops_cut", "nominal", "realised", "kv_share"]
-    names += ["prefill_ms", "prefill_dense_ms", "prefill_speedup", "decode_ms", "decode_dense_ms", "decode_speedup"]
-    with (args.output / "peers.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*names, "unreachable"], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            kept = row.get("kept", {})
-            told = {"kept": kept.get("share"), "kept_low": kept.get("low"), "kept_high": kept.get("high")}
-            writer.writerow(row | told | {"items": kept.get("items")})
-
-
-def figure(args, rows):
-    """peers.png: kept answers and KL against the FLOPs cut and against the measured prefill speed-up, by profile."""
-    from ftp_lightning.report.figures import kl_scale_to_range
-    from ftp_lightning.report.style import canvas, freeze, house_style, to_png
-
-    profiles = [name for name in args.profiles.split(",") if lines(rows, name, "planned_cut", "kept")]
-    if not profiles:
-        return
-    axes_of = [("planned_cut", "FLOPs cut", "kept"), ("planned_cut", "FLOPs cut", "kl")]
-    if any("prefill_speedup" in row for row in rows):
-        axes_of += [("prefill_speedup", "prefill, times faster", y) for y in ("kept", "kl")]
-    with house_style("peers"):
-        drawing, axes = canvas(
-            4.2 * len(axes_of), 3.6 * len(profiles) + 1, nrows=len(profiles), ncols=len(axes_of), squeeze=False
-        )
-        for profile, panels in zip(profiles, axes):
-            for axis, (x, label, y) in zip(panels, axes_of):
-                found = lines(rows, profile, x, y)
-                draw(axis, found)
-                axis.set(xlabel=label, ylabel="kept answers" if y == "kept" else "KL (nats)", title=profile)
-                if x == "planned_cut" and found:  # a negative cut is off the scale
-                    axis.set_xlim(0, 0.05 + max(point[0] for line in found.values() for point in line))
-                if y == "kl":
-                    losses = [point[1] for line in found.values() for point in line if point[1] > 1e-5]
-                    kl_scale_to_range(axis, losses or [1.0])
-        handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-        drawing.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
-        freeze(drawing)
-        (args.output / "peers.png").write_bytes(to_png(drawing))
-
-
-def draw(axis, found):
-    """A line per peer: colours take turns, then dashes; ours is thick."""
-    from ftp_lightning.baselines import PEERS
-    from ftp_lightning.report.style import CYCLE, LINES
-
-    for place, name in enumerate(PEERS):
-        if name in found:
-            style = {"color": CYCLE[place % len(CYCLE)], "linestyle": LINES[place // len(CYCLE) % len(LINES)]}
-            width = 2.8 if name in OURS else 1.1
-            axis.plot(*zip(*found[name]), **style, linewidth=width, marker="o", markersize=3, label=PEERS[name].title)
-
-
-def report(args):
-    rows = finished(args)
-    for profile, cut in itertools.product(args.profiles.split(","), map(float, args.cuts.split(","))):
-        main_table(args, rows, profile, cut)
-        two_way_table(args, rows, profile, cut)
-    for profile in args.profiles.split(","):
-        for x in ("planned_cut", "prefill_speedup"):
-            if found := lines(rows, profile, x, "kept"):
-                print(f"\n{profile}: on the front of kept answers against {x}: {', '.join(front(found))}")
-    if rows:
-        csv_file(args, rows)
-        figure(args, rows)
+    request, first = profile_of(bench.args, profile), seed == min(map(int, bench.args.seeds.split(",")))
+    try:
+        pruner, trained_at = bench.ready(name, form, seed, cut, request)
+    except OutOfReach as error:
+        return {"unreachable": str(error).splitlines()[0]}
+    told = {"trained_at": trained_at, "folder": getattr(bench.peers[name], "taken", None)}
+    told = {what: value for what, value in told.items() if value is not None}
+    return bench.measure(pruner, request, timed=first) | told
 
 
 def main():
     args = arguments()
     if not args.tables:
         run(args)
-    report(args)
+    tables.report(args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from oracle import masked_dense, run_row
 from test_engine import BLOCKS, MODEL, TEXT, prefill_and_continue, relative
 
 from ftp_lightning import RandomRouter, Schedule, StaticRouter, TokenPruner
-from ftp_lightning.baselines import PEERS, Profile, Setting, first_dense
+from ftp_lightning.baselines import PEERS, FtpProjected, Profile, Setting, first_dense
 from ftp_lightning.baselines.deletion_random import OneDraw
 from ftp_lightning.baselines.deletion_surprisal import SurprisalSelector
 from ftp_lightning.baselines.fast_kv import PropagatedSelector
@@ -24,7 +24,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.request import planned_cut, realised_cut
 from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
 from ftp_lightning.pruning.tokens import Tokens
-from ftp_lightning.routing import HiddenRouter, RoutingContext
+from ftp_lightning.routing import HiddenRouter, ProjectedRouter, RoutingContext
 
 PROMPT = 18
 PROFILE = Profile(PROMPT, 0)
@@ -323,6 +323,34 @@ def test_what_is_wrong_is_told():
         PEERS["mod"].place(setting(), 0.7, PROFILE)
     with pytest.raises(UserError, match="cannot be stored"):
         TokenPruner(StaticRouter(), Schedule([0.5] * 4), removed=[(0, "mlp")]).save("nowhere")
+
+
+# ---------------------------------------------------------------- ours, trained before
+
+
+def test_a_trained_router_is_taken_from_the_nearest_folder_that_reaches_the_cut(tmp_path):
+    made = {"keep-0.2-1-projected": [0.0, 0.2, 0.2, 0.4], "keep-0.5-1-projected": [0.0, 0.5, 1.0, 0.5]}
+    for name, sparsity in made.items():
+        router = ProjectedRouter(MODEL.config.hidden_size)
+        TokenPruner(router, Schedule(sparsity), kv="keep").save(tmp_path / name / "pruned", model=MODEL)
+        made[name] = sparsity, router
+    peer, here, found = FtpProjected(tmp_path), setting(seed=1), {}
+    for cut in (0.1, 0.15, 0.4):
+        pruner, (sparsity, router) = peer.place(here, cut, PROFILE), made[peer.taken]
+        found[cut] = peer.taken
+        assert abs(planned_cut(MODEL, pruner, PROMPT) - cut) < 0.05 and pruner.kv[0] == "keep"
+        factor = pruner.schedule.sparsity[1] / sparsity[1]
+        assert pruner.schedule.sparsity == pytest.approx([min(1.0, factor * s) for s in sparsity])
+        assert all(torch.equal(a, b) for a, b in zip(pruner.router.parameters(), router.parameters(), strict=True))
+    assert list(found.values()) == ["keep-0.2-1-projected", "keep-0.2-1-projected", "keep-0.5-1-projected"]
+    few = FtpProjected(tmp_path, least=0.3).place(here, 0.15, PROFILE)  # 20 % in a block is too little
+    assert [s > 0 for s in few.schedule.sparsity] == [False, False, False, True]
+    with pytest.raises(UserError, match="has no keep-"):
+        peer.place(setting(seed=2), 0.1, PROFILE)
+    with pytest.raises(UserError, match="own schedule alone"):
+        peer.place(here, 0.1, PROFILE, form=Schedule([1.0] * 4))
+    with pytest.raises(UserError, match="cannot be reached"):
+        peer.place(here, 0.95, PROFILE)
 
 
 # ---------------------------------------------------------------- equal cost

@@ -38,7 +38,7 @@ def faked(monkeypatch, pruner):
     """A clock that says what is attached, and the order of the calls."""
     clock, order = {"dense": 9.0, "pruned": 9.0}, []
 
-    def seconds(run, device):
+    def seconds(run, device, *_):
         kind = "pruned" if pruner._engine is not None else "dense"
         order.append(kind)
         run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.evaluation.prompts import Prompts
-from ftp_lightning.evaluation.timing import Interval, interleaved, median_interval, seconds
+from ftp_lightning.evaluation.timing import Clock, Interval, interleaved, median_interval, seconds
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import FixedRouter
 
@@ -34,7 +35,14 @@ class Speed:
 
 @torch.no_grad()
 def prefill_speed(
-    model, pruner: TokenPruner, prompts: Prompts, pairs: int = 15, warmup: int = WARMUP, *, generator: torch.Generator
+    model,
+    pruner: TokenPruner,
+    prompts: Prompts,
+    pairs: int = 15,
+    warmup: int = WARMUP,
+    *,
+    generator: torch.Generator,
+    clock: Clock = time.perf_counter,
 ) -> Speed:
     """Time to first token: `pairs` dense and pruned prefills in turn, cache filled and last logit computed [ours].
 
@@ -44,14 +52,14 @@ def prefill_speed(
 
     def pruned() -> float:
         with pruner(model):
-            return prefill_seconds(model, prompts)
+            return prefill_seconds(model, prompts, clock)
 
-    return _speed(interleaved(lambda: prefill_seconds(model, prompts), pruned, pairs, warmup), generator)
+    return _speed(interleaved(lambda: prefill_seconds(model, prompts, clock), pruned, pairs, warmup), generator)
 
 
-def prefill_seconds(model, prompts: Prompts) -> float:
+def prefill_seconds(model, prompts: Prompts, clock: Clock = time.perf_counter) -> float:
     """Seconds of one prefill of the model as it is, pruner or not."""
-    return seconds(lambda: prefill(model, prompts), prompts.ids.device)
+    return seconds(lambda: prefill(model, prompts), prompts.ids.device, clock)
 
 
 def prefill(model, prompts: Prompts) -> Any:
@@ -60,14 +68,22 @@ def prefill(model, prompts: Prompts) -> Any:
 
 
 @torch.no_grad()
-def decode_speed(model, pruner: TokenPruner, prompts: Prompts, steps: int, *, generator: torch.Generator) -> Speed:
+def decode_speed(
+    model,
+    pruner: TokenPruner,
+    prompts: Prompts,
+    steps: int,
+    *,
+    generator: torch.Generator,
+    clock: Clock = time.perf_counter,
+) -> Speed:
     """Time of a greedy decoding step: `steps` of them on the dense and on the pruned cache in turn [ours].
 
     The prefills are outside the clock, and so is attaching: every timed step follows one that is not, in the same
     attachment, as in a text that is generated. DECODE_WARMUP steps come before, so that the model needs
     T + `decode_positions(steps)` positions. Both caches are held at the same time.
     """
-    dense, pruned = Decoding(model, prompts, nullcontext), Decoding(model, prompts, lambda: pruner(model))
+    dense, pruned = (Decoding(model, prompts, within, clock) for within in (nullcontext, lambda: pruner(model)))
     return _speed(interleaved(dense.step, pruned.step, steps, DECODE_WARMUP), generator)
 
 
@@ -79,8 +95,14 @@ def decode_positions(steps: int) -> int:
 class Decoding:
     """A prompt with its cache, and one more token at every `step`. `within`: what the model is called in."""
 
-    def __init__(self, model, prompts: Prompts, within: Callable[[], AbstractContextManager]):
-        self.model, self.within = model, within
+    def __init__(
+        self,
+        model,
+        prompts: Prompts,
+        within: Callable[[], AbstractContextManager],
+        clock: Clock = time.perf_counter,
+    ):
+        self.model, self.within, self.clock = model, within, clock
         with within():
             output = prefill(model, prompts)
         self.cache, self.token, self.mask = output.past_key_values, _greedy(output), prompts.mask
@@ -89,7 +111,7 @@ class Decoding:
         """Seconds of one greedy step on the whole batch, after one that is not timed."""
         with self.within():
             self._run()
-            return seconds(self._run, self.token.device)
+            return seconds(self._run, self.token.device, self.clock)
 
     def _run(self) -> None:
         if self.mask is not None:

@@ -37,13 +37,18 @@ def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: 
     return torch.tensor(times[warmup:], dtype=torch.float64)
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
+Clock = Callable[[], float]
+"""What is read before and after, in seconds: `time.perf_counter`, or, for one thread on a CPU that others use too,
+`time.process_time` (what the process itself was given)."""
+
+
+def seconds(run: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Seconds of one call, kernels on the device included; what it returns is freed after the clock is read."""
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     result = run()
     wait(device)
-    passed = time.perf_counter() - start
+    passed = clock() - start
     del result
     return passed
 
