@@ -25,6 +25,7 @@ from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.places import home
 from ftp_lightning.started import Started
 
 LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
@@ -81,7 +82,7 @@ def fit(
 def _trainer(system: RouterTraining, processes: Processes, logger, callbacks: list[L.Callback]) -> L.Trainer:
     settings = system.settings
     return L.Trainer(
-        accelerator="gpu" if next(system.model.parameters()).is_cuda else "cpu",
+        accelerator="gpu" if home(system.model).type == "cuda" else "cpu",
         **_together(processes),
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,

@@ -95,12 +95,12 @@ class RouterTraining(L.LightningModule):
         ids, first = batch["input_ids"], self._scored_from(batch)
         about = _masked(batch) | {"use_cache": False}
         if self.settings.distillation == "mse":
-            return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1]}
+            return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1].to(ids.device)}
         from ftp_lightning.search.criteria import entering_head
 
         with entering_head(self.model) as seen:
             logits = self.model(input_ids=ids, logits_to_keep=ids.shape[1] - first, **about).logits
-        return {"hidden": seen[0][:, :-1], "logits": logits[:, :-1]}
+        return {"hidden": seen[0][:, :-1].to(ids.device), "logits": logits[:, :-1]}
 
     def student_and_teacher(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], TokenPruner]:
         """Outputs of the pruned and of the dense model, and the pruner that was in force."""

@@ -150,7 +150,7 @@ class RoutedLayer(DynamicLayer):
         self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_rows(lambda t: t[indices])
+        self._map_rows(lambda t: t[indices.to(t.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last |n| tokens seen (n <= 0, as Hugging Face calls it)."""

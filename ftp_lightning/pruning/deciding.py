@@ -93,6 +93,7 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
         if state.masked:
             state.decisions.append(Decision(probability, keep, routed, context))
             gate = torch.where(routed.reserved, 1.0, gate)  # always computed: nothing to learn from
+    keep, gate = keep.to(state.real.device), None if gate is None else gate.to(state.real.device)
     if state.masked:
         tail = state.real[:, routed.real.shape[1] :]
         after = tail.sum(1).tolist() if state.padded else [tail.shape[1]] * len(tail)
@@ -113,12 +114,18 @@ def _replay(engine: Engine, index: int, real: Tensor, part: str, longer: bool) -
 
 def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> RoutingContext:
     state, schedule = engine.current, engine.pruner.schedule.sparsity
-    routed, table = state.part, None if state.table is None else state.table.own
+    routed, table = state.part, None if state.table is None else state.table.own.to(state.home)
+    hidden = _for_router(engine, hidden)
     return RoutingContext(
         index, schedule[index], routed.real, routed.position, state.lengths, state.kept[index][:, None], table, hidden,
         schedule=schedule, part=part, padded=state.padded, memo=state.memo, entered=state.entered,
         scouted=state.scouted,
     )  # fmt: skip
+
+
+def _for_router(engine: Engine, hidden: Tensor) -> Tensor:
+    """Hidden states where routers decide, if this one reads them."""
+    return hidden.to(engine.current.home) if engine.pruner.router.needs_hidden else hidden
 
 
 # ---------------------------------------------------------------- continuation tokens, under a decode policy
@@ -130,7 +137,8 @@ def _follow(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, No
     if isinstance(pruner.router, FixedRouter):
         return Rows(*_replay(engine, index, state.real, part, longer=True)), None
     with torch.no_grad():
-        probability = pruner.router.probability(_continuation_context(engine, index, call.hidden, part))
+        context = _continuation_context(engine, index, call.hidden, part)
+        probability = pruner.router.probability(context).to(state.real.device)
     if pruner.decode == "threshold":
         skips = policies.below_threshold(probability, state.real, pruner.threshold)
     else:
@@ -145,10 +153,11 @@ def _follow(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, No
 def _continuation_context(engine: Engine, index: int, hidden: Tensor, part: str) -> RoutingContext:
     """Token i of a row has T_i = i + 1 tokens: itself, the last, and those before it (method.md, section 4)."""
     state, schedule = engine.current, engine.pruner.schedule.sparsity
-    lengths = state.position + 1
+    real, position = state.real.to(state.home), state.position.to(state.home)
     kept = [[kept_tokens(n, schedule[index], min(2, n)) for n in row] for row in state.host_lengths]
-    own, rank = (None, None) if state.table is None else (state.table.own, state.table.rank)
+    table = state.table
+    own, rank = (None, None) if table is None else (table.own.to(state.home), table.rank.to(state.home))
     return RoutingContext(
-        index, schedule[index], state.real, state.position, lengths, torch.tensor(kept, device=hidden.device), own,
-        hidden, rank=rank, schedule=schedule, part=part, padded=state.padded, memo=state.memo,
+        index, schedule[index], real, position, position + 1, torch.tensor(kept, device=state.home), own,
+        _for_router(engine, hidden), rank=rank, schedule=schedule, part=part, padded=state.padded, memo=state.memo,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from ftp_lightning.pruning.generation import Generation, join_outputs, split_arg
 from ftp_lightning.pruning.key_gates import gated_keys
 from ftp_lightning.pruning.masked import recomputed, run_masked
 from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
+from ftp_lightning.pruning.places import brought, home
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query, scaling_of
 from ftp_lightning.pruning.state import Decision, Pass, Site
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable, remember_prompt
@@ -44,6 +45,7 @@ class Engine:
 
     Attributes:
         current: the forward that is running; None between forwards.
+        home: of a dispatched model the device where routers decide; None: where the tokens are.
         sight: what the attention about to run may see; None = the stock attention with the stock mask.
         part_plan: which rows enter attention and MLP of the block that is running, where these are decided apart.
     """
@@ -53,6 +55,7 @@ class Engine:
         decoder, blocks = find_decoder(model)
         self.model, self.looking = model, False
         self.sites = [Site.of(block) for block in blocks]
+        self.home = home(model) if any(site.place for site in self.sites) else None
         self.current: Pass | None = None
         self.generation: Generation | None = None
         self.sight: Sight | None = None
@@ -221,7 +224,7 @@ class Engine:
             pass
         finally:
             self.current = prompt
-        return look.table.own
+        return look.table.own.to(look.home)
 
     def _surprisal(self, about: dict, prompt: Pass) -> Tensor:
         """-log p(x_j | x_<j) by the dense model; infinite for a row's first token. (B, P) float32."""
@@ -243,7 +246,8 @@ class Engine:
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
-        (batch, new), device = tokens.shape[:2], tokens.device
+        (batch, new), device = tokens.shape[:2], self.home or tokens.device
+        mask = mask if not isinstance(mask, Tensor) else mask.to(device)
         self._refuse(cache, mask, arguments.get("position_ids"), past)
         real, past_real, padded = torch.ones(batch, new, dtype=torch.bool, device=device), None, False
         if mask is not None:
@@ -314,6 +318,9 @@ class Engine:
         if not state.active:
             state.trace.add(state.real, state.real)
             return inner(*args, **kwargs)
+        if (place := self.sites[index].place) is not None:
+            args, kwargs = brought(args, kwargs, place)
+            state.go_to(place)
         if state.look is not None:
             return self._look(index, inner, args, kwargs)
         gone = self.pruner.removed_parts(index)

@@ -136,6 +136,7 @@ class TokenPruner:
         """
         from ftp_lightning.pruning.blocks import find_decoder
         from ftp_lightning.pruning.calls import WrappedMethod
+        from ftp_lightning.pruning.places import home
         from ftp_lightning.pruning.pruned_folder import check_base
 
         decoder, blocks = find_decoder(model)
@@ -153,7 +154,7 @@ class TokenPruner:
             raise UserError(f"the compensation was fitted at hidden size {fitted}, the model has {found}.")
         if self._base is not None:
             check_base(self._base, model)
-        self.router.to(next(model.parameters()).device)
+        self.router.to(home(model))
         self._engine = Engine(self, model)
         self._model = model
         return self

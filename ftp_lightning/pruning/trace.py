@@ -27,7 +27,11 @@ class Trace:
     prompt: Trace | None = None
 
     def add(self, attention: Tensor, mlp: Tensor) -> None:
-        """The next block's decision, (B, T) bool for each part."""
+        """The next block's decision, (B, T) bool for each part; kept where `real` is."""
+        if self.real is not None and attention.device != self.real.device:
+            whole = attention is mlp
+            attention = attention.to(self.real.device)
+            mlp = attention if whole else mlp.to(self.real.device)
         self.keep.append(attention if attention is mlp else attention | mlp)
         self.keep_attention.append(attention)
         self.keep_mlp.append(mlp)

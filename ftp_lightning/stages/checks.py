@@ -20,7 +20,7 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
     tokenizer = models.load_tokenizer(first.model, revision=first.revision)
     inputs.check_positions(config, first.prompt_tokens + first.continuation_tokens)
     inputs.check_budget_length(stages["search"], config)
-    lengths = stages["benchmark"].lengths
+    lengths = stages["benchmark"].lengths if "benchmark" in stages else ()
     inputs.check_positions(config, max(lengths or [1]), "prompts of the benchmark", "Give shorter --lengths.")
     check_tasks(evaluate.tasks)
     local_files(evaluate)

@@ -58,6 +58,7 @@ class GenerateStage(PrunedSettings):
         """(1, T) token ids; UserError where there is nothing, or no room to go on."""
         import torch
 
+        from ftp_lightning.pruning.places import home
         from ftp_lightning.stages.inputs import check_chat_template
 
         if self.apply_chat_template:
@@ -72,7 +73,7 @@ class GenerateStage(PrunedSettings):
                 f"the prompt has {len(ids)} tokens; it must not be empty, and with {self.max_new_tokens} new ones "
                 f"fit the model's {limit}\nGive another --prompt or fewer --max_new_tokens."
             )
-        return torch.tensor([ids], device=model.device)
+        return torch.tensor([ids], device=home(model))
 
 
 def _both(pruner: Any) -> tuple[tuple[str, Any], ...]:

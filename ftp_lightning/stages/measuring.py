@@ -119,6 +119,7 @@ class Bench:
         """All tasks; the questions without their facts are asked of the dense model alone."""
         from ftp_lightning.evaluation.lm_eval_model import FtpLM
         from ftp_lightning.evaluation.tasks import run_tasks
+        from ftp_lightning.pruning.places import home
 
         settings = self.settings
         if not settings.tasks:
@@ -126,7 +127,7 @@ class Bench:
         window = {"prompt_tokens": settings.prompt_tokens, "continuation_tokens": settings.continuation_tokens}
         lm = FtpLM(
             self.model, pruner=pruner, mode=mode, tokenizer=self.tokenizer, batch_size=settings.batch_size,
-            device=str(self.model.device), answers=self.answers, **window,
+            device=str(home(self.model)), answers=self.answers, **window,
         )  # fmt: skip
         try:
             with self.files.named(with_deleted=pruner is None) as files:

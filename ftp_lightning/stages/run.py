@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import write_text
+from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import BudgetSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
@@ -26,7 +27,9 @@ ROUND = ("train", "finetune")
 
 @dataclass(frozen=True, kw_only=True)
 class RunStage(BudgetSettings):
-    """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT."""
+    """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT.
+
+    With --device_map without the benchmark, which times one device."""
 
     stage: ClassVar[str] = "run"
 
@@ -115,6 +118,8 @@ class RunStage(BudgetSettings):
             "evaluate": (EvaluateStage, self._evaluation() | evaluate | {"pruned": tuned}),
             "benchmark": (BenchmarkStage, {"lengths": self.lengths, "pairs": self.pairs, "pruned": tuned}),
         }
+        if read_device_map(self.device_map) is not None:  # it times one device
+            del chain["benchmark"]
         shared = self.shared()
         return {name: kind(**shared | {"output": self._at(name)} | more) for name, (kind, more) in chain.items()}
 

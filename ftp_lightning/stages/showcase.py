@@ -10,6 +10,7 @@ import torch
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.places import home
 from ftp_lightning.stages.base import StageSettings
 
 
@@ -24,7 +25,7 @@ def story_tokens(settings: StageSettings, model: Any, tokenizer: Any, pruner: To
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = (bos + ids)[: settings.prompt_tokens]
     with pruner(model):
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1)
+        model(input_ids=torch.tensor([ids], device=home(model)), use_cache=True, logits_to_keep=1)
     keep = torch.cat(pruner.trace.prompt.keep).int()
     return {
         "title": title,

@@ -34,6 +34,7 @@ class TrialStage(TrainStage):
     """
 
     stage: ClassVar[str] = "trial"
+    spreads: ClassVar[bool] = False
 
     study: str = option("trial", "the study that this is a run of; names its folder", passive=True)
     label: str | None = option(
