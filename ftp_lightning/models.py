@@ -148,6 +148,8 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
     checkpoint loaded in float32 or bfloat16 on any device. It tells fine-tuned models apart; it is no protection
     against forgery. A quantised model is another one than its base, and so is one with adapters, whichever is active.
     """
+    if (known := model.__dict__.get(_KNOWN)) is not None:
+        return dict(known)
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return {
@@ -159,6 +161,14 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "weights_sha256": _weights_sample(model),
     }
+
+
+def remember_identity(model: "PreTrainedModel") -> None:
+    """Ask now who the model is, once for all: of a model whose weights are to be cut up."""
+    model.__dict__[_KNOWN] = model_identity(model)
+
+
+_KNOWN = "_ftp_identity"
 
 
 def _weights_sample(model: "PreTrainedModel") -> str:

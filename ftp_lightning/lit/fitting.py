@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import FSDPModule
 
 from ftp_lightning.artifact import write_text
 from ftp_lightning.data.module import WindowsData
@@ -86,6 +87,7 @@ def _trainer(system: RouterTraining, processes: Processes, logger, callbacks: li
         **_together(processes),
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
+        inference_mode=not isinstance(system.decoder, FSDPModule),  # it would gather weights that no graph may hold
         val_check_interval=max(1, settings.steps // settings.validations) * settings.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

@@ -67,7 +67,9 @@ class ModelSettings(Settings):
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
     seed: int = option(0, "seed of everything random", least=0)
     device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
-    device_map: str = option("none", "auto: blocks of one model on all devices; or a JSON file, module: device")
+    device_map: str = option(
+        "none", "auto: blocks of one model on all devices; or a JSON file, module: device", passive=True
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)

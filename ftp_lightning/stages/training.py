@@ -43,7 +43,7 @@ def carry_out(
 
     timing: `Progress.place`.
     """
-    model, tokenizer = load_model(settings, device)
+    model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
     family, rows, held_out = _family(settings), *_rows(settings, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
     system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, settings.budgets or (0.0, 0.0))
@@ -59,13 +59,23 @@ def carry_out(
         found = fit(system, data, place, logger, tell, folder.fingerprint, processes)
         if first:
             pruner.save(folder.place("pruned"), base=settings.model, model=model)
-            images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
+            images = {}  # a sharded model's forward needs all processes
+            if not settings.shard:
+                images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
             log_outcome(logger, images=images, pruned=folder.path / "pruned")
     if first:
         counts = rows.counts() if settings.rows == "examples" else {}
         folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
     return folder.files
+
+
+def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -> tuple[Any, Any]:
+    """The model of which this process holds its share, and the tokenizer."""
+    from ftp_lightning.sharding import shard
+
+    model, tokenizer = load_model(settings, torch.device("cpu"))
+    return shard(model, processes, device), tokenizer
 
 
 def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: ScheduleFamily | None = None) -> TokenPruner:

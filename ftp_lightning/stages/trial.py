@@ -64,6 +64,8 @@ class TrialStage(TrainStage):
 
     def check(self) -> None:
         super().check()
+        if self.shard:
+            raise UserError("a run of a study is for a model on one device\nLeave --shard out.")
         for name in ("pruned", "schedule", "budgets", "dense"):
             if getattr(self, name):
                 raise UserError(f"{name} is given, but a run of a study finds its own\nLeave --{name} out.")
