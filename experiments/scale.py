@@ -1,7 +1,7 @@
 """What do search, training and evaluation take for the models of the literature? `python experiments/scale.py`
 
-Writes the table of docs/scale.md: `--estimate` at the stages' default sizes, bfloat16, on one and on eight devices. "on 2": spread
-over two by --device_map auto, because one is too small.
+Writes the table of docs/scale.md: `--estimate` at the stages' default sizes, bfloat16, on one and on eight devices.
+"on 2": spread over two by --device_map auto, because one is too small.
 """
 
 from __future__ import annotations

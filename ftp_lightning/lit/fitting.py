@@ -10,6 +10,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -106,7 +107,7 @@ def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
         "steps": system.history,
         "validation_kl": system.validations,
         "best_validation_kl": min(best_kl.item(), system.validations[0]["kl"]) if best_kl is not None else None,
-        "target_sparsity": list(system.pruner.schedule.sparsity),
+        "target_sparsity": list(system.pruner.scheduled.sparsity),
         "soft_sparsity": system.last_soft,
         "realised_sparsity": system.last_realised,
     }
@@ -116,7 +117,7 @@ def _together(processes: Processes) -> dict:
     """What the Trainer is told of the processes: they are there, and in touch."""
     if processes.count == 1:
         return {"devices": 1, "plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
-    fabric = processes.fabric
+    fabric: Any = processes.fabric
     nodes = fabric.strategy.num_nodes
     place = Place(processes.rank, processes.count, fabric.local_rank, fabric.node_rank, nodes)
     strategy = DDPStrategy(cluster_environment=Started(place), find_unused_parameters=True)
@@ -181,7 +182,8 @@ class History(L.Callback):
         """By this the rows that a resumed training reads are known to be those that were."""
         done = checkpoint["global_step"]
         kept = system.history, system.validations
-        checkpoint["history"] = _digest(tuple([row for row in rows if row["step"] <= done] for rows in kept))
+        steps, validations = ([row for row in rows if row["step"] <= done] for rows in kept)
+        checkpoint["history"] = _digest((steps, validations))
 
     def on_train_batch_end(self, trainer, *args) -> None:
         self._write(trainer)
@@ -204,7 +206,8 @@ class _Leaving(L.Callback):
     processes do so together."""
 
     def __init__(self, path: Path):
-        self.path, self.received, self.validated, self.before = path, 0, False, {}
+        self.path, self.received, self.validated = path, 0, False
+        self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer, *args) -> None:
         if threading.current_thread() is not threading.main_thread():  # there alone handlers may be set

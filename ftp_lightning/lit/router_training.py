@@ -78,13 +78,13 @@ class RouterTraining(L.LightningModule):
     def training_schedule(self, number: int) -> Schedule:
         """The schedule of batch `number`: the pruner's, or one of the family."""
         if self.family is None:
-            return self.pruner.schedule
+            return self.pruner.scheduled
         return self.family.at(random.Random(f"{self.settings.seed}/budget/{number}").uniform(*self.budgets))
 
     def validation_schedules(self) -> Sequence[Schedule]:
         """Of a family the lowest, the middle and the highest budget."""
         if self.family is None:
-            return [self.pruner.schedule]
+            return [self.pruner.scheduled]
         low, high = self.budgets
         return [self.family.at(budget) for budget in (low, (low + high) / 2, high)]
 
@@ -195,7 +195,7 @@ class RouterTraining(L.LightningModule):
         self._forwards.append(row)
         by_block = {d.context.block: s.mean().item() for d, s in zip(decisions, soft)}
         hard = {d.context.block: _realised(d) for d in decisions}
-        blocks = range(self.pruner.schedule.num_blocks)
+        blocks = range(self.pruner.scheduled.num_blocks)
         self.last_soft = [by_block.get(block, 0.0) for block in blocks]
         self.last_realised = [hard.get(block, 0.0) for block in blocks]
 

@@ -119,7 +119,8 @@ class Moments:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count, self.x, self.y = 0, zeros(hidden_size), zeros(hidden_size)
-        self.xx, self.yx = (zeros(hidden_size, hidden_size) if products else None for _ in range(2))
+        self.xx: Any = zeros(hidden_size, hidden_size) if products else None
+        self.yx: Any = zeros(hidden_size, hidden_size) if products else None
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count more tokens: x, y (n, D)."""

@@ -29,7 +29,7 @@ PARTS = tuple(_PARTS)
 
 def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
     """What this block does with the new tokens; None where it computes all of them."""
-    state = engine.current
+    state = engine.running
     if gone := engine.pruner.removed_parts(index):
         return _without(engine, index, call, gone)
     if not engine.is_routed(index) or (state.part is None and not state.follows):
@@ -47,7 +47,7 @@ def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
 def _without(engine: Engine, index: int, call: Call, gone: frozenset[str]) -> Chosen:
     """A block of which something is removed: nothing enters that, prompt or continuation; the rest is decided as
     ever, a decision about whole blocks being one about what is left of this one."""
-    state = engine.current
+    state = engine.running
     nothing = Rows(torch.zeros_like(state.real), (0,) * len(state.real))
     if len(gone) == 2:
         apart = engine.decides_parts  # then each part gets what `skip` says of it
@@ -71,7 +71,7 @@ def _parts(engine: Engine) -> tuple[str, ...]:
 
 def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Tensor | None]:
     """The decision about routed tokens; with the training executor also that the rest is computed, and p_compute."""
-    pruner, state = engine.pruner, engine.current
+    pruner, state = engine.pruner, engine.running
     routed, hidden = state.part, call.hidden[:, : state.part.real.shape[1]]
     gate = None
     if isinstance(pruner.router, FixedRouter):
@@ -104,7 +104,7 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
 
 def _replay(engine: Engine, index: int, real: Tensor, part: str, longer: bool) -> tuple[Tensor, tuple[int, ...]]:
     """What a FixedRouter says; read on the host where there is no padding, so that no device is asked."""
-    router, state = engine.pruner.router, engine.current
+    router, state = engine.pruner.router, engine.running
     keep = router.decision(index, real, part, past=state.past, longer=longer)
     if state.padded:
         return keep, tuple(keep.sum(1).tolist())
@@ -113,7 +113,7 @@ def _replay(engine: Engine, index: int, real: Tensor, part: str, longer: bool) -
 
 
 def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> RoutingContext:
-    state, schedule = engine.current, engine.pruner.schedule.sparsity
+    state, schedule = engine.running, engine.pruner.schedule.sparsity
     routed, table = state.part, None if state.table is None else state.table.own.to(state.home)
     hidden = _for_router(engine, hidden)
     return RoutingContext(
@@ -125,7 +125,7 @@ def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> Ro
 
 def _for_router(engine: Engine, hidden: Tensor) -> Tensor:
     """Hidden states where routers decide, if this one reads them."""
-    return hidden.to(engine.current.home) if engine.pruner.router.needs_hidden else hidden
+    return hidden.to(engine.running.home) if engine.pruner.router.needs_hidden else hidden
 
 
 # ---------------------------------------------------------------- continuation tokens, under a decode policy
@@ -133,7 +133,7 @@ def _for_router(engine: Engine, hidden: Tensor) -> Tensor:
 
 def _follow(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, None]:
     """The decision about continuation tokens, each by what is known up to itself. Asks the device how many skip."""
-    pruner, state = engine.pruner, engine.current
+    pruner, state = engine.pruner, engine.running
     if isinstance(pruner.router, FixedRouter):
         return Rows(*_replay(engine, index, state.real, part, longer=True)), None
     with torch.no_grad():
@@ -152,7 +152,7 @@ def _follow(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, No
 
 def _continuation_context(engine: Engine, index: int, hidden: Tensor, part: str) -> RoutingContext:
     """Token i of a row has T_i = i + 1 tokens: itself, the last, and those before it (method.md, section 4)."""
-    state, schedule = engine.current, engine.pruner.schedule.sparsity
+    state, schedule = engine.running, engine.pruner.schedule.sparsity
     real, position = state.real.to(state.home), state.position.to(state.home)
     kept = [[kept_tokens(n, schedule[index], min(2, n)) for n in row] for row in state.host_lengths]
     table = state.table

@@ -122,6 +122,12 @@ class TokenPruner:
         return self._removed_by_block.get(block, _NOTHING)
 
     @property
+    def scheduled(self) -> Schedule:
+        """The schedule, where the router is known to be none that goes without."""
+        assert self.schedule is not None
+        return self.schedule
+
+    @property
     def skip_rank(self) -> int:
         """Rank of what a skipped token is multiplied with; 0 where it is not."""
         return 0 if self.compensation is None else self.compensation.rank
@@ -209,7 +215,7 @@ class TokenPruner:
 
     def changed(self, **changes) -> TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`."""
-        own = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
+        own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
         own |= {"removed": self.removed}
         return TokenPruner(**own | self.settings() | changes)
 

@@ -181,4 +181,5 @@ class Pass:
     @cached_property
     def lengths(self) -> Tensor:
         """(B, 1) int64, real tokens of each row of the routed part."""
+        assert self.part is not None
         return torch.tensor(self.part.lengths, device=self.home)[:, None]

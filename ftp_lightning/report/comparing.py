@@ -119,7 +119,7 @@ def paired(runs: Runs, draws: int = 2000) -> list[str]:
     return [difference(first, other, answers[first], answers[other], draws) for other in others]
 
 
-def recall_answers(run: Run) -> dict[str, tuple[bool, Any]]:
+def recall_answers(run: Run) -> dict[tuple[Any, ...], tuple[bool, Any]]:
     """Question -> (right?, document) of the headline method, of questions that need the passage; empty without them."""
     method = (headline_method(run["evaluate"]) or {}).get("name")
     text = read_text(run["folder"] / "evaluate" / "samples.jsonl")

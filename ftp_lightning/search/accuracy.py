@@ -36,7 +36,7 @@ def searched_half(document: dict) -> bool:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).digest()[0] % 2 == 0
 
 
-def task_items(name: str, file: str | Path | None, limit: int | None = None) -> list[Item]:
+def task_items(name: str, file: str | Path | dict[str, Path] | None, limit: int | None = None) -> list[Item]:
     """The first `limit` documents of a multiple-choice task that searches may look at.
 
     file: JSONL in the Hub's schema, None for the Hub. UserError for an unknown task, or one that has no accuracy.

@@ -6,7 +6,7 @@ import shlex
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.device_map import read_device_map
@@ -123,6 +123,12 @@ class BudgetSettings(ModelSettings):
         "tokens", "--budget is a share of tokens, or of a prompt's FLOPs that a uniform schedule saves"
     )
     budget_length: int = option(BUDGET_LENGTH, "with --budget_kind flops, tokens of that prompt", least=4)
+
+    if TYPE_CHECKING:
+
+        @property
+        def budget(self) -> float | None:
+            """A field of every stage that has a budget, with a default of its own."""
 
     def check(self) -> None:
         """UserError where the kind has nothing to say something about, or the budget is out of reach."""

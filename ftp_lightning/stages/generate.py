@@ -37,7 +37,7 @@ class GenerateStage(PrunedSettings):
         ids = self._encode(prompt, model, tokenizer)
         new = {name: _generate(model, ids, self.max_new_tokens, chosen) for name, chosen in _both(pruner)}
         texts = {name: tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for name, row in new.items()}
-        skipped = [round(share * ids.shape[1]) for share in pruner.trace.prompt.sparsity]
+        skipped = [round(share * ids.shape[1]) for share in pruner.trace.routed.sparsity]
         first = _first_token_ms(model, ids, pruner, self.pairs)
         tokens = ids.shape[1]
         folder.write_json("generation.json", {"prompt": prompt, "prompt_tokens": tokens, **texts, "skipped": skipped})

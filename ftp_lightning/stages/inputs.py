@@ -192,7 +192,7 @@ def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
     """The pruner in a folder; UserError where it was made for another model."""
     path = Path(folder).expanduser()
     pruner = TokenPruner.load(path)
-    check_blocks(pruner.schedule, folder, num_blocks(model))
+    check_blocks(pruner.scheduled, folder, num_blocks(model))
     check_base(read_settings(path), model)
     return pruner
 

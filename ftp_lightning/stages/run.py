@@ -128,8 +128,11 @@ class RunStage(BudgetSettings):
 
     def _rounds(self, tuning: dict[str, Any], searched: str) -> dict[str, tuple[type[StageSettings], dict[str, Any]]]:
         """Train and finetune, round after round: the next goes on from the pruner that the one before has tuned."""
-        chain, schedule = {}, searched
-        first = {"schedule": searched} if self.dense is None else {"budget": self.budget, "dense": self.dense}
+        chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {}
+        schedule = searched
+        first: dict[str, Any] = (
+            {"schedule": searched} if self.dense is None else {"budget": self.budget, "dense": self.dense}
+        )
         start = first | {"kv": self.kv, "router": self.router}
         for place in round_places(self.rounds):
             trained = {"pruned": self._at(f"{place}train/pruned"), "schedule": schedule}
@@ -143,8 +146,8 @@ class RunStage(BudgetSettings):
         return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}
 
     def _training(self) -> dict[str, Any]:
-        names = ("steps", "batch_size", "learning_rate", "recall_share", "processes")
-        names += ("guide", "guide_share", "guide_decay")
+        names = ["steps", "batch_size", "learning_rate", "recall_share", "processes"]
+        names += ["guide", "guide_share", "guide_decay"]
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:

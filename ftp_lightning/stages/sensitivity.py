@@ -78,7 +78,7 @@ class SensitivityStage(StageSettings):
 
         router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
         makers = {kv: partial(TokenPruner, router, kv=kv) for kv in KV[self.kv]}
-        shape = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
+        shape: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
         return BlockSensitivity(model, makers, num_blocks(model), self.levels, self.thresholds, **shape)
 
     def _track(self, folder: StageFolder, found: dict[str, Any]) -> None:

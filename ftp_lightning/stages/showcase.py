@@ -26,7 +26,7 @@ def story_tokens(settings: StageSettings, model: Any, tokenizer: Any, pruner: To
     ids = (bos + ids)[: settings.prompt_tokens]
     with pruner(model):
         model(input_ids=torch.tensor([ids], device=home(model)), use_cache=True, logits_to_keep=1)
-    keep = torch.cat(pruner.trace.prompt.keep).int()
+    keep = torch.cat(pruner.trace.routed.keep).int()
     return {
         "title": title,
         "tokens": [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids],
@@ -43,7 +43,7 @@ def pruner_images(
     from ftp_lightning.report import tracked
 
     return {
-        "schedule": lambda: tracked.schedule_png(pruner.schedule.sparsity, realised),
+        "schedule": lambda: tracked.schedule_png(pruner.scheduled.sparsity, realised),
         "gates": lambda: tracked.gates_png(story_tokens(settings, model, tokenizer, pruner)["keep"]),
     }
 

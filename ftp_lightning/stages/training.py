@@ -46,7 +46,8 @@ def carry_out(
     model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
     family, rows, held_out = _family(settings), *_rows(settings, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
-    system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, settings.budgets or (0.0, 0.0))
+    lowest, highest = settings.budgets or (0.0, 0.0)
+    system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
     data = WindowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
@@ -124,7 +125,7 @@ def _family(settings: TrainStage) -> ScheduleFamily | None:
     """The schedules that budgets are drawn from; UserError where it does not reach so far."""
     if not settings.budgets:
         return None
-    family = ScheduleFamily.load(settings.schedule)
+    family = ScheduleFamily.load(str(settings.schedule))
     family.at(settings.budgets[1])
     return family
 
@@ -138,8 +139,8 @@ def _rows(settings: TrainStage, tokenizer: Any) -> tuple[Any, Any]:
         train, held_out = (mixed_windows(settings, tokenizer, count, share, split) for split, count in sizes)
         return train, held_out
     limits = (tokenizer, settings.prompt_tokens, settings.continuation_tokens)
-    train, held_out = (load_examples(settings.data, split, *limits).sample(n, settings.seed) for split, n in sizes)
-    return train, held_out
+    first, other = (load_examples(settings.data, split, *limits).sample(n, settings.seed) for split, n in sizes)
+    return first, other
 
 
 def _random_prompt(settings: TrainStage) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
-"""Devices that are not there: tensors whose numbers lie on the CPU and who say they lie on far:0 or far:1.
+"""A device that is not there: tensors whose numbers lie on the CPU and who say they lie on far:0.
 
-As on two GPUs, whatever brings tensors of two devices together, or a tensor of the CPU (but for a scalar), is an error;
-only copies may cross. So a model dispatched over both runs here with its true numbers. Registering the backend changes
-this process for good: tests that use it run in one of their own (`tests/spread_over_two_devices.py`).
+As with a GPU, whatever brings its tensors together with those of the CPU (but for a scalar) is an error; only copies
+may cross. So a model dispatched over both runs here with its true numbers. Registering it changes this process for
+good: what uses it runs in one of its own (`tests/spread_over_two_devices.py`).
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils import backend_registration as backends
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
+NAME = "far:0"
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
 crossings: list[tuple[str, str]] = []
@@ -40,7 +41,7 @@ class Far(torch.Tensor):
         return compute(func, args, kwargs or {})
 
 
-class Devices(TorchDispatchMode):
+class Making(TorchDispatchMode):
     """Within, tensors are made where they are wanted."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -50,7 +51,7 @@ class Devices(TorchDispatchMode):
 def compute(func, args, kwargs):
     if func is aten._fused_sdp_choice.default:
         return 0  # the kernel in plain sums: no other is known for such a device
-    places, plain = set(), False
+    places, plain = set(), False  # where its tensors lie, and whether one of them on the CPU is more than a number
 
     def bare(x):
         nonlocal plain
@@ -68,8 +69,8 @@ def compute(func, args, kwargs):
         if source != place:
             crossings.append((str(source), str(place)))
     else:
-        if len(places) > 1 or (places and plain):
-            raise RuntimeError(f"{func}: tensors on {sorted(map(str, places))}{' and the CPU' * plain}")
+        if places and plain:
+            raise RuntimeError(f"{func}: tensors on {NAME} and on the CPU")
         place = torch.device(wanted) if wanted is not None else next(iter(places), torch.device("cpu"))
     if wanted is not None:
         inner_kwargs["device"] = torch.device("cpu")
@@ -82,12 +83,12 @@ def compute(func, args, kwargs):
 
 
 class _Module(backends._DummyBackendModule):
-    def device_count(self):
-        return 2
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
 
 
 def register() -> None:
-    """Make the devices known, to this process for good."""
+    """Make the device known, to this process for good."""
     backends._setup_privateuseone_for_python_backend("far", backend_module=_Module())
     made = torch.tensor
 
