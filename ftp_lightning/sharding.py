@@ -25,15 +25,13 @@ def shard(model: PreTrainedModel, processes: Processes, device: torch.device) ->
 
     Block after block goes to the device and is cut there, so that no device ever holds more than its share and one
     block. Who the model is (`models.model_identity`) is asked before: later no process can say it alone. UserError for
-    one process, and for weights that are more than one tensor (quantised ones).
+    weights that are more than one tensor (quantised ones).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     from ftp_lightning.models import remember_identity
 
-    if processes.count == 1:
-        raise UserError("shard is given to one process, which would hold all\nGive --processes, or a launcher.")
     if any(hasattr(weight, "__tensor_flatten__") for weight in model.parameters()):
         raise UserError("quantised weights cannot be sharded\nLeave --shard out.")
     remember_identity(model)

@@ -66,7 +66,8 @@ def test_weights_that_wait_on_disk_change_no_bit(stored):
 def spread_over(first, second, cases, names="llama"):
     """`spread_over_two_devices.py` in a process of its own; returns what went wrong."""
     script = [sys.executable, str(HERE / "spread_over_two_devices.py"), first, second, cases, names]
-    return subprocess.run(script, cwd=HERE, capture_output=True, text=True).stderr.strip().splitlines()[-1:]
+    done = subprocess.run(script, cwd=HERE, capture_output=True, text=True)
+    return [] if done.returncode == 0 else done.stderr.strip().splitlines()[-1:]
 
 
 def test_two_devices_compute_what_one_computes():
@@ -80,6 +81,7 @@ def test_every_router_and_family_on_two_devices(devices, names):
     assert spread_over(*devices, "ways,training,routers,search,sensitivity", names) == []
 
 
+@pytest.mark.slow
 def test_the_device_that_is_not_there_guards():
     """A tensor left behind on the first device is an error, as it would be with a GPU."""
     spoilt = "import spread_over_two_devices as s; from ftp_lightning.pruning.state import Pass\n"

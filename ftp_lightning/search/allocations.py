@@ -223,7 +223,7 @@ def greedy(
 
 
 def _raised(sparsity: list[float], block: int, more: float, ceiling: np.ndarray) -> list[float]:
-    value = min(round(sparsity[block] + more, 12), float(ceiling[block]))
+    value = float(min(round(sparsity[block] + more, 12), float(ceiling[block])))
     return [value if other == block else s for other, s in enumerate(sparsity)]
 
 

@@ -75,6 +75,8 @@ def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -
     """The model of which this process holds its share, and the tokenizer."""
     from ftp_lightning.sharding import shard
 
+    if processes.count == 1:
+        raise UserError("shard is given to one process, which would hold all\nGive --processes, or a launcher.")
     model, tokenizer = load_model(settings, torch.device("cpu"))
     return shard(model, processes, device), tokenizer
 
