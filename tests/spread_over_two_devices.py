@@ -42,11 +42,11 @@ def on_two(name: str, devices: tuple[str, str]):
 
     model = family(name, torch.float64)
     blocks = list(find_blocks(model))
-    where = {}
+    where, last = {}, ("norm", "ln_f") if model.config.tie_word_embeddings else ("norm", "ln_f", "lm_head")
 
     def place(module, path):
         if module in blocks or not any(child in blocks for child in module.modules()):
-            late = blocks.index(module) >= 2 if module in blocks else path.endswith(("norm", "ln_f", "lm_head"))
+            late = blocks.index(module) >= 2 if module in blocks else path.endswith(last)
             where[path] = devices[late]
             return
         for child, inner in module.named_children():
