@@ -55,6 +55,25 @@ def spread(model: PreTrainedModel, device_map: str | dict[str, str | int]) -> Pr
         raise UserError(f"this model of random weights cannot be spread so: {reason}\nUse another --model.") from None
 
 
+def check_tied(model: PreTrainedModel) -> None:
+    """UserError where embedding and head are one weight, and a file puts them in two places: one would be missing."""
+    said, names = getattr(model, "hf_device_map", {}), {module: name for name, module in model.named_modules()}
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if None in ends or not model.config.get_text_config().tie_word_embeddings:
+        return
+    first, last = (_said_of(names[end], said) for end in ends)
+    if first != last:
+        raise UserError(
+            f"embedding ({first}) and head ({last}) are one weight\nLet the device map put both in one place."
+        )
+
+
+def _said_of(name: str, said: dict[str, Any]) -> Any:
+    """What a map says of a module: what it says of the module itself, else of the nearest that holds it."""
+    inside = [key for key in said if key == "" or name == key or name.startswith(f"{key}.")]
+    return said[max(inside, key=len)] if inside else None
+
+
 def quiet_hooks() -> None:
     """accelerate warns of what was asked for: that weights wait elsewhere."""
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftp_lightning.device_map import NONE, quiet_hooks, read_device_map, spread
+from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def _spread(name: str, dtype: torch.dtype, where: str | dict, revision: str | No
     if name.startswith("random:"):
         return spread(_random_model(name.removeprefix("random:"), dtype, torch.device("cpu"), seed), where)
     source = _checked(name, weights=True)
-    return _pretrained("AutoModelForCausalLM", source, name, revision, dtype=dtype, device_map=where)
+    model = _pretrained("AutoModelForCausalLM", source, name, revision, dtype=dtype, device_map=where)
+    check_tied(model)
+    return model
 
 
 def load_tokenizer(name: str = "embedded", *, revision: str | None = None) -> "PreTrainedTokenizerBase":

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
 IDS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(5))
 ON_DISK = {
-    "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk",
+    "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
     **{f"model.layers.{block}": "disk" if block % 2 else "cpu" for block in range(4)},
 }  # fmt: skip
 
@@ -146,6 +146,13 @@ def test_maps_that_are_none_are_refused(tmp_path):
     (tmp_path / "map.json").write_text('{"model": "disk", "lm_head": "cpu"}')
     with pytest.raises(UserError, match="cannot be spread so"):
         load_model("random:tiny", device_map=str(tmp_path / "map.json"))
+
+
+def test_one_weight_lies_in_one_place(tmp_path):
+    family("llama_tied_biased", torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "map.json").write_text(json.dumps(ON_DISK | {"lm_head": "disk"}))
+    with pytest.raises(UserError, match="are one weight"):
+        load_model(str(tmp_path), device_map=str(tmp_path / "map.json"))
 
 
 def test_where_all_fits_one_device_auto_changes_nothing():
