@@ -55,14 +55,14 @@ def spread(model: PreTrainedModel, device_map: str | dict[str, str | int]) -> Pr
         raise UserError(f"this model of random weights cannot be spread so: {reason}\nUse another --model.") from None
 
 
-def check_tied(model: PreTrainedModel) -> None:
+def check_tied(model: PreTrainedModel, said: dict[str, str | int]) -> None:
     """UserError where embedding and head are one weight, and a file puts them in two places: one would be missing."""
-    said, names = getattr(model, "hf_device_map", {}), {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if None in ends or not model.config.get_text_config().tie_word_embeddings:
         return
     first, last = (_said_of(names[end], said) for end in ends)
-    if first != last:
+    if None not in (first, last) and first != last:
         raise UserError(
             f"embedding ({first}) and head ({last}) are one weight\nLet the device map put both in one place."
         )

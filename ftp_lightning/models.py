@@ -95,7 +95,8 @@ def _spread(name: str, dtype: torch.dtype, where: str | dict, revision: str | No
         return spread(_random_model(name.removeprefix("random:"), dtype, torch.device("cpu"), seed), where)
     source = _checked(name, weights=True)
     model = _pretrained("AutoModelForCausalLM", source, name, revision, dtype=dtype, device_map=where)
-    check_tied(model)
+    if isinstance(where, dict):
+        check_tied(model, where)
     return model
 
 
