@@ -161,5 +161,5 @@ def ratio_interval(
         if (below <= 0).any():
             return None
         total += above / below / len(tasks)
-    ends = [float(end) for end in np.percentile(total, [2.5, 97.5])]
+    ends: list[float] = np.percentile(total, [2.5, 97.5]).tolist()
     return (ends[0], ends[1]) if tasks else None
