@@ -61,7 +61,9 @@ slurm-test: $(SETUP)  ## search, training and evaluation on a real SLURM on this
 faults: $(SETUP)  ## do faults to every stage: kills, full disks, broken files (a quarter of an hour)
 	$(PYTHON) tests/faults/kill.py
 
-check: $(SETUP)  ## lint, format, tests
+check: $(SETUP)  ## lint, format, types, docs build, tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(MAKE) docs
 	$(MAKE) test

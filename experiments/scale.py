@@ -1,9 +1,12 @@
 """What do search, training and evaluation take for the models of the literature? `python experiments/scale.py`
 
 Writes the table of docs/scale.md: `--estimate` at the stages' default sizes, bfloat16, on one and on eight devices.
+"on 2": spread over two by --device_map auto, because one is too small.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ftp_lightning import models
 from ftp_lightning.__main__ import parse
@@ -18,7 +21,7 @@ MODELS = {
     "Llama-3.1-8B": "llama-8b",
     "Qwen2.5-7B": "qwen2.5-7b",
 }
-PLACES = ((1, 24), (1, 80), (8, 80))
+PLACES = ((1, 24), (8, 24), (1, 80), (8, 80))
 STAGES = ("search", "train", "evaluate")
 SHARED = ("search", "train")
 
@@ -29,7 +32,9 @@ def table() -> str:
     lines = [head, "|---" * (3 + len(PLACES)) + "|"]
     for name, shape in MODELS.items():
         model = Shape.of(empty_model(models.load_config(f"random:{shape}"), models.DTYPES["bfloat16"]))
-        lines += [_row(name, stage, NEEDS[stage](model, parse(stage, []))) for stage in STAGES]
+        lines += [
+            _row(name, stage, replace(NEEDS[stage](model, parse(stage, [])), largest=model.largest)) for stage in STAGES
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -40,7 +45,8 @@ def _row(name: str, stage: str, need: Need) -> str:
 
 def _cell(stage: str, need: Need, count: int, gigabytes: int) -> str:
     if not need.fits(gigabytes):
-        return "does not fit"
+        spread = need.spread(count, gigabytes)
+        return "does not fit" if spread is None else f"on {spread}: {clock(need.seconds(1, gigabytes))}"
     return clock(need.seconds(count if stage in SHARED else 1, gigabytes))
 
 

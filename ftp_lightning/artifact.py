@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ class Lock:
     """One run at a time in a folder: a file that the kernel unlocks when its holder dies, by whatever death."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: BufferedIOBase | None = None
 
     def take(self, wait: bool = False) -> bool:
         """False where another holds it; with `wait` that one is waited for. True also on a file system without locks:
@@ -184,7 +186,7 @@ class Lock:
             try:
                 import fcntl
 
-                fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(self._opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 self._close()
                 return False
@@ -202,12 +204,17 @@ class Lock:
     def _is_there(self) -> bool:
         """Whether the file that was opened still lies where others look for it."""
         try:
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+            return os.path.samestat(os.fstat(self._opened.fileno()), self.path.stat())
         except FileNotFoundError:
             return False
 
+    @property
+    def _opened(self) -> BufferedIOBase:
+        assert self.file is not None
+        return self.file
+
     def _close(self) -> None:
-        self.file.close()
+        self._opened.close()
         self.file = None
 
 

@@ -20,13 +20,14 @@ device keeps for itself is `MARGIN` and `CONTEXT`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.flops import block_costs, head_flops, prompt_flops
 from ftp_lightning.schedule import Schedule
 
@@ -40,7 +41,8 @@ UTILISATION = 0.35
 
 @dataclass(frozen=True)
 class Shape:
-    """What the sums need of a model. `weights`: bytes; `flops`: of a forward of so many tokens, see `forward_flops`."""
+    """What the sums need of a model. `weights`: bytes; `largest`: of them those of the largest block, or of the
+    embedding, which lie on one device; `forward_flops`: of so many tokens."""
 
     blocks: int
     hidden: int
@@ -51,6 +53,7 @@ class Shape:
     bytes: int
     weights: int
     model: nn.Module
+    largest: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
@@ -63,8 +66,8 @@ class Shape:
             about = (config.num_hidden_layers, config.hidden_size, heads * size, keys, config.intermediate_size)
         except AttributeError as error:
             raise UserError(f"the memory of this model cannot be told: {error}\nLeave --estimate out.") from None
-        stored = {id(w): w.numel() * w.element_size() for w in (*model.parameters(), *model.buffers())}
-        return cls(*about, config.vocab_size, model.dtype.itemsize, sum(stored.values()), model)
+        pieces = [model.get_input_embeddings(), *find_blocks(model)]
+        return cls(*about, config.vocab_size, model.dtype.itemsize, _bytes(model), model, max(map(_bytes, pieces)))
 
     def forward_flops(self, tokens: int, scored: int = 1) -> float:
         """Of one dense row of so many tokens, `scored` of them through the head."""
@@ -72,13 +75,21 @@ class Shape:
         return prompt_flops(costs, Schedule.uniform(len(costs), 0.0), tokens, "keep", scored * head_flops(self.model))
 
 
+def _bytes(module: nn.Module) -> int:
+    """Of weights and buffers, those that are tied once."""
+    stored = {id(w): w.numel() * w.element_size() for w in (*module.parameters(), *module.buffers())}
+    return sum(stored.values())
+
+
 @dataclass(frozen=True)
 class Need:
-    """What a stage takes: bytes of weights and of all else on a device, and FLOPs in all."""
+    """What a stage takes: bytes of weights and of all else on a device, and FLOPs in all; of the weights `largest` lie
+    on one device, however many share the rest."""
 
     weights: float
     working: float
     flops: float
+    largest: float = 0.0
 
     @property
     def memory(self) -> float:
@@ -86,6 +97,15 @@ class Need:
 
     def fits(self, gigabytes: float) -> bool:
         return MARGIN * self.memory + CONTEXT <= gigabytes * 1e9
+
+    def spread(self, devices: int, gigabytes: float) -> int | None:
+        """The fewest of these devices that hold the blocks between them, each with room for all work; None where no
+        number does. The fullest has weights / devices + 1.25 largest: accelerate's own rule for `device_map="auto"`."""
+
+        def share(count: int) -> Need:
+            return replace(self, weights=self.weights / count + 1.25 * self.largest)
+
+        return next((n for n in range(2, devices + 1) if share(n).fits(gigabytes)), None)
 
     def seconds(self, devices: int, gigabytes: int) -> float:
         return self.flops / (devices * UTILISATION * rate(gigabytes)[1])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,16 +59,26 @@ SHAPES = {
 
 
 def load_model(
-    name: str = "embedded", *, dtype: str = "float32", device: str = "cpu", revision: str | None = None, seed: int = 0
+    name: str = "embedded",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    seed: int = 0,
+    device_map: str = NONE,
 ) -> "PreTrainedModel":
     """The causal language model `name`, frozen and in eval mode.
 
     `dtype` is one of DTYPES, `device` a torch device or "auto", `revision` a Hub branch, tag or commit, `seed` draws
-    the weights of `random:SHAPE` (built directly in this dtype on this device). Code from the Hub is never executed.
+    the weights of `random:SHAPE` (built directly in this dtype on this device). With a `device_map` ("auto" or a file,
+    see `device_map.read_device_map`) the blocks are spread over several devices and `device` has no say; random weights
+    are then built on the CPU. Code from the Hub is never executed.
     Raises UserError for everything that can be wrong with these values, with its remedy.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}\nchoose one of: {', '.join(DTYPES)}")
+    if (where := read_device_map(device_map)) is not None:
+        return _spread(name, DTYPES[dtype], where, revision, seed).eval().requires_grad_(False)
     place = resolve_device(device)
     if name.startswith("random:"):
         model = _random_model(name.removeprefix("random:"), DTYPES[dtype], place, seed)
@@ -76,6 +87,17 @@ def load_model(
             "AutoModelForCausalLM", _checked(name, weights=True), name, revision, dtype=DTYPES[dtype]
         ).to(place)
     return model.eval().requires_grad_(False)
+
+
+def _spread(name: str, dtype: torch.dtype, where: str | dict, revision: str | None, seed: int) -> "PreTrainedModel":
+    quiet_hooks()
+    if name.startswith("random:"):
+        return spread(_random_model(name.removeprefix("random:"), dtype, torch.device("cpu"), seed), where)
+    source = _checked(name, weights=True)
+    model = _pretrained("AutoModelForCausalLM", source, name, revision, dtype=dtype, device_map=where)
+    if isinstance(where, dict):
+        check_tied(model, where)
+    return model
 
 
 def load_tokenizer(name: str = "embedded", *, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -94,10 +116,17 @@ def load_config(name: str = "embedded", *, revision: str | None = None) -> "Pret
 
 
 def load(
-    name: str = "embedded", *, dtype: str = "float32", device: str = "cpu", revision: str | None = None, seed: int = 0
+    name: str = "embedded",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    seed: int = 0,
+    device_map: str = NONE,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Model and tokenizer of `name`, as `load_model` and `load_tokenizer` give them."""
-    model = load_model(name, dtype=dtype, device=device, revision=revision, seed=seed)
+    about = {"dtype": dtype, "device": device, "device_map": device_map}
+    model = load_model(name, **about, revision=revision, seed=seed)
     return model, load_tokenizer(name, revision=revision)
 
 
@@ -122,6 +151,8 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
     checkpoint loaded in float32 or bfloat16 on any device. It tells fine-tuned models apart; it is no protection
     against forgery. A quantised model is another one than its base, and so is one with adapters, whichever is active.
     """
+    if (known := model.__dict__.get(_KNOWN)) is not None:
+        return dict(known)
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return {
@@ -135,9 +166,20 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
     }
 
 
+def remember_identity(model: "PreTrainedModel") -> None:
+    """Ask now who the model is, once for all: of a model whose weights are to be cut up."""
+    model.__dict__[_KNOWN] = model_identity(model)
+
+
+_KNOWN = "_ftp_identity"
+
+
 def _weights_sample(model: "PreTrainedModel") -> str:
     tensors = {name: tensor for name, tensor in sorted(_named_weights(model)) if tensor.numel()}
-    ends = torch.stack([t.detach().flatten()[at].to(torch.bfloat16) for t in tensors.values() for at in (0, -1)])
+    ends = [t.detach().flatten()[at].to(torch.bfloat16) for t in tensors.values() for at in (0, -1)]
+    if len({end.device for end in ends}) > 1:
+        ends = [end.cpu() for end in ends]
+    ends = torch.stack(ends)
     head = repr([(name, tuple(tensor.shape)) for name, tensor in tensors.items()])
     values = ends.to("cpu", torch.float32).numpy()
     return hashlib.sha256(head.encode() + values.tobytes()).hexdigest()
@@ -145,12 +187,13 @@ def _weights_sample(model: "PreTrainedModel") -> str:
 
 def _named_weights(model: "PreTrainedModel") -> "Iterator[tuple[str, torch.Tensor]]":
     """Names and weights, as they are stored; what peft wraps a model in adds no prefix to the names."""
+    from ftp_lightning.pruning.places import fetched
     from ftp_lightning.pruning.stored import stored_parts
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = {id(weight): name for name, weight in base.named_parameters()}
     for name, weight in model.named_parameters():
-        yield from stored_parts(weight, own.get(id(weight), name))
+        yield from stored_parts(fetched(model, name, weight), own.get(id(weight), name))
 
 
 def _checked(name: str, weights: bool) -> str:

@@ -37,7 +37,8 @@ class Processes:
 
     def __init__(self, fabric: Fabric | None = None):
         self.fabric = fabric
-        self.rank, self.count = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
+        self.rank: int = 0 if fabric is None else fabric.global_rank
+        self.count: int = 1 if fabric is None else fabric.world_size
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """[function(item) for item in items], item i computed by rank i mod count; every rank gets the whole list.
@@ -144,7 +145,8 @@ def _told(notes: Path, error: Exception) -> Exception:
     if name is None:
         return RuntimeError(str(error))
     cause = "often out of memory" if name == signal.SIGKILL.name else "by somebody else"
-    return Interrupted(f"process {error.error_index} was ended by {name} ({cause})\nThe same command goes on.")
+    place = getattr(error, "error_index", "?")
+    return Interrupted(f"process {place} was ended by {name} ({cause})\nThe same command goes on.")
 
 
 # ---------------------------------------------------------------- processes that a launcher has started
@@ -190,7 +192,7 @@ class Together:
 
     def _say(self, job: Any) -> Any:
         """What the first process says; frozen dataclasses travel as they are, pickled."""
-        said = [pickle.dumps(job) if self.processes.rank == 0 else None]
+        said: list[Any] = [pickle.dumps(job) if self.processes.rank == 0 else None]
         torch.distributed.broadcast_object_list(said, src=0, group=self.channel)
         return pickle.loads(said[0])
 

@@ -13,7 +13,7 @@ import ftp_lightning
 PACKAGE = Path(ftp_lightning.__file__).parent
 CORE = ("schedule", "schedule_family", "routing", "pruning", "losses", "errors", "json_file")
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
-    "processes", "launcher", "started", "estimate", "baselines",
+    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding",
 )  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
 # The pruned folder names its base model, which `models` loads and tells apart.

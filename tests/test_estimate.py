@@ -113,6 +113,7 @@ def test_weights_and_flops_are_those_of_the_model():
     model = model_of()
     shape = Shape.of(model)
     assert shape.weights == sum(w.numel() * 4 for w in (*model.parameters(), *model.buffers()))
+    assert shape.largest == sum(w.numel() * 4 for w in model.model.layers[0].parameters()) > 4 * 256 * 1000
     matrices = 4 * (4 * 256 * 256 + 3 * 256 * 704)
     assert shape.forward_flops(1) == pytest.approx(2 * (matrices + 256 * 1000), rel=0.01)
     search, train = parse("search", ["--generations", "3"]), parse("train", ["--steps", "10"])
@@ -126,6 +127,8 @@ def test_weights_and_flops_are_those_of_the_model():
 def test_what_does_not_fit_is_said():
     need = Need(weights=20e9, working=2e9, flops=1e15)
     assert not need.fits(24) and need.fits(40) and need.seconds(2, 80) == pytest.approx(1e15 / (2 * 0.35 * 312e12))
+    spread = Need(weights=60e9, working=4e9, flops=1e15, largest=2e9)  # 60 / 4 + 2.5 + 4 = 21.5, with margins 23.6
+    assert not spread.fits(24) and spread.spread(8, 24) == 4 and spread.spread(3, 24) is None
     for text in ("80", "0x80", "8x8", "axb"):
         with pytest.raises(UserError):
             devices(text)
@@ -141,7 +144,9 @@ def test_the_command_line_says_it_and_does_nothing(command, tmp_path):
     status, out, err = command("benchmark", *wanted)
     assert status == 2 and "has no estimate" in err
     status, out, err = command("train", "--model", "random:llama-13b", "--dtype", "bfloat16", "--estimate", "1x24")
-    assert status == 0 and "does not fit 24 GB" in out
+    assert status == 0 and "does not fit 1 x 24 GB" in out
+    status, out, err = command("train", "--model", "random:llama-13b", "--dtype", "bfloat16", "--estimate", "8x24")
+    assert status == 0 and "fits 2 x 24 GB with --device_map auto" in out and "on 1 x RTX 4090" in out
 
 
 @pytest.mark.slow

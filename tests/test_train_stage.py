@@ -90,9 +90,17 @@ def test_the_command_stopped_by_a_signal_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_by_a_flag(tmp_path):
-    metrics, pruner = train(tmp_path / "run", budget=0.3, processes=2)
+    """Also where each holds half of every block, and what a skipped token gets is fitted by both."""
+    whole, sharded = ({"budget": 0.3, "processes": 2, "skip": "mean", "shard": shard} for shard in (False, True))
+    metrics, pruner = train(tmp_path / "run", **whole)
     assert len(metrics["steps"]) == 2 and metrics["steps"][0]["seen"] == 2 * 2 * 256
     assert pruner.router.parameter_count == 450
+    same, other = train(tmp_path / "sharded", **sharded)
+    assert same["best_validation_kl"] == pytest.approx(metrics["best_validation_kl"], rel=1e-4)
+    for one, two in zip(pruner.router.parameters(), other.router.parameters()):
+        assert torch.allclose(one, two, atol=1e-5)
+    records = [json.loads((tmp_path / name / "pruned" / "pruner.json").read_text()) for name in ("run", "sharded")]
+    assert records[0]["base_identity"] == records[1]["base_identity"]
 
 
 def test_it_goes_on_from_a_pruner(tmp_path):

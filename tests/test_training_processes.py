@@ -1,5 +1,7 @@
 """Several processes train the router that one process trains."""
 
+import functools
+
 import pytest
 import torch
 from test_engine import seeded, tiny_llama
@@ -10,25 +12,40 @@ from ftp_lightning.data.module import WindowsData
 from ftp_lightning.lit.fitting import fit, fit_router
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
+from ftp_lightning.models import model_identity
 from ftp_lightning.processes import launch
+from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.sharding import shard
 
 TOGETHER = {"steps": 20, "batch_size": 2, "gates": "gumbel", "validations": 2, "seed": 4}
 
 
-def in_step(processes, device, folder):
+def in_step(processes, device, folder, sharded=False, **more):
     """What one of several processes trains; the rows of all of them together."""
-    pruner, settings = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep"), TrainingSettings(**TOGETHER)
-    system = RouterTraining(tiny_llama(torch.float32), pruner, settings)
+    pruner, settings = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep"), TrainingSettings(**TOGETHER | more)
+    model = tiny_llama(torch.float32).requires_grad_(False)
+    if sharded:
+        held = sum(weight.numel() for weight in model.parameters())
+        known = model_identity(model)
+        shard(model, processes, device)
+        assert model_identity(model) == known
+        local = sum(getattr(weight, "to_local", lambda w=weight: w)().numel() for weight in model.parameters())
+        within = sum(weight.numel() for weight in find_blocks(model).parameters())
+        assert local == held - within // 2
+    system = RouterTraining(model, pruner, settings)
     data = WindowsData(windows(32), windows(4, 9), settings.batch_size, settings.seed)
     metrics = fit(system, data, folder, processes=processes, fingerprint="same")
     return metrics, torch.cat([value.flatten() for value in pruner.router.state_dict().values()]).tolist()
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_that_accumulates_twice(tmp_path):
-    two, weights = launch(2, torch.device("cpu"), in_step, tmp_path / "two")
+@pytest.mark.parametrize("about", [{}, {"sharded": True}, {"sharded": True, "recompute": True, "distillation": "kl"}])
+def test_two_processes_are_one_that_accumulates_twice(about, tmp_path):
+    """Also where each holds half of the frozen model's blocks."""
+    two, weights = launch(2, torch.device("cpu"), functools.partial(in_step, **about), tmp_path / "two")
     pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
-    settings = TrainingSettings(**TOGETHER, accumulate=2)
+    alone = {name: value for name, value in about.items() if name == "distillation"}
+    settings = TrainingSettings(**TOGETHER, **alone, accumulate=2)
     one = fit_router(tiny_llama(torch.float32), pruner, windows(32), windows(4, 9), settings, tmp_path / "one")
     for a, b in zip(one["steps"], two["steps"], strict=True):
         assert a.keys() == b.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ftp_lightning.baselines.peer import Peer, even
 from ftp_lightning.baselines.selectors import ScoutedSelector
@@ -38,6 +39,6 @@ class DeletionSurprisal(Peer):
     def placed(
         self, setting: Setting, cut: float, profile: Profile, form: Schedule | None, kv: str | None
     ) -> TokenPruner:
-        about = {"rank": setting.rank, "new_tokens": profile.new_tokens}
+        about: dict[str, Any] = {"rank": setting.rank, "new_tokens": profile.new_tokens}
         schedule = solve_budget(setting.model, cut, profile.prompt_tokens, self.kv, **about)
         return self.pruner(setting, SurprisalSelector(), schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ftp_lightning.baselines.setting import Profile, Setting
 from ftp_lightning.errors import UserError
@@ -64,8 +65,8 @@ class Peer:
         self, setting: Setting, cut: float, profile: Profile, router: Router, form: Schedule, kv: str
     ) -> Schedule:
         look = scout_flops(setting.model, router.scout, profile.prompt_tokens)
-        about = {"rank": setting.rank, "new_tokens": profile.new_tokens, "extra": look}
-        return solve_budget(setting.model, cut, profile.prompt_tokens, kv, form, self.parts, **about)
+        about: dict[str, Any] = {"parts": self.parts, "rank": setting.rank, "new_tokens": profile.new_tokens}
+        return solve_budget(setting.model, cut, profile.prompt_tokens, kv, form, extra=look, **about)
 
     def pruner(
         self, setting: Setting, router: Router, schedule: Schedule, kv: str | None = None, **more
@@ -73,7 +74,7 @@ class Peer:
         """The pruner of this peer; `more` are arguments of `TokenPruner`."""
         compensation = setting.compensation(self.parts)
         skip = "identity" if compensation is None else "low-rank"
-        about = {"parts": self.parts, "window": self.window, "attention": self.attention}
+        about: dict[str, Any] = {"parts": self.parts, "window": self.window, "attention": self.attention}
         return TokenPruner(router, schedule, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
 
 

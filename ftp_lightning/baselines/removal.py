@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
@@ -30,7 +31,8 @@ class RemovalPeer(Peer):
     def placed(
         self, setting: Setting, cut: float, profile: Profile, form: Schedule | None, kv: str | None
     ) -> TokenPruner:
-        best, off, removed = None, float("inf"), []
+        best: Any = None
+        off, removed = float("inf"), list[Part]()
         for part in self.order(setting):
             removed.append(part)
             pruner = self.without(setting, removed)
@@ -49,7 +51,8 @@ class RemovalPeer(Peer):
 def greedy_order(parts: Sequence[Part], measure: Callable[[list[Part]], float]) -> Iterator[Part]:
     """Parts in the order in which a greedy removal takes them: each time the one without which `measure` of all that is
     removed is least; ties go to the earlier part. Measures only as far as it is asked for."""
-    left, removed = list(parts), []
+    left = list(parts)
+    removed: list[Part] = []
     while left:
         losses = [measure([*removed, part]) for part in left]
         best = left.pop(losses.index(min(losses)))

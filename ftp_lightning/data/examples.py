@@ -147,7 +147,9 @@ def _examples(
     prompt_tokens: int | None,
     response_tokens: int | None,
 ) -> Examples:
-    rows, left_out, cut = [], Counter(), 0
+    rows: list[Any] = []
+    left_out: Counter[str] = Counter()
+    cut = 0
     for document, exchange in enumerate(exchanges):
         prompt, response = _tokens(exchange, tokenizer)
         if not exchange.prompt.strip() or not prompt:

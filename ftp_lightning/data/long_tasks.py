@@ -151,7 +151,7 @@ def _item(
     layout: str,
     question: str,
 ) -> Item:
-    asked, cue = re.fullmatch(r"(.*?[?.]) (.*)", question).groups()
+    asked, cue = _matched(r"(.*?[?.]) (.*)", question).groups()
     whole, deleted = (layout.format(passage=text, question=question, asked=asked, cue=cue) for text in texts)
     choices = rng.sample(wrong := [fact.answer, *distractors(fact, facts, rng)], len(wrong))
     after = whole[whole.index(fact.sentence) + len(fact.sentence) :]
@@ -171,7 +171,14 @@ def _words(fact: Fact) -> dict[str, str]:
     pattern = re.escape(FORMS[fact.kind].sentence)
     for name in ("name", "thing", "answer"):
         pattern = pattern.replace(re.escape("{" + name + "}"), f"(?P<{name}>.+)", 1)
-    return re.fullmatch(pattern, fact.sentence).groupdict()
+    return _matched(pattern, fact.sentence).groupdict()
+
+
+def _matched(pattern: str, text: str) -> re.Match:
+    """Of a text that is made to match."""
+    found = re.fullmatch(pattern, text)
+    assert found is not None, (pattern, text)
+    return found
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -37,7 +37,8 @@ class TrainingBatches:
     ):
         self.rows, self.batch_size, self.collate, self.seed = rows, batch_size, collate, seed
         self.random_prompt, self.done, self.rank, self.world = random_prompt, 0, 0, 1
-        self._pass, self._order = -1, []
+        self._pass = -1
+        self._order: list[int] = []
 
     def __iter__(self) -> Iterator[dict]:
         number = self.done + self.rank

@@ -52,7 +52,8 @@ class Realised:
 
     def __init__(self, model=None, pruner=None, row: Trace | None = None):
         self.sparsity = 0.0
-        self._pruner, self._row, self._model = pruner, row, model
+        self._pruner, self._model = pruner, model
+        self._row: Any = row
         if row is not None:
             self.sparsity = row.row_sparsity.item()
 
@@ -81,7 +82,7 @@ def realised_rows(model, pruner, rows: int) -> list[Realised]:
     """One per row of the prompt that was routed last; of a dense model nothing was skipped."""
     if pruner is None:
         return [Realised()] * rows
-    trace = pruner.trace.prompt
+    trace = pruner.trace.routed
     masks = [[mask.cpu() for mask in part] for part in (trace.keep, trace.keep_attention, trace.keep_mlp)]
     real = trace.real.cpu()
     return [Realised(model, pruner, _row(masks, real, row)) for row in range(rows)]
@@ -89,6 +90,7 @@ def realised_rows(model, pruner, rows: int) -> list[Realised]:
 
 def _row(masks: Sequence[Sequence], real, row: int) -> Trace:
     """The trace of one row. Parts that share one mask go on sharing it: `realised_flops` counts by that."""
-    place, cut = slice(row, row + 1), {}
+    place = slice(row, row + 1)
+    cut: dict[int, Any] = {}
     keep, attention, mlp = ([cut.setdefault(id(mask), mask[place]) for mask in part] if part else [] for part in masks)
     return Trace(keep=keep, keep_attention=attention, keep_mlp=mlp, real=real[place])

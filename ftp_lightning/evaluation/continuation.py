@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.losses import kl_per_token
+from ftp_lightning.pruning.places import home
 
 MODES = ("prompt", "sequence")
 
@@ -87,7 +88,7 @@ def teacher_logprobs(model, windows, batch_size: int = 8) -> Tensor:
 
     The model must have no pruner attached. 4 n C V bytes in float32.
     """
-    batches = _batches(windows, batch_size, model.device)
+    batches = _batches(windows, batch_size, home(model))
     return torch.cat([_dense_logprobs(model, ids, windows.prompt_tokens).cpu() for _, ids in batches])
 
 
@@ -108,7 +109,7 @@ def evaluate_windows(
         raise ValueError(f"teacher has shape {tuple(teacher.shape)}, the windows are {tuple(windows.input_ids.shape)}")
     score = continuation_logits if mode == "prompt" else sequence_logits
     tally = _Tally()
-    for rows, ids in _batches(windows, batch_size, model.device):
+    for rows, ids in _batches(windows, batch_size, home(model)):
         dense = _dense_logprobs(model, ids, windows.prompt_tokens) if teacher is None else teacher[rows].to(ids.device)
         with pruner(model) if pruner is not None else contextlib.nullcontext():
             logits = score(model, ids, windows.prompt_tokens)
@@ -129,7 +130,7 @@ def noise_floor(
     `evaluate_windows`. KL is summed in float64 from distributions normalised in it, so that it cannot be negative.
     """
     tally = _Tally()
-    for rows, ids in _batches(windows, batch_size, model.device):
+    for rows, ids in _batches(windows, batch_size, home(model)):
         dense = _dense_logprobs(model, ids, windows.prompt_tokens) if teacher is None else teacher[rows].to(ids.device)
         with _attention(model, other_attention(model)), _precision(model, dtype):
             logits = [continuation_logits(model, row[None], windows.prompt_tokens) for row in ids]

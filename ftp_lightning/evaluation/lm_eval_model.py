@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -140,7 +141,8 @@ class FtpLM(Ranked, HFLM):
         """The answers in the book, where it has those of the whole batch: an evaluation that goes on computes the very
         batches that are missing, and so ends with the very numbers it would have had."""
         found = {i: self.book.get(items[i].key) for group in batch for i in group}
-        return None if None in found.values() else found
+        known = {i: answer for i, answer in found.items() if answer is not None}
+        return known if len(known) == len(found) else None
 
     def _scored(self, items: list[Item], batch: list[list[int]], size: int) -> dict[int, Answer]:
         """Answers by item; batch: groups of items that share a context (mode "sequence": of one)."""
@@ -177,7 +179,7 @@ class FtpLM(Ranked, HFLM):
         bar = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Generating")
         for batch in job_batches(jobs, size):
             sampled = bool(batch[0].options.get("do_sample"))
-            found = [None if sampled else self.book.get(job.key) for job in batch]
+            found: list[Any] = [None if sampled else self.book.get(job.key) for job in batch]
             if None in found:
                 found = generate(self, batch)
                 if not sampled:
@@ -210,10 +212,11 @@ class FtpLM(Ranked, HFLM):
         return text
 
     def _widen(self, suffix: int) -> None:
-        if self.pruner is None or self.pruner.attention != "window" or self.pruner.window >= self.window + suffix:
+        wanted = (self.window or 0) + suffix
+        if self.pruner is None or self.pruner.attention != "window" or self.pruner.window >= wanted:
             return
         self.pruner.detach()
-        self.pruner = self.pruner.changed(window=self.window + suffix)
+        self.pruner = self.pruner.changed(window=wanted)
         self._open_book()
         self.pruner.attach(self.model)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.places import home
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def random_prompts(model, length: int, batch: int, mixed: bool = False, *, gener
     limit = positions(model) or length
     if length > limit:
         raise UserError(f"length is {length}, the model takes {limit} tokens\nMeasure a shorter prompt.")
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(home(model))
     if not mixed or batch == 1:
         return Prompts(ids)
     lengths = torch.tensor(mixed_lengths(length, batch), device=ids.device)

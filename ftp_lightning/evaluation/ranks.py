@@ -14,7 +14,11 @@ import torch.distributed
 
 
 class Ranked:
-    """What lm-eval asks of a model about the other processes; to be mixed in before HFLM."""
+    """What lm-eval asks of a model about the other processes; to be mixed in before HFLM, which knows these."""
+
+    device: torch.device
+    rank: int
+    world_size: int
 
     def _join(self) -> None:
         """Find our place among the processes, if there are several."""

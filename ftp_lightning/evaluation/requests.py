@@ -31,9 +31,9 @@ def context_batches(items: list[Item], size: int) -> Iterator[list[list[int]]]:
     """Batches of distinct contexts, of one length where possible: each context as the list of the items it has."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, item in enumerate(items):
-        groups.setdefault(item.context, []).append(i)
+        groups.setdefault(tuple(item.context), []).append(i)
     order = sorted(groups, key=lambda context: (-len(context), context))
-    return ([groups[context] for context in batch] for batch in even_batches(order, size))
+    return ([groups[tuple(context)] for context in batch] for batch in even_batches(order, size))
 
 
 def text_batches(items: list[Item], size: int) -> Iterator[list[list[int]]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.evaluation.continuation import nll_per_token
+from ftp_lightning.pruning.places import home
 
 Tokens = Sequence[int]
 
@@ -43,7 +44,7 @@ def score_after_prompt(
     `watch` is called after every forward of continuations and gives the share that each row skipped. Returns one list
     of scores per context, in order.
     """
-    context_ids, context_mask = pad_rows(contexts, "left", model.device)
+    context_ids, context_mask = pad_rows(contexts, "left", home(model))
     prefill = model(
         input_ids=context_ids,
         attention_mask=context_mask,
@@ -55,7 +56,7 @@ def score_after_prompt(
     scores: list[list[Score]] = [[] for _ in contexts]
     for start in range(0, len(pairs), batch_size):
         owners, tokens = zip(*pairs[start : start + batch_size], strict=True)
-        logits = _choice_logits(model, prefill, context_mask, torch.tensor(owners, device=model.device), tokens)
+        logits = _choice_logits(model, prefill, context_mask, torch.tensor(owners, device=home(model)), tokens)
         skipped = _skipped(tokens, watch)
         for owner, score, share in zip(owners, _scores(logits, tokens), skipped, strict=True):
             scores[owner].append(replace(score, skipped=share))
@@ -78,7 +79,7 @@ def score_in_sequence(model, contexts: Sequence[Tokens], continuations: Sequence
     is not fed. Returns one score per pair.
     """
     texts = [[*context, *tokens][:-1] for context, tokens in zip(contexts, continuations, strict=True)]
-    ids, mask = pad_rows(texts, "right", model.device)
+    ids, mask = pad_rows(texts, "right", home(model))
     first = min(len(context) for context in contexts) - 1  # no earlier position is read
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     longest = max(map(len, continuations))

@@ -132,7 +132,7 @@ def router_overhead(
     """
     with pruner(model):
         prefill(model, prompts)
-    trace, padding = pruner.trace.prompt, ~pruner.trace.prompt.real
+    trace, padding = pruner.trace.routed, ~pruner.trace.routed.real
     names = ["keep" if part == "block" else f"keep_{part}" for part in pruner.addressed]
     decided = {name: [keep | padding for keep in getattr(trace, name)] for name in names}
     fixed = pruner.changed(router=FixedRouter(**decided), schedule=None)

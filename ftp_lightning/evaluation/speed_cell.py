@@ -59,7 +59,7 @@ class Bench:
             "pruned_ms": found.pruned_ms,
             "one_token_ms": one_token,
             "launch_bound": found.dense_ms < LAUNCH_BOUND * one_token,
-            "realised_sparsity": pruner.trace.prompt.row_sparsity.mean().item(),
+            "realised_sparsity": pruner.trace.routed.row_sparsity.mean().item(),
             "pairs": found.pairs,
             "overhead_share": overhead.value,
             "overhead_low": overhead.low,
@@ -69,8 +69,8 @@ class Bench:
         }
 
     def _limits(self, pruner: TokenPruner, prompts: Prompts, clock: BlockClock, dense_ms: float) -> dict[str, Any]:
-        trace, modes, rank = pruner.trace.prompt, pruner.kv, pruner.skip_rank
-        limits = {"flops_limit": realised_speedup_limit(self.model, trace, modes, rank=rank)}
+        trace, modes, rank = pruner.trace.routed, pruner.kv, pruner.skip_rank
+        limits: dict[str, Any] = {"flops_limit": realised_speedup_limit(self.model, trace, modes, rank=rank)}
         padded = prompts.mask is not None
         limits["padded_flops_limit"] = padded_flops_limit(self.model, trace, modes, rank) if padded else None
         try:

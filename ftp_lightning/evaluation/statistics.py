@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def kept_by(
     """
     members: dict[Hashable, list[tuple[bool, bool, bool]]] = {}
     for group, *row in zip(groups, dense_right, dense_right_without, pruned_right, strict=True):
-        members.setdefault(group, []).append(tuple(row))
+        members.setdefault(group, []).append(cast(tuple[bool, bool, bool], tuple(row)))
     return {group: kept(*zip(*rows, strict=True)) for group, rows in members.items()}
 
 
@@ -160,4 +161,5 @@ def ratio_interval(
         if (below <= 0).any():
             return None
         total += above / below / len(tasks)
-    return tuple(map(float, np.percentile(total, [2.5, 97.5]))) if tasks else None
+    ends: list[float] = np.percentile(total, [2.5, 97.5]).tolist()
+    return (ends[0], ends[1]) if tasks else None

@@ -109,8 +109,8 @@ def with_interval(name: str, low: str, high: str, scale: float = 100.0, sign: st
     def show(record: Record) -> str:
         if record.get(name) is None:
             return MISSING
-        ends = (record.get(low), record.get(high))
-        inside = "" if None in ends else f" [{', '.join(f'{scale * end:{sign}.1f}' for end in ends)}]"
+        ends = [end for end in (record.get(low), record.get(high)) if end is not None]
+        inside = f" [{', '.join(f'{scale * end:{sign}.1f}' for end in ends)}]" if len(ends) == 2 else ""
         return f"{scale * record[name]:{sign}.1f}{inside}"
 
     return show

@@ -93,8 +93,7 @@ def _score(task: str, sample: Mapping) -> tuple[str, float | None]:
     names = [declared(task).metric, *COUNTING]
     metric = next((name for name in names if isinstance(sample.get(name), int | float)), names[0])
     value = sample.get(metric)
-    counts = isinstance(value, int | float) and 0.0 <= value <= 1.0
-    return metric, float(value) if counts else None
+    return metric, float(value) if isinstance(value, int | float) and 0.0 <= value <= 1.0 else None
 
 
 def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
@@ -120,13 +119,16 @@ def _members(name: str, tree: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if not values or None in values else math.fsum(values) / len(values)
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _stderr(values: Sequence[float | None]) -> float | None:
     """s / sqrt(n), s^2 the sample variance; None for fewer than two values, or where one is missing."""
     mean, n = _mean(values), len(values)
-    return None if mean is None or n < 2 else math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    if mean is None or n < 2:
+        return None
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values if v is not None) / (n - 1) / n)
 
 
 def _plain_metrics(metrics: Mapping) -> dict[str, float]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
@@ -67,18 +68,18 @@ def _by_split(files: str | Path | Mapping[str, str | Path]) -> Mapping[str, str 
     return files if isinstance(files, Mapping) else dict.fromkeys(("train", "validation", "test", "dev"), files)
 
 
-def _on_files(name: str, files: Mapping[str, str | Path], cache_dir: str | Path | None) -> dict:
+def _on_files(name: str, files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
     """Splits without a file are not there: lm-eval would look for their examples while it loads the task."""
     keys = {"train": "training_split", "validation": "validation_split", "test": "test_split", "dev": "fewshot_split"}
     missing = {key: None for split, key in keys.items() if split not in files}
     return {"task": name, "dataset_name": None, **missing, **_local_data(files, cache_dir)}
 
 
-def _has_subjects(files: Mapping[str, str | Path]) -> bool:
+def _has_subjects(files: Mapping[str, Any]) -> bool:
     return "subject" in read_rows("mmlu", Path(next(iter(files.values()))))[0]
 
 
-def _local_mmlu(name: str, files: Mapping[str, str | Path], cache_dir: str | Path | None) -> dict:
+def _local_mmlu(name: str, files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
     """All subjects that the files hold, or the one asked for."""
     found = by_subject({split: Path(path) for split, path in files.items()}, Path(tempfile.mkdtemp(dir=cache_dir)))
     if name != "mmlu":
@@ -154,7 +155,7 @@ def _set_shots(name: str, task, num_fewshot: int | None) -> None:
         )
 
 
-def load_tasks(files: Mapping[str, str | Path | None]) -> list:
+def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None]) -> list:
     """lm-eval's task objects, groups taken apart; files as in `run_tasks`.
 
     UserError: unknown task, broken file, Hub out of reach.
@@ -229,7 +230,7 @@ def _unreachable(names: Iterable[str], error: Exception) -> UserError:
     )
 
 
-def _local_data(files: Mapping[str, str | Path], cache_dir: str | Path | None) -> dict:
+def _local_data(files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
     """lm-eval's keys for JSONL files; absolute, as it reads relative ones from the working directory."""
     options = {"data_files": {split: str(Path(path).resolve()) for split, path in files.items()}}
     return {"dataset_path": "json", "dataset_kwargs": options | ({"cache_dir": str(cache_dir)} if cache_dir else {})}

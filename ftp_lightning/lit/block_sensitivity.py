@@ -13,6 +13,7 @@ from torch import Tensor
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import redundancy
 from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token, nll_per_token
+from ftp_lightning.pruning.places import home
 from ftp_lightning.pruning.prefix import BlockStates, capture, differentiable, first_needed_block, resume_from
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
@@ -105,7 +106,9 @@ class BlockSensitivity(lightning.LightningModule):
             raise ValueError(f"levels must rise and be > 0, got {list(levels)}")
         if not makers:
             raise ValueError("makers is empty, nothing would be pruned")
-        self.model, self.num_blocks, self.names = model, num_blocks, tuple(makers)
+        # not through nn.Module: Lightning would move a model that lies on several devices
+        self.__dict__["model"] = model
+        self.num_blocks, self.names = num_blocks, tuple(makers)
         self.levels, self.thresholds = tuple(levels), tuple(thresholds)
         self.prompt_tokens, self.gradient = prompt_tokens, gradient
         self.pruners = [
@@ -197,7 +200,7 @@ class BlockSensitivity(lightning.LightningModule):
         losses = nll.mean(dim=1).sum()  # rows decide alone, so each gets the gradient of its own mean
         slopes = torch.autograd.grad(losses, entering[1:], allow_unused=True, materialize_grads=True)
         gates = [
-            (_wide(slope) * (_wide(after) - _wide(before))).sum(-1).abs().double().sum()
+            (_wide(slope) * (_wide(after) - _wide(before).to(after.device))).sum(-1).abs().double().sum().to(nll.device)
             for slope, before, after in zip(slopes, entering, entering[1:])
         ]
         self.saliency.update(torch.stack(gates).detach(), nll.shape[0] * self.prompt_tokens)
@@ -238,7 +241,7 @@ class BlockSensitivity(lightning.LightningModule):
         return kl_per_token(teacher, logits).double().sum()
 
     def _prompt(self, states: BlockStates, block: int) -> Tensor:
-        return _wide(states.entering(block)[:, : self.prompt_tokens])
+        return _wide(states.entering(block)[:, : self.prompt_tokens]).to(home(self.model))
 
 
 def _never() -> bool:

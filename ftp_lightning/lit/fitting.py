@@ -10,12 +10,14 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import FSDPModule
 
 from ftp_lightning.artifact import write_text
 from ftp_lightning.data.module import WindowsData
@@ -25,6 +27,7 @@ from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.places import home
 from ftp_lightning.started import Started
 
 LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
@@ -81,10 +84,11 @@ def fit(
 def _trainer(system: RouterTraining, processes: Processes, logger, callbacks: list[L.Callback]) -> L.Trainer:
     settings = system.settings
     return L.Trainer(
-        accelerator="gpu" if next(system.model.parameters()).is_cuda else "cpu",
+        accelerator="gpu" if home(system.model).type == "cuda" else "cpu",
         **_together(processes),
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
+        inference_mode=not isinstance(system.decoder, FSDPModule),  # it would gather weights that no graph may hold
         val_check_interval=max(1, settings.steps // settings.validations) * settings.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -103,7 +107,7 @@ def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
         "steps": system.history,
         "validation_kl": system.validations,
         "best_validation_kl": min(best_kl.item(), system.validations[0]["kl"]) if best_kl is not None else None,
-        "target_sparsity": list(system.pruner.schedule.sparsity),
+        "target_sparsity": list(system.pruner.scheduled.sparsity),
         "soft_sparsity": system.last_soft,
         "realised_sparsity": system.last_realised,
     }
@@ -113,7 +117,7 @@ def _together(processes: Processes) -> dict:
     """What the Trainer is told of the processes: they are there, and in touch."""
     if processes.count == 1:
         return {"devices": 1, "plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
-    fabric = processes.fabric
+    fabric: Any = processes.fabric
     nodes = fabric.strategy.num_nodes
     place = Place(processes.rank, processes.count, fabric.local_rank, fabric.node_rank, nodes)
     strategy = DDPStrategy(cluster_environment=Started(place), find_unused_parameters=True)
@@ -178,7 +182,8 @@ class History(L.Callback):
         """By this the rows that a resumed training reads are known to be those that were."""
         done = checkpoint["global_step"]
         kept = system.history, system.validations
-        checkpoint["history"] = _digest(tuple([row for row in rows if row["step"] <= done] for rows in kept))
+        steps, validations = ([row for row in rows if row["step"] <= done] for rows in kept)
+        checkpoint["history"] = _digest((steps, validations))
 
     def on_train_batch_end(self, trainer, *args) -> None:
         self._write(trainer)
@@ -201,7 +206,8 @@ class _Leaving(L.Callback):
     processes do so together."""
 
     def __init__(self, path: Path):
-        self.path, self.received, self.validated, self.before = path, 0, False, {}
+        self.path, self.received, self.validated = path, 0, False
+        self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer, *args) -> None:
         if threading.current_thread() is not threading.main_thread():  # there alone handlers may be set

@@ -78,13 +78,13 @@ class RouterTraining(L.LightningModule):
     def training_schedule(self, number: int) -> Schedule:
         """The schedule of batch `number`: the pruner's, or one of the family."""
         if self.family is None:
-            return self.pruner.schedule
+            return self.pruner.scheduled
         return self.family.at(random.Random(f"{self.settings.seed}/budget/{number}").uniform(*self.budgets))
 
     def validation_schedules(self) -> Sequence[Schedule]:
         """Of a family the lowest, the middle and the highest budget."""
         if self.family is None:
-            return [self.pruner.schedule]
+            return [self.pruner.scheduled]
         low, high = self.budgets
         return [self.family.at(budget) for budget in (low, (low + high) / 2, high)]
 
@@ -95,12 +95,12 @@ class RouterTraining(L.LightningModule):
         ids, first = batch["input_ids"], self._scored_from(batch)
         about = _masked(batch) | {"use_cache": False}
         if self.settings.distillation == "mse":
-            return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1]}
+            return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1].to(ids.device)}
         from ftp_lightning.search.criteria import entering_head
 
         with entering_head(self.model) as seen:
             logits = self.model(input_ids=ids, logits_to_keep=ids.shape[1] - first, **about).logits
-        return {"hidden": seen[0][:, :-1], "logits": logits[:, :-1]}
+        return {"hidden": seen[0][:, :-1].to(ids.device), "logits": logits[:, :-1]}
 
     def student_and_teacher(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], TokenPruner]:
         """Outputs of the pruned and of the dense model, and the pruner that was in force."""
@@ -195,7 +195,7 @@ class RouterTraining(L.LightningModule):
         self._forwards.append(row)
         by_block = {d.context.block: s.mean().item() for d, s in zip(decisions, soft)}
         hard = {d.context.block: _realised(d) for d in decisions}
-        blocks = range(self.pruner.schedule.num_blocks)
+        blocks = range(self.pruner.scheduled.num_blocks)
         self.last_soft = [by_block.get(block, 0.0) for block in blocks]
         self.last_realised = [hard.get(block, 0.0) for block in blocks]
 

@@ -29,6 +29,10 @@ class RoutedLayer(DynamicLayer):
     by part of the block `account` (B, seen) uint8 (see `policies`). Neither is there until a decode policy asks.
     """
 
+    is_initialized: bool
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, complete: bool, window: int | None = None):
         super().__init__()
         self.complete, self.window = complete, window
@@ -90,7 +94,7 @@ class RoutedLayer(DynamicLayer):
 
         Fillers between entries spoil that count, so layers that are not complete keep theirs where rows are uneven.
         """
-        last = self.window - 1
+        last = (self.window or 1) - 1
         if self.keys.shape[2] <= last or not (self.complete or self.all_valid):
             return
         self.keys, self.values = self.keys[:, :, -last:], self.values[:, :, -last:]
@@ -131,7 +135,7 @@ class RoutedLayer(DynamicLayer):
         return held + query_length, self.seen - held
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = None  # as stock layers before their first key
         self.is_initialized = False
         self._forget()
 
@@ -150,7 +154,7 @@ class RoutedLayer(DynamicLayer):
         self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_rows(lambda t: t[indices])
+        self._map_rows(lambda t: t[indices.to(t.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last |n| tokens seen (n <= 0, as Hugging Face calls it)."""

@@ -43,7 +43,7 @@ class WrappedMethod:
 class Signature:
     """How a block or an attention takes its arguments."""
 
-    def __init__(self, module: nn.Module, cache_name: str):
+    def __init__(self, module: nn.Module, cache_name: str | None):
         self.bind = inspect.signature(functools.partial(type(module).forward, module)).bind
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.extra_name = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
@@ -55,7 +55,7 @@ class Call:
 
     def __init__(self, signature: Signature, args: tuple, kwargs: dict):
         self.signature = signature
-        self.named = dict(signature.bind(*args, **kwargs).arguments)
+        self.named: dict = dict(signature.bind(*args, **kwargs).arguments)
         self.extra = self.named.pop(signature.extra_name, {})
 
     def get(self, name: str):
@@ -72,7 +72,7 @@ class Call:
     def run(self, inner: Callable, **changes):
         """Call `inner` with some arguments changed; `cache` stands for whatever the block calls its cache."""
         if "cache" in changes:
-            changes[self.signature.cache_name] = changes.pop("cache")
+            changes[str(self.signature.cache_name)] = changes.pop("cache")
         named, extra = dict(self.named), dict(self.extra)
         for name, value in changes.items():
             (extra if name in extra else named)[name] = value

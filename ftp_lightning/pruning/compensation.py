@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.blocks import find_attention, find_decoder, find_mlp
 from ftp_lightning.pruning.calls import WrappedMethod
+from ftp_lightning.pruning.places import home, hooked_place
 
 SKIP = ("identity", "mean", "low-rank")
 """What a skipped token may get: nothing (paper), the mean update, or a linear map of rank r of its input."""
@@ -118,7 +119,8 @@ class Moments:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count, self.x, self.y = 0, zeros(hidden_size), zeros(hidden_size)
-        self.xx, self.yx = (zeros(hidden_size, hidden_size) if products else None for _ in range(2))
+        self.xx: Any = zeros(hidden_size, hidden_size) if products else None
+        self.yx: Any = zeros(hidden_size, hidden_size) if products else None
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count more tokens: x, y (n, D)."""
@@ -223,9 +225,9 @@ def gather_moments(
     decoder, blocks = find_decoder(model)
     if isinstance(decoder.__dict__.get("forward"), WrappedMethod):
         raise UserError("a compensation is fitted on the dense model, and a pruner is attached to it; detach it first.")
-    place, width = next(model.parameters()).device, decoder.config.hidden_size
-    sums = "cpu" if place.type == "mps" else place  # which has no float64
-    moments = {part: [Moments(width, sums, products) for _ in blocks] for part in parts.split("+")}
+    place, width = home(model), decoder.config.hidden_size
+    sums = ["cpu" if place.type == "mps" else hooked_place(block) or place for block in blocks]  # mps has no float64
+    moments = {part: [Moments(width, one, products) for one in sums] for part in parts.split("+")}
     with ExitStack() as stack:
         observers = [
             stack.enter_context(_Observer(block, part, one))

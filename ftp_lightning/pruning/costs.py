@@ -65,7 +65,10 @@ def block_costs(model: nn.Module, rank: int = 0) -> list[BlockCost]:
 
 def remaining_costs(costs: Sequence[BlockCost], removed: Iterable[tuple[int, str]]) -> list[BlockCost]:
     """Costs of what is left where parts (block, "attention" or "mlp") are removed for every token."""
-    gone = {"attention": {"keys_values": 0.0, "attention": 0.0, "pair": 0.0, "cached_bytes": 0}, "mlp": {"mlp": 0.0}}
+    gone: dict[str, dict[str, Any]] = {
+        "attention": {"keys_values": 0.0, "attention": 0.0, "pair": 0.0, "cached_bytes": 0},
+        "mlp": {"mlp": 0.0},
+    }
     left = list(costs)
     for block, part in removed:
         left[block] = replace(left[block], **gone[part])
@@ -129,10 +132,10 @@ def _in_use(module: nn.Module) -> Iterator[nn.Module]:
 
 def _linear_size(module: nn.Module) -> int:
     """Logical weights of a linear map (a quantised weight may be packed); 0 for any other module."""
-    sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(side, int) for side in sides):
-        return sides[0] * sides[1]
-    weight = getattr(module, "weight", None)
+    inner, outer = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inner, int) and isinstance(outer, int):
+        return inner * outer
+    weight: Any = getattr(module, "weight", None)
     is_map = isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
     return weight.numel() if is_map else 0
 

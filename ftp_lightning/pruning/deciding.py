@@ -29,7 +29,7 @@ PARTS = tuple(_PARTS)
 
 def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
     """What this block does with the new tokens; None where it computes all of them."""
-    state = engine.current
+    state = engine.running
     if gone := engine.pruner.removed_parts(index):
         return _without(engine, index, call, gone)
     if not engine.is_routed(index) or (state.part is None and not state.follows):
@@ -47,7 +47,7 @@ def choose(engine: Engine, index: int, call: Call) -> Chosen | None:
 def _without(engine: Engine, index: int, call: Call, gone: frozenset[str]) -> Chosen:
     """A block of which something is removed: nothing enters that, prompt or continuation; the rest is decided as
     ever, a decision about whole blocks being one about what is left of this one."""
-    state = engine.current
+    state = engine.running
     nothing = Rows(torch.zeros_like(state.real), (0,) * len(state.real))
     if len(gone) == 2:
         apart = engine.decides_parts  # then each part gets what `skip` says of it
@@ -71,7 +71,7 @@ def _parts(engine: Engine) -> tuple[str, ...]:
 
 def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Tensor | None]:
     """The decision about routed tokens; with the training executor also that the rest is computed, and p_compute."""
-    pruner, state = engine.pruner, engine.current
+    pruner, state = engine.pruner, engine.running
     routed, hidden = state.part, call.hidden[:, : state.part.real.shape[1]]
     gate = None
     if isinstance(pruner.router, FixedRouter):
@@ -93,6 +93,7 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
         if state.masked:
             state.decisions.append(Decision(probability, keep, routed, context))
             gate = torch.where(routed.reserved, 1.0, gate)  # always computed: nothing to learn from
+    keep, gate = keep.to(state.real.device), None if gate is None else gate.to(state.real.device)
     if state.masked:
         tail = state.real[:, routed.real.shape[1] :]
         after = tail.sum(1).tolist() if state.padded else [tail.shape[1]] * len(tail)
@@ -103,7 +104,7 @@ def _route(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, Ten
 
 def _replay(engine: Engine, index: int, real: Tensor, part: str, longer: bool) -> tuple[Tensor, tuple[int, ...]]:
     """What a FixedRouter says; read on the host where there is no padding, so that no device is asked."""
-    router, state = engine.pruner.router, engine.current
+    router, state = engine.pruner.router, engine.running
     keep = router.decision(index, real, part, past=state.past, longer=longer)
     if state.padded:
         return keep, tuple(keep.sum(1).tolist())
@@ -112,8 +113,9 @@ def _replay(engine: Engine, index: int, real: Tensor, part: str, longer: bool) -
 
 
 def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> RoutingContext:
-    state, schedule = engine.current, engine.pruner.schedule.sparsity
-    routed, table = state.part, None if state.table is None else state.table.own
+    state, schedule = engine.running, engine.pruner.schedule.sparsity
+    routed, table = state.part, None if state.table is None else state.table.own.to(state.home)
+    hidden = _for_router(engine, hidden)
     return RoutingContext(
         index, schedule[index], routed.real, routed.position, state.lengths, state.kept[index][:, None], table, hidden,
         schedule=schedule, part=part, padded=state.padded, memo=state.memo, entered=state.entered,
@@ -121,16 +123,22 @@ def _prompt_context(engine: Engine, index: int, hidden: Tensor, part: str) -> Ro
     )  # fmt: skip
 
 
+def _for_router(engine: Engine, hidden: Tensor) -> Tensor:
+    """Hidden states where routers decide, if this one reads them."""
+    return hidden.to(engine.running.home) if engine.pruner.router.needs_hidden else hidden
+
+
 # ---------------------------------------------------------------- continuation tokens, under a decode policy
 
 
 def _follow(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, None]:
     """The decision about continuation tokens, each by what is known up to itself. Asks the device how many skip."""
-    pruner, state = engine.pruner, engine.current
+    pruner, state = engine.pruner, engine.running
     if isinstance(pruner.router, FixedRouter):
         return Rows(*_replay(engine, index, state.real, part, longer=True)), None
     with torch.no_grad():
-        probability = pruner.router.probability(_continuation_context(engine, index, call.hidden, part))
+        context = _continuation_context(engine, index, call.hidden, part)
+        probability = pruner.router.probability(context).to(state.real.device)
     if pruner.decode == "threshold":
         skips = policies.below_threshold(probability, state.real, pruner.threshold)
     else:
@@ -144,11 +152,12 @@ def _follow(engine: Engine, index: int, call: Call, part: str) -> tuple[Rows, No
 
 def _continuation_context(engine: Engine, index: int, hidden: Tensor, part: str) -> RoutingContext:
     """Token i of a row has T_i = i + 1 tokens: itself, the last, and those before it (method.md, section 4)."""
-    state, schedule = engine.current, engine.pruner.schedule.sparsity
-    lengths = state.position + 1
+    state, schedule = engine.running, engine.pruner.schedule.sparsity
+    real, position = state.real.to(state.home), state.position.to(state.home)
     kept = [[kept_tokens(n, schedule[index], min(2, n)) for n in row] for row in state.host_lengths]
-    own, rank = (None, None) if state.table is None else (state.table.own, state.table.rank)
+    table = state.table
+    own, rank = (None, None) if table is None else (table.own.to(state.home), table.rank.to(state.home))
     return RoutingContext(
-        index, schedule[index], state.real, state.position, lengths, torch.tensor(kept, device=hidden.device), own,
-        hidden, rank=rank, schedule=schedule, part=part, padded=state.padded, memo=state.memo,
+        index, schedule[index], real, position, position + 1, torch.tensor(kept, device=state.home), own,
+        _for_router(engine, hidden), rank=rank, schedule=schedule, part=part, padded=state.padded, memo=state.memo,
     )  # fmt: skip

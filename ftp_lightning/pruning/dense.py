@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def run_dense(engine: Engine, index: int, inner, call: Call) -> Tensor:
     """The block on all rows: with the model's own attention and mask wherever these fit. (B, T, hidden)."""
-    state = engine.current
+    state = engine.running
     follows = engine.pruner.decode != "dense" and not state.masked  # then every block keeps what it wrote
     layer = engine.routed_layer(call.cache, index, True) if follows else engine.layer(call.cache, index)
     keys = None
@@ -36,11 +36,12 @@ def run_dense(engine: Engine, index: int, inner, call: Call) -> Tensor:
 
 def _sight(engine: Engine, index: int, layer: RoutedLayer, keys: Tokens | None) -> Sight | None:
     """None where the model's own mask fits: on an empty cache, and where all tokens seen are stored in order."""
-    state, window = engine.current, engine.sites[index].window
+    state, window = engine.running, engine.sites[index].window
     if not state.past or (layer.complete and window is None):
         return None
     single = state.real.shape[1] == 1 and layer.all_valid and not state.padded
     held = layer.keys.shape[2] + 1 if layer.complete and layer.is_initialized else state.span
     if single and (window is None or held <= window):
         return Sight(state.new, state.new, everything=True)
+    assert keys is not None  # `Engine.needs_keys`
     return Sight(state.new, keys, window, new=state.real.shape[1])

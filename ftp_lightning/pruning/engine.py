@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ftp_lightning.pruning.generation import Generation, join_outputs, split_arg
 from ftp_lightning.pruning.key_gates import gated_keys
 from ftp_lightning.pruning.masked import recomputed, run_masked
 from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
+from ftp_lightning.pruning.places import brought, home
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query, scaling_of
 from ftp_lightning.pruning.state import Decision, Pass, Site
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable, remember_prompt
@@ -44,6 +46,7 @@ class Engine:
 
     Attributes:
         current: the forward that is running; None between forwards.
+        home: of a dispatched model the device where routers decide; None: where the tokens are.
         sight: what the attention about to run may see; None = the stock attention with the stock mask.
         part_plan: which rows enter attention and MLP of the block that is running, where these are decided apart.
     """
@@ -53,6 +56,7 @@ class Engine:
         decoder, blocks = find_decoder(model)
         self.model, self.looking = model, False
         self.sites = [Site.of(block) for block in blocks]
+        self.home = home(model) if any(site.place for site in self.sites) else None
         self.current: Pass | None = None
         self.generation: Generation | None = None
         self.sight: Sight | None = None
@@ -102,6 +106,12 @@ class Engine:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def running(self) -> Pass:
+        """`current`, where one is known to run."""
+        assert self.current is not None
+        return self.current
+
     # ---------------------------------------------------------------- the schedule, seen from a block
 
     @property
@@ -131,7 +141,7 @@ class Engine:
 
     def scores_matter(self, index: int) -> bool:
         """Whether a later router reads what this block writes: not if a block in between writes every token anew."""
-        router, look = self.pruner.router, self.current and self.current.look
+        router, look = self.pruner.router, None if self.current is None else self.current.look
         if look is not None:
             return index == look.blocks - 1
         if not router.needs_attention or (router.one_pass and index):
@@ -213,7 +223,8 @@ class Engine:
         if scout.kind == "surprisal":
             return self._surprisal(about, prompt)
         look = Pass(prompt.part.real, 0, None, prompt.padded, prompt.part, look=scout)
-        look.table = PromptTable(*prompt.part.real.shape, prompt.real.device)
+        rows, tokens = prompt.part.real.shape
+        look.table = table = PromptTable(rows, tokens, prompt.real.device)
         self.current = look
         try:
             inner(**about)
@@ -221,7 +232,7 @@ class Engine:
             pass
         finally:
             self.current = prompt
-        return look.table.own
+        return table.own.to(look.home)
 
     def _surprisal(self, about: dict, prompt: Pass) -> Tensor:
         """-log p(x_j | x_<j) by the dense model; infinite for a row's first token. (B, P) float32."""
@@ -243,7 +254,8 @@ class Engine:
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
-        (batch, new), device = tokens.shape[:2], tokens.device
+        (batch, new), device = tokens.shape[:2], self.home or tokens.device
+        mask = mask if not isinstance(mask, Tensor) else mask.to(device)
         self._refuse(cache, mask, arguments.get("position_ids"), past)
         real, past_real, padded = torch.ones(batch, new, dtype=torch.bool, device=device), None, False
         if mask is not None:
@@ -268,8 +280,8 @@ class Engine:
         if state.active and self.pruner.schedule is not None:
             state.counts = [state.part.kept(s) for s in self.pruner.schedule.sparsity]
         if self.pruner.router.needs_attention:
-            shape = state.part.real.shape
-            state.table = PromptTable(*shape, state.real.device, self.pruner.router.adds_up)
+            rows, tokens = state.part.real.shape
+            state.table = PromptTable(rows, tokens, state.real.device, self.pruner.router.adds_up)
 
     def _open_continuation(self, state: Pass, cache) -> None:
         state.follows = self.pruner.decode != "dense" and self.routes_anything
@@ -314,6 +326,9 @@ class Engine:
         if not state.active:
             state.trace.add(state.real, state.real)
             return inner(*args, **kwargs)
+        if (place := self.sites[index].place) is not None:
+            args, kwargs = brought(args, kwargs, place)
+            state.go_to(place)
         if state.look is not None:
             return self._look(index, inner, args, kwargs)
         gone = self.pruner.removed_parts(index)
@@ -410,14 +425,14 @@ class Engine:
             scores, seen = received_attention(tapped, queries, keys, last, before)
         if layer is not None and self.pruner.decode != "dense":
             remember_prompt(layer, scores, seen, keys, state.span)
-        state.table.write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
+        cast(PromptTable, state.table).write(scores[:, -new:], seen[:, -new:], rows.index if evicted else None)
 
     def recall_scores(self, index: int, layer: RoutedLayer | None) -> None:
         """What `write_scores` does where no token was computed: a continuation reads what earlier queries said in this
         block."""
         state = self.current
         if state.part is None and state.table is not None and self.scores_matter(index):
-            state.table.recall(layer)
+            cast(ContinuationTable, state.table).recall(layer)
 
     def _write_continuation(
         self, tapped: Tapped, rows: Rows | None, queries: Tokens, keys: Tokens, layer: RoutedLayer
@@ -428,7 +443,7 @@ class Engine:
             tokens = rows.keep.shape[1]
             scores = rows.put(scores.new_zeros(len(scores), tokens, scores.shape[2]), scores)
             seen = rows.put(seen.new_zeros(len(seen), tokens, seen.shape[2]), seen)
-        self.current.table.write(layer, scores, seen, keys)
+        cast(ContinuationTable, self.running.table).write(layer, scores, seen, keys)
 
     # ---------------------------------------------------------------- the cache's layers
 

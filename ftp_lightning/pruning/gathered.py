@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def run_gathered(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
     """Rows gathered, the block run on them, rows scattered back; skipped rows get what `skip` says. (B, T, hidden)."""
     rows = chosen.attention
-    engine.current.trace.add(rows.keep, rows.keep)
+    assert rows is not None  # of a whole block both parts are one
+    engine.running.trace.add(rows.keep, rows.keep)
     output = run_rows(engine, index, inner, call, rows)
     return scattered(engine, index, "block", call.hidden, rows, None if output is None else tensor_of(output))
 
@@ -46,10 +47,11 @@ def run_rows(engine: Engine, index: int, inner, call: Call, rows: Rows):
     Whatever a skipped token leaves behind in the cache (`keep`: its key and value; `evict`: that it was seen) is there
     afterwards.
     """
-    state = engine.current
+    state = engine.running
     queries = Tokens(rows.index + state.past, rows.valid, rows.even)
     complete = engine.pruner.kv[index] == "keep"
     layer = engine.routed_layer(call.cache, index, complete)
+    cache: object
     if complete:
         layer = RoutedLayer(True) if layer is None else layer  # without a cache it lives for this call alone
         cache, keys = _keep(engine, index, inner, call, rows, layer)
@@ -66,7 +68,7 @@ def run_rows(engine: Engine, index: int, inner, call: Call, rows: Rows):
 
 
 def _sight(engine: Engine, index: int, queries: Tokens, keys: Tokens, layer: RoutedLayer | None) -> Sight:
-    state, window = engine.current, engine.sites[index].window
+    state, window = engine.running, engine.sites[index].window
     unbounded = window is None or state.span <= window
     plain = unbounded and keys.all_valid and queries.all_valid
     single = state.real.shape[1] == 1  # one query out of several new tokens must not see what comes after it
@@ -93,7 +95,7 @@ def _evict(
     if layer.is_initialized:
         layer.skip(seen)
     else:  # nothing is kept in any row: the layer learns its shape, and how much was seen
-        first = engine.current.new.slots[:, :1] - engine.current.past
+        first = engine.running.new.slots[:, :1] - engine.running.past
         keys, values = _deposit(engine, index, inner, call, first)
         layer.append(keys[:, :, :0], values[:, :, :0], queries, seen)
     return call.cache, queries
@@ -101,7 +103,7 @@ def _evict(
 
 def _keep(engine: Engine, index: int, inner, call: Call, rows: Rows, layer: RoutedLayer) -> tuple[Port, Tokens]:
     """Keys and values for all tokens: those of the skipped ones are deposited first, then merged in order."""
-    new, tokens = engine.current.new, rows.keep.shape[1]
+    new, tokens = engine.running.new, rows.keep.shape[1]
     if not rows.width:
         layer.append(*_deposit(engine, index, inner, call, None), new, tokens)
         return Port(call.cache, None), new

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ftp_lightning.pruning.attention import interface, tap_attention
 from ftp_lightning.pruning.blocks import find_attention, find_decoder, sliding_window
+from ftp_lightning.pruning.places import home
 from ftp_lightning.pruning.scores import Tapped, received_attention, scaling_of
 from ftp_lightning.pruning.tokens import Tokens
 
@@ -25,28 +26,29 @@ def listening(model: nn.Module, last: int, real: Tensor | None = None) -> Iterat
     real (B, T) bool: False for padding. No pruner is attached; the forward is the stock one.
     """
     heard: list[Tensor] = []
-    undo = []
+    undo, place = [], home(model)
     try:
         for block in find_decoder(model)[1]:
             attention = find_attention(block)
-            undo.append(tap_attention(attention, _listener(attention, heard, last, real)))
+            undo.append(tap_attention(attention, _listener(attention, heard, last, real, place)))
         yield heard
     finally:
         for one in undo:
             one()
 
 
-def _listener(attention: nn.Module, heard: list[Tensor], last: int, real: Tensor | None):
+def _listener(attention: nn.Module, heard: list[Tensor], last: int, real: Tensor | None, place: torch.device):
     name, window = attention.config._attn_implementation, sliding_window(attention)
 
     def run(module, query, key, value, mask, kwargs):
         slots = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
-        tokens = Tokens(slots, torch.ones_like(slots, dtype=torch.bool) if real is None else real, real is None)
+        valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real.to(slots.device)
+        tokens = Tokens(slots, valid, real is None)
         with torch.no_grad():
             scaling = scaling_of(query, kwargs)
             tapped = Tapped(query.detach(), key.detach(), scaling, kwargs.get("softcap"), window)
             scores, seen = received_attention(tapped, tokens, tokens, last)
-            heard.append(scores.masked_fill(~seen, 0.0))
+            heard.append(scores.masked_fill(~seen, 0.0).to(place))
         return interface(name, module)(module, query, key, value, mask, **kwargs)
 
     return run

@@ -24,8 +24,9 @@ def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) ->
     What a skipped token's row computes is used for its gate's gradient alone. Tokens after the routed part are all
     computed, as a continuation is. (B, T, hidden).
     """
+    assert chosen.attention is not None  # of a whole block both parts are one
     keep = chosen.attention.keep
-    engine.current.trace.add(keep, keep)
+    engine.running.trace.add(keep, keep)
     rows = tensor_of(run_all_rows(engine, index, inner, call, keep, chosen.gates[0]))
     return engine.pruner.gates.blend(rows, engine.skipped(call.hidden, index, "block"), keep, chosen.gates[0])
 
@@ -33,7 +34,7 @@ def run_masked(engine: Engine, index: int, inner, call: Call, chosen: Chosen) ->
 def run_all_rows(engine: Engine, index: int, inner, call: Call, keep: Tensor, gate: Tensor | None):
     """What `inner` (a block, or its attention) returns for all rows; under `evict` keys of skipped tokens are hidden
     from all but themselves."""
-    state, window = engine.current, engine.sites[index].window
+    state, window = engine.running, engine.sites[index].window
     slots, evicts, more = state.new.slots, engine.pruner.kv[index] == "evict", {}
     keys = Tokens(slots, keep if evicts else state.real, False)
     if evicts and engine.pruner.gates.keys and gate is not None:

@@ -37,9 +37,9 @@ class PartPlan:
 
 def run_parts(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
     """The block with `chosen` in force for its two parts. (B, T, D)."""
-    real = engine.current.real
+    real = engine.running.real
     attention, mlp = (real if rows is None else rows.keep for rows in (chosen.attention, chosen.mlp))
-    engine.current.trace.add(attention, mlp)
+    engine.running.trace.add(attention, mlp)
     engine.part_plan = PartPlan(chosen.attention, chosen.mlp, chosen.gates)
     try:
         return run_dense(engine, index, inner, call) if chosen.attention is None else call.run(inner)
@@ -53,7 +53,7 @@ def run_attention_part(engine: Engine, index: int, inner, args: tuple, kwargs: d
     if plan is None or plan.attention is None:
         return inner(*args, **kwargs)
     call = Call(engine.sites[index].part, args, kwargs)
-    if engine.current.masked:
+    if engine.running.masked:
         output = run_all_rows(engine, index, inner, call, plan.attention.keep, plan.gates[0])
         base = engine.skipped(call.hidden, index, "attention")
         return engine.pruner.gates.blend(output[0], base, plan.attention.keep, plan.gates[0]), None
@@ -69,9 +69,9 @@ def run_mlp_entry(engine: Engine, index: int, inner, args: tuple, kwargs: dict) 
         return inner(*args, **kwargs)
     entry, leave = engine.sites[index].mlp
     hidden, *rest = args
-    by_row = hidden.reshape(*engine.current.real.shape, -1)
+    by_row = hidden.reshape(*engine.running.real.shape, -1)
     plan.mlp_hidden = by_row
-    rows = by_row if engine.current.masked else plan.mlp.take(by_row)
+    rows = by_row if engine.running.masked else plan.mlp.take(by_row)
     output = inner(rows.flatten(0, 1) if hidden.dim() == 2 else rows, *rest, **kwargs)
     return _leave(engine, index, output) if leave is entry else output
 
@@ -87,7 +87,7 @@ def _leave(engine: Engine, index: int, output: Tensor) -> Tensor:
     """The update of every token, what `skip` says (zero: the identity) for those that did not enter."""
     plan, hidden = engine.part_plan, engine.part_plan.mlp_hidden
     rows = output.reshape(len(hidden), -1, hidden.shape[-1])
-    if engine.current.masked:
+    if engine.running.masked:
         whole = engine.pruner.gates.blend(rows, engine.skipped(hidden, index, "mlp"), plan.mlp.keep, plan.gates[1])
     else:
         whole = scattered(engine, index, "mlp", hidden, plan.mlp, rows)

@@ -209,7 +209,7 @@ def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
 def check_base(record: dict, model: nn.Module) -> None:
     """UserError where `model` is another one than the pruner in `record` was made for; a record without identity
     passes."""
-    stored, found = record.get("base_identity"), _identity(model)
+    stored, found = record.get("base_identity"), _identity(model) or {}
     if not stored:
         return
     different = [name for name in stored if stored[name] != found.get(name)]

@@ -122,6 +122,12 @@ class TokenPruner:
         return self._removed_by_block.get(block, _NOTHING)
 
     @property
+    def scheduled(self) -> Schedule:
+        """The schedule, where the router is known to be none that goes without."""
+        assert self.schedule is not None
+        return self.schedule
+
+    @property
     def skip_rank(self) -> int:
         """Rank of what a skipped token is multiplied with; 0 where it is not."""
         return 0 if self.compensation is None else self.compensation.rank
@@ -136,6 +142,7 @@ class TokenPruner:
         """
         from ftp_lightning.pruning.blocks import find_decoder
         from ftp_lightning.pruning.calls import WrappedMethod
+        from ftp_lightning.pruning.places import home
         from ftp_lightning.pruning.pruned_folder import check_base
 
         decoder, blocks = find_decoder(model)
@@ -153,7 +160,7 @@ class TokenPruner:
             raise UserError(f"the compensation was fitted at hidden size {fitted}, the model has {found}.")
         if self._base is not None:
             check_base(self._base, model)
-        self.router.to(next(model.parameters()).device)
+        self.router.to(home(model))
         self._engine = Engine(self, model)
         self._model = model
         return self
@@ -208,7 +215,7 @@ class TokenPruner:
 
     def changed(self, **changes) -> TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`."""
-        own = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
+        own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
         own |= {"removed": self.removed}
         return TokenPruner(**own | self.settings() | changes)
 

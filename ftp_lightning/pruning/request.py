@@ -53,7 +53,7 @@ def planned_cut(model: nn.Module, pruner, tokens: int, new_tokens: int = 0) -> f
 def realised_cut(model: nn.Module, pruner, trace: Trace, new_tokens: int = 0) -> float:
     """The same of the prompts of a trace, from the very tokens that were computed, rows added up."""
     dense, pruned = realised_flops(model, trace, pruner.kv, new_tokens, pruner.skip_rank, pruner.removed)
-    looks = sum(scout_flops(model, pruner.router.scout, int(n)) for n in trace.real.sum(1))
+    looks = sum((scout_flops(model, pruner.router.scout, int(n)) for n in trace.real.sum(1)), 0.0)
     after = _instead(block_costs(model, pruner.skip_rank), pruner, new_tokens * len(trace.real))
     return 1.0 - (pruned + looks + after) / dense
 

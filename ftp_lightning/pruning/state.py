@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ftp_lightning.pruning.attention import Backend, Sight
 from ftp_lightning.pruning.blocks import cache_name, find_attention, find_mlp, query_projection, sliding_window
 from ftp_lightning.pruning.calls import Signature
+from ftp_lightning.pruning.places import hooked_place
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable
 from ftp_lightning.pruning.tokens import Rows, Tokens
 from ftp_lightning.pruning.trace import Trace
@@ -24,7 +25,8 @@ from ftp_lightning.routing.choice import RoutedPart
 
 @dataclass(frozen=True)
 class Site:
-    """A block as the engine sees it. `mlp`: where tokens enter and leave its feed-forward part."""
+    """A block as the engine sees it. `mlp`: where tokens enter and leave its feed-forward part; `place`: the device
+    that the hooks of a dispatched model bring its arguments to, None where there are none."""
 
     block: Signature
     attention: nn.Module
@@ -33,6 +35,7 @@ class Site:
     query: nn.Module | None
     window: int | None
     backend: Backend
+    place: torch.device | None = None
 
     @staticmethod
     def of(block: nn.Module) -> Site:
@@ -46,6 +49,7 @@ class Site:
             query_projection(attention),
             sliding_window(attention),
             Backend.of(attention),
+            hooked_place(block),
         )
 
 
@@ -88,6 +92,9 @@ class Pass:
     continuation obeys a decode policy. counts[l]: kept tokens of each row in block l under the schedule, on the host;
     kept (N, B) the same on the device. memo: what routers carry from block to block. entered (B, P): the tokens that
     entered the last routed block. look: this forward is the `Scout` of another; scouted (B, P): what that one said.
+
+    Routers decide at `home`, the device where the forward came in: `part`, `kept`, `lengths`, `memo`, `entered` and
+    `scouted` stay there. Of a dispatched model the rest goes with the tokens from device to device (`go_to`).
     """
 
     real: Tensor
@@ -106,6 +113,20 @@ class Pass:
     entered: Tensor | None = None
     look: Scout | None = None
     scouted: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.home = self.real.device
+
+    def go_to(self, place: torch.device) -> None:
+        """Take along to this device what blocks look at."""
+        if self.real.device == place:
+            return
+        self.real = self.real.to(place)
+        self.past_real = None if self.past_real is None else self.past_real.to(place)
+        if self.table is not None:
+            self.table.go_to(place)
+        for derived in ("new", "seen", "everything", "position"):
+            self.__dict__.pop(derived, None)
 
     @property
     def span(self) -> int:
@@ -155,9 +176,10 @@ class Pass:
     @cached_property
     def kept(self) -> Tensor:
         """(N, B) int64."""
-        return torch.tensor(self.counts, device=self.real.device)
+        return torch.tensor(self.counts, device=self.home)
 
     @cached_property
     def lengths(self) -> Tensor:
         """(B, 1) int64, real tokens of each row of the routed part."""
-        return torch.tensor(self.part.lengths, device=self.real.device)[:, None]
+        assert self.part is not None
+        return torch.tensor(self.part.lengths, device=self.home)[:, None]

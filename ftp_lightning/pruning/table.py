@@ -30,6 +30,9 @@ class PromptTable:
         self.own = torch.full((batch, tokens), 0.0 if adds_up else 1.0, device=device)
         self.rank = None  # among the routed tokens: left to the router's factor
 
+    def go_to(self, place: torch.device) -> None:
+        self.own = self.own.to(place)
+
     def write(self, scores: Tensor, seen: Tensor, index: Tensor | None) -> None:
         """Scores (B, n) of the tokens at index (B, n), or of all in order; where none was `seen` the old value
         stays."""
@@ -49,6 +52,9 @@ class ContinuationTable:
         slots = torch.arange(self.span, device=real.device)
         self.counts = everyone[:, None] & (slots <= slots[past:, None])  # (B, T, S): the real tokens up to each one
         self.values = torch.ones(batch, new, self.span, device=real.device)
+
+    def go_to(self, place: torch.device) -> None:
+        self.values, self.counts = self.values.to(place), self.counts.to(place)
 
     @property
     def own(self) -> Tensor:

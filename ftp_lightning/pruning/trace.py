@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +17,31 @@ class Trace:
         keep: one bool tensor (B, T) per block, True = the token entered the block; padding is False everywhere.
         keep_attention, keep_mlp: the same of the block's two parts. For decisions about whole blocks all three agree;
             otherwise `keep` is where at least one part was computed.
-        real: (B, T) bool, False for padding.
+        real: (B, T) bool, False for padding; None before the first forward.
         prompt: the trace of the last routed prompt, also while `generate` goes on past it; None before the first.
     """
 
     keep: list[Tensor] = field(default_factory=list)
     keep_attention: list[Tensor] = field(default_factory=list)
     keep_mlp: list[Tensor] = field(default_factory=list)
-    real: Tensor | None = None
+    real: Any = None
     prompt: Trace | None = None
 
     def add(self, attention: Tensor, mlp: Tensor) -> None:
-        """The next block's decision, (B, T) bool for each part."""
+        """The next block's decision, (B, T) bool for each part; kept where `real` is."""
+        if self.real is not None and attention.device != self.real.device:
+            whole = attention is mlp
+            attention = attention.to(self.real.device)
+            mlp = attention if whole else mlp.to(self.real.device)
         self.keep.append(attention if attention is mlp else attention | mlp)
         self.keep_attention.append(attention)
         self.keep_mlp.append(mlp)
+
+    @property
+    def routed(self) -> Trace:
+        """`prompt`, where one is known to have been routed."""
+        assert self.prompt is not None
+        return self.prompt
 
     @property
     def sparsity(self) -> list[float]:

@@ -100,7 +100,7 @@ def by_seed(row: dict[str, Any], metric: str) -> dict[Any, float]:
     return {seed: value for seed, value in zip(row["seeds"], values) if value is not None and math.isfinite(value)}
 
 
-def mean_and_std(values: list[float]) -> tuple[float | None, float | None]:
+def mean_and_std(values: list[float]) -> tuple[Any, Any]:
     """Mean and sample standard deviation (n - 1); None where there are too few values."""
     if not values:
         return None, None
@@ -117,7 +117,7 @@ def t_quantile(df: int) -> float:
     return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
-def half_width(std: float | None, n: int) -> float | None:
+def half_width(std: float | None, n: int) -> Any:
     """Half of the 95 % interval of a mean of n values: t s / sqrt(n)."""
     return None if std is None else t_quantile(n - 1) * std / math.sqrt(n)
 
@@ -160,7 +160,7 @@ def differs(study: Study, label: str, metric: str, apart: tuple[float, float] | 
     """Whether a row differs from the baseline: by the study's own interval, else by the paired one over seeds."""
     if study.get("compared") is not None:
         found = next((one.get(metric) for one in study["compared"] if one["label"] == label), None)
-        return bool(found) and not found["low"] <= 0 <= found["high"]
+        return found is not None and bool(found) and not found["low"] <= 0 <= found["high"]
     return apart is not None and abs(apart[0]) > apart[1]
 
 

@@ -89,7 +89,7 @@ def headline_method(results: dict[str, Any] | None) -> dict[str, Any] | None:
 def headline_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The headline table as text, columns as in `HEADLINE`: dense, noise floor, then one row per method."""
     ppl = results["dense"].get("ppl")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("dense", percent(0.0), percent(0.0), percent(1.0), "0", "0", percent(1.0), number(ppl), number(ppl), "100.0")
     ]
     floor = results.get("noise_floor")

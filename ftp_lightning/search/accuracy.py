@@ -11,6 +11,7 @@ from typing import Any
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.models import model_identity
+from ftp_lightning.pruning.places import home
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.fitness import MemoFitness, pruner_identity
@@ -35,7 +36,7 @@ def searched_half(document: dict) -> bool:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).digest()[0] % 2 == 0
 
 
-def task_items(name: str, file: str | Path | None, limit: int | None = None) -> list[Item]:
+def task_items(name: str, file: str | Path | dict[str, Path] | None, limit: int | None = None) -> list[Item]:
     """The first `limit` documents of a multiple-choice task that searches may look at.
 
     file: JSONL in the Hub's schema, None for the Hub. UserError for an unknown task, or one that has no accuracy.
@@ -85,7 +86,7 @@ class TaskAccuracy(MemoFitness):
         self._chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
         super().__init__([len(part) for part in self._chunks], memo)
         self.model, self.make_pruner = model, make_pruner
-        device, dtype = str(model.device), model.dtype
+        device, dtype = str(home(model)), model.dtype
         self._lm = FtpLM(model, tokenizer=tokenizer, device=device, dtype=dtype, batch_size=batch_size)
         self._cost = [sum(map(self._tokens, part)) for part in self._chunks]
 

@@ -53,13 +53,19 @@ class AllocationRequest:
             raise UserError(f"the sensitivity was measured on {measured} blocks, {self.num_blocks} are asked for")
 
     @property
+    def measured(self) -> dict[str, Any]:
+        """The sensitivity, where it is known to be there."""
+        assert self.sensitivity is not None
+        return self.sensitivity
+
+    @property
     def bounds(self) -> dict[str, PerBlock]:
         return {"lower": self.lower, "upper": self.upper}
 
     @property
     def kl(self) -> list[list[float]]:
         """(N, levels): KL of each block pruned alone in its kv mode; where that was not measured, in the first one."""
-        by_kv, first = self.sensitivity.get("kl_by_kv", {}), self.sensitivity["kl"]
+        by_kv, first = self.measured.get("kl_by_kv", {}), self.measured["kl"]
         modes = [self.kv] * self.num_blocks if isinstance(self.kv, str | None) else self.kv
         return [by_kv.get(kv, first)[block] for block, kv in enumerate(modes)]
 
@@ -126,7 +132,7 @@ def _needs_levels(request: AllocationRequest) -> str | None:
     """Lacks: KLs up to a sparsity that the budget can be spread below."""
     if problem := _needs("kl", "levels")(request):
         return problem
-    highest = request.sensitivity["levels"][-1]
+    highest = request.measured["levels"][-1]
     floor, ceiling = block_bounds(request.num_blocks, request.budget, request.lower, request.upper)
     return spread.beyond_measured(request.budget, spread.measured_ceiling(floor, ceiling, highest), highest)
 
@@ -170,18 +176,19 @@ def _late(r: AllocationRequest) -> Schedule:
 
 
 def _block_influence(r: AllocationRequest) -> Schedule:
-    return spread.from_importance(r.sensitivity["block_influence"], r.budget, **r.bounds)
+    return spread.from_importance(r.measured["block_influence"], r.budget, **r.bounds)
 
 
 def _gradient(r: AllocationRequest) -> Schedule:
-    return spread.from_importance(r.sensitivity["gradient"], r.budget, **r.bounds)
+    return spread.from_importance(r.measured["gradient"], r.budget, **r.bounds)
 
 
 def _sensitivity(r: AllocationRequest) -> Schedule:
-    return spread.knapsack(r.kl, r.sensitivity["levels"], r.budget, r.resolution, **r.bounds)
+    return spread.knapsack(r.kl, r.measured["levels"], r.budget, r.resolution, **r.bounds)
 
 
 def _greedy(r: AllocationRequest) -> Schedule:
+    assert r.measure is not None  # `_needs_measure`
     return spread.greedy(r.num_blocks, r.budget, r.measure, r.resolution, **r.bounds)
 
 

@@ -43,13 +43,15 @@ def block_bounds(
     return low, high
 
 
-def project(values: Sequence[float], budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0) -> Schedule:
-    """The schedule nearest `values` (Euclidean) with mean B and entries in [lower, upper].
+def project(
+    wanted: Sequence[float] | np.ndarray, budget: float, lower: PerBlock = 0.0, upper: PerBlock = 1.0
+) -> Schedule:
+    """The schedule nearest `wanted` (Euclidean) with mean B and entries in [lower, upper].
 
-    s = clip(values + t, lower, upper), t by bisection, to 12 digits: a block that ends at 0 is exactly dense.
+    s = clip(wanted + t, lower, upper), t by bisection, to 12 digits: a block that ends at 0 is exactly dense.
     ValueError for values that are not finite.
     """
-    values = _finite("values", values)
+    values = _finite("values", wanted)
     floor, ceiling = block_bounds(len(values), budget, lower, upper)
     low, high = (floor - values).min(), (ceiling - values).max()
     for _ in range(100):
@@ -111,9 +113,9 @@ def from_importance(
     `importance` (N,): Block Influence (ShortGPT: 1 - cos(in, out)), a gradient, or a single-block KL. Equal importance
     gives the uniform one.
     """
-    importance = _finite("importance", importance)
-    spread = importance.max() - importance.min()
-    weight = (importance.max() - importance) / spread if spread > 0 else np.ones_like(importance)
+    found = _finite("importance", importance)
+    spread = found.max() - found.min()
+    weight = (found.max() - found) / spread if spread > 0 else np.ones_like(found)
     return project(weight * (budget / weight.mean()), budget, lower, upper)
 
 
@@ -133,9 +135,9 @@ def knapsack(
     integers g of the right sum is a dynamic programme over blocks and partial sums. A block's last step may be shorter,
     where its bounds are no multiple of the step; what is cut off there is carried by the blocks that have most room.
     """
-    costs = _finite("costs", costs)
-    if costs.ndim != 2 or costs.shape[1] != len(levels):
-        raise ValueError(f"costs must be (blocks, {len(levels)}), got {costs.shape}")
+    table = _finite("costs", costs)
+    if table.ndim != 2 or table.shape[1] != len(levels):
+        raise ValueError(f"costs must be (blocks, {len(levels)}), got {table.shape}")
     if list(levels) != sorted({*levels}) or levels[0] <= 0:
         raise ValueError(f"levels must rise and be > 0, got {list(levels)}")
     floor, ceiling = block_bounds(len(costs), budget, lower, upper)
@@ -146,7 +148,7 @@ def knapsack(
     total = round((len(costs) * budget - math.fsum(floor)) / size)
     room = ceiling - floor
     grid = np.arange(min(top_level(size, room.max()), total) + 1) * size
-    fine = np.array([_interpolated(row, levels, floor[n] + np.minimum(grid, room[n])) for n, row in enumerate(costs)])
+    fine = np.array([_interpolated(row, levels, floor[n] + np.minimum(grid, room[n])) for n, row in enumerate(table)])
     for row, most in zip(fine, room):
         row[top_level(size, most) + 1 :] = np.inf
     found = [min(level * size, most) for level, most in zip(cheapest_levels(fine, total), room)]
@@ -204,7 +206,9 @@ def greedy(
     floor, ceiling = block_bounds(num_blocks, budget, lower, upper)
     sparsity, left, raises = floor.tolist(), round(num_blocks * budget - math.fsum(floor), 12), 0
     loss = measure(Schedule(sparsity)) if left > 0 else 0.0
-    queue = [(-math.inf, -block, -1) for block in range(num_blocks) if ceiling[block] - floor[block] > 1e-12]
+    queue: list[tuple[float, int, int]] = [
+        (-math.inf, -block, -1) for block in range(num_blocks) if ceiling[block] - floor[block] > 1e-12
+    ]
     while left > 1e-12 * num_blocks and queue:
         added, key, measured_at = heapq.heappop(queue)
         more = min(resolution, ceiling[-key] - sparsity[-key], left)
@@ -219,7 +223,7 @@ def greedy(
 
 
 def _raised(sparsity: list[float], block: int, more: float, ceiling: np.ndarray) -> list[float]:
-    value = float(min(round(sparsity[block] + more, 12), ceiling[block]))
+    value = float(min(round(sparsity[block] + more, 12), float(ceiling[block])))
     return [value if other == block else s for other, s in enumerate(sparsity)]
 
 

@@ -15,6 +15,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.pruning.places import home
 from ftp_lightning.pruning.prefix import BlockStates, capture, first_needed_block, resume_from
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
@@ -182,10 +183,10 @@ class ContinuationFitness(MemoFitness):
         """Logits (B, C, V) and the states that gave them (B, C, D)."""
         with entering_head(self.model) as seen:
             logits = continuation_logits(self.model, ids, self.windows.prompt_tokens)
-        return logits, torch.cat(seen, 1)
+        return logits, torch.cat(seen, 1).to(logits.device)
 
     def _ids(self, chunk: int) -> Tensor:
-        return self.windows.input_ids[self._rows[chunk]].to(self.model.device)
+        return self.windows.input_ids[self._rows[chunk]].to(home(self.model))
 
     # ---------------------------------------------------------------- dense first blocks, computed once
 
@@ -207,7 +208,7 @@ class ContinuationFitness(MemoFitness):
         if block == 0:
             return BlockStates()
         passes: list[list[Tensor]] = [[] for _ in range(block)]
-        return BlockStates([*passes, [self._states[chunk][block].to(self.model.device)]])
+        return BlockStates([*passes, [self._states[chunk][block].to(home(self.model))]])
 
 
 def pruner_identity(model: torch.nn.Module, make_pruner: Callable[[Schedule], TokenPruner]) -> dict[str, Any]:

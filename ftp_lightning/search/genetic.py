@@ -76,7 +76,7 @@ class _Search:
         self.toolbox.register("select", tools.selBest)
         self.toolbox.register("map", processes.map)
 
-    def schedule(self, individual: Individual) -> Schedule:
+    def schedule(self, individual: Sequence[int]) -> Schedule:
         return to_schedule(individual, self.step, self.upper, self.lower)
 
     def losses(self, schedules: Sequence[Schedule], chunks: Sequence[int] | None = None) -> list[float]:
@@ -91,7 +91,7 @@ class _Search:
         """Score the seed allocations as they are, then rounded to levels as the first population."""
         schedules, before = list(seeds.values()), self.fitness.forward_tokens
         allocations = dict(zip(seeds, self.losses(schedules)))
-        best = min(seeds, key=allocations.get)
+        best = min(seeds, key=allocations.__getitem__)
         population = _distinct([to_levels(schedule, self.step, self.tops, self.lower) for schedule in schedules])
         known = dict(zip(schedules, allocations.values()))  # a seed on the grid of levels is not measured again
         for individual in population:
@@ -178,10 +178,11 @@ class _Search:
         deviations: float,
     ) -> Individual | None:
         """The mutant of mutants of the best, none of those seen, of least expected loss; None where none is drawn."""
-        pool, expected = best, {}
+        pool = best
+        expected: dict[tuple[int, ...], float] = {}
         for _ in range(rounds):
-            drawn = dict.fromkeys(tuple(self._mutant(pool, rng)) for _ in range(DRAWS))
-            drawn = [levels for levels in drawn if levels not in seen and levels not in expected]
+            mutants = dict.fromkeys(tuple(self._mutant(pool, rng)) for _ in range(DRAWS))
+            drawn = [levels for levels in mutants if levels not in seen and levels not in expected]
             if drawn:
                 expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations).tolist()))
                 pool = _ranked(expected)
@@ -287,7 +288,7 @@ def enough_chunks(sizes: Sequence[int], order: Sequence[int], windows: int) -> l
 
 def _ranked(expected: dict[tuple[int, ...], float]) -> list[Individual]:
     """The `ELITE` best, each with what is expected of it as its loss."""
-    return [Individual(levels, expected[levels]) for levels in sorted(expected, key=expected.get)[:ELITE]]
+    return [Individual(levels, expected[levels]) for levels in sorted(expected, key=expected.__getitem__)[:ELITE]]
 
 
 def _distinct(population: list[Individual]) -> list[Individual]:

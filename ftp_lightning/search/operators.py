@@ -11,11 +11,12 @@ import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 from deap import base
 
 from ftp_lightning.schedule import Schedule
 
-PerBlock = float | Sequence[float]
+PerBlock = float | Sequence[float] | np.ndarray
 """One number for all blocks, or one per block."""
 
 
@@ -25,7 +26,7 @@ class Loss(base.Fitness):
     weights = (-1.0,)
 
 
-class Individual(list):
+class Individual(list[int]):
     """Integer levels, one per block, with the loss DEAP sorts by. No global creator: it pickles and copies anywhere.
     reach: by which of its ways a surrogate proposed it, if it did."""
 
@@ -122,7 +123,7 @@ def budget_crossover(a: Sequence[int], b: Sequence[int], rng: random.Random) -> 
     """
     if len(a) != len(b) or sum(a) != sum(b):
         raise ValueError(f"parents differ: {len(a)} and {len(b)} blocks, level sums {sum(a)} and {sum(b)}")
-    child = Individual(x if rng.random() < 0.5 else y for x, y in zip(a, b))
+    child = Individual([x if rng.random() < 0.5 else y for x, y in zip(a, b)])
     while (excess := sum(child) - sum(a)) != 0:
         direction, limit = (-1, min) if excess > 0 else (1, max)
         movable = [block for block, pair in enumerate(zip(a, b)) if child[block] != limit(pair)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.operators import Individual
@@ -56,11 +57,11 @@ class SearchState:
         rng.setstate((version, tuple(numbers), gauss))
         parents = [Individual(p["levels"], p["value"]) for p in record["parents"]]
         best = record["best"]
-        rest = {name: record[name] for name in ("generation", "stale", "seconds", "tokens_before")}
-        found = Schedule(best["sparsity"]), best["value"], dict(record["allocations"])
+        rest: dict[str, Any] = {name: record[name] for name in ("generation", "stale", "seconds", "tokens_before")}
+        found = {"best": Schedule(best["sparsity"]), "best_value": best["value"]}
         tried = [tuple(levels) for levels in record["tried"]]
-        lists = {"tried": tried, "wins": list(record["wins"]), "entries": list(record["log"])}
-        return SearchState(rng, *found, parents, **rest, **lists)
+        lists: dict[str, Any] = {"tried": tried, "wins": list(record["wins"]), "entries": list(record["log"])}
+        return SearchState(rng=rng, allocations=dict(record["allocations"]), parents=parents, **found, **rest, **lists)
 
 
 def population_hash(population: list[Individual]) -> str:

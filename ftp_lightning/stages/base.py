@@ -6,9 +6,10 @@ import shlex
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, read_provenance
+from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
@@ -57,6 +58,8 @@ class ModelSettings(Settings):
     """What names a model, a text, and a folder for what is found."""
 
     default_split: ClassVar[str] = "calibration"
+    spreads: ClassVar[bool] = True
+    """Whether the stage takes a model whose blocks lie on several devices."""
 
     model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: our small Llama")
     data: str = option("embedded", "text file, folder of them, JSON(L), Hub data set, or `embedded`: our stories")
@@ -64,6 +67,9 @@ class ModelSettings(Settings):
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
     seed: int = option(0, "seed of everything random", least=0)
     device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
+    device_map: str = option(
+        "none", "auto: blocks of one model on all devices; or a JSON file, module: device", passive=True
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
@@ -73,6 +79,23 @@ class ModelSettings(Settings):
     )
     prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
     continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_device_map()
+
+    def _check_device_map(self) -> None:
+        """UserError where one model is to lie on all devices, and something else wants to know which is its own."""
+        if read_device_map(self.device_map) is None:
+            return
+        if not self.spreads:
+            raise UserError(f"{self.stage} is for a model on one device\nLeave --device_map out.")
+        if self.device != "auto":
+            raise UserError("device is given beside device_map, which says it of every block\nLeave one of them out.")
+        if getattr(self, "processes", 1) > 1:
+            raise UserError(
+                "device_map spreads one model over all devices, processes want one each\nLeave one of them out."
+            )
 
     @property
     def folder(self) -> Path:
@@ -100,6 +123,12 @@ class BudgetSettings(ModelSettings):
         "tokens", "--budget is a share of tokens, or of a prompt's FLOPs that a uniform schedule saves"
     )
     budget_length: int = option(BUDGET_LENGTH, "with --budget_kind flops, tokens of that prompt", least=4)
+
+    if TYPE_CHECKING:
+
+        @property
+        def budget(self) -> float | None:
+            """A field of every stage that has a budget, with a default of its own."""
 
     def check(self) -> None:
         """UserError where the kind has nothing to say something about, or the budget is out of reach."""

@@ -24,6 +24,7 @@ class BenchmarkStage(PrunedSettings):
     """Time prefill and decoding, weigh them, dense and pruned in turn, beside what FLOPs and shapes allow."""
 
     stage: ClassVar[str] = "benchmark"
+    spreads: ClassVar[bool] = False
 
     lengths: tuple[int, ...] = option((), "prompt lengths; by default 512, 1024, 2048 as far as the model goes")
     batches: tuple[int, ...] = option((1,), "prompts per forward")

@@ -30,7 +30,7 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
     base = chosen_pruner(settings, model)
     router = base.router if settings.pruned else untrained_router(settings.router, settings.seed)
     changes = {} if settings.attention == "auto" else {"attention": settings.attention}
-    kvs = list(dict.fromkeys(settings.modes)) or [base.kv]
+    kvs: list[Any] = list(dict.fromkeys(settings.modes)) or [base.kv]
     if not settings.budgets and settings.budget_kind == "tokens":
         return [base.changed(router=router, kv=kv, **changes) for kv in kvs]
     budgets = dict.fromkeys(settings.budgets or (settings.budget,))
@@ -42,9 +42,9 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
 
 
 def _uniform(
-    settings: BenchmarkStage, model: PreTrainedModel, budget: float, kv: str | Sequence[str], rank: int
+    settings: BenchmarkStage, model: PreTrainedModel, budget: float | None, kv: str | Sequence[str], rank: int
 ) -> Schedule:
-    return Schedule.uniform(num_blocks(model), token_budget(settings, model, kv, budget, rank))
+    return Schedule.uniform(num_blocks(model), token_budget(settings, model, kv, budget, rank) or 0.0)
 
 
 def untrained_router(name: str, seed: int) -> Router:
@@ -78,7 +78,7 @@ def check_model(settings: BenchmarkStage, model: PreTrainedModel, found: Sequenc
     what = "prompts and decoding" if settings.decode_tokens else "prompts"
     check_positions(model.config, longest + decoded(settings), what, "Give shorter --lengths.")
     for pruner in found:
-        check_reachable(pruner.schedule.budget, shortest)
+        check_reachable(pruner.scheduled.budget, shortest)
 
 
 def measure(
@@ -98,7 +98,7 @@ def measure(
     clock = BlockClock(bench.model, prompts)
     for number, pruner in enumerate(grid_pruners):
         step(number / len(grid_pruners))
-        about = {"length": length, "batch": batch, "kv": kv_name(pruner), "budget": pruner.schedule.budget}
+        about = {"length": length, "batch": batch, "kv": kv_name(pruner), "budget": pruner.scheduled.budget}
         try:
             row = bench.cell(pruner, prompts, clock)
         except torch.OutOfMemoryError:

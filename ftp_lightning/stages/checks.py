@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from ftp_lightning import models
 from ftp_lightning.data.task_names import LONG
 from ftp_lightning.stages import inputs
 from ftp_lightning.stages.base import StageSettings
+from ftp_lightning.stages.benchmark import BenchmarkStage
+from ftp_lightning.stages.evaluate import EvaluateStage
+from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.task_files import RECALL, check_tasks, local_files, long_rows, recall_rows, test_windows
 
 ROWS = 8
@@ -14,13 +19,13 @@ ROWS = 8
 
 def check_inputs(stages: dict[str, StageSettings]) -> None:
     """UserError for texts too short, tasks unknown, files missing or lengths beyond the model, of any stage to come."""
-    first, evaluate = stages["sensitivity"], stages["evaluate"]
+    first, evaluate = stages["sensitivity"], cast(EvaluateStage, stages["evaluate"])
     models.resolve_device(first.device)
     config = models.load_config(first.model, revision=first.revision)
     tokenizer = models.load_tokenizer(first.model, revision=first.revision)
     inputs.check_positions(config, first.prompt_tokens + first.continuation_tokens)
-    inputs.check_budget_length(stages["search"], config)
-    lengths = stages["benchmark"].lengths
+    inputs.check_budget_length(cast(SearchStage, stages["search"]), config)
+    lengths = cast(BenchmarkStage, stages["benchmark"]).lengths if "benchmark" in stages else ()
     inputs.check_positions(config, max(lengths or [1]), "prompts of the benchmark", "Give shorter --lengths.")
     check_tasks(evaluate.tasks)
     local_files(evaluate)
@@ -36,9 +41,9 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
             inputs.check_questions(config, tokenizer, long_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items)))
 
 
-def _check_texts(stages: dict[str, StageSettings], tokenizer) -> None:
+def _check_texts(stages: dict[str, Any], tokenizer) -> None:
     """Draw the first windows of every text and split that is calibrated, trained or validated on."""
-    asked = {}
+    asked: dict[tuple[str, str], tuple[Any, str]] = {}
     for name in ("sensitivity", "search", "train", "finetune"):
         splits = (stages[name].chosen_split, "validation") if name == "train" else (stages[name].chosen_split,)
         asked |= {(stages[name].data, split): (stages[name], split) for split in splits}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ftp_lightning.errors import UserError
@@ -36,13 +37,17 @@ def need_of(settings: Any) -> Need:
 
     config = models.load_config(settings.model, revision=settings.revision)
     shape = Shape.of(empty_model(config, models.DTYPES[settings.dtype]))
-    return NEEDS[settings.stage](shape, settings)
+    return replace(NEEDS[settings.stage](shape, settings), largest=shape.largest)
 
 
 def line(settings: Any, need: Need, count: int, gigabytes: int) -> str:
+    """What is said of a stage: as it is asked for, or with --device_map auto where one device is too small."""
     memory = f"{need.weights / 1e9:.1f} GB weights + {need.working / 1e9:.1f} GB at work"
-    used = count if settings.stage in SHARED else 1
-    if not need.fits(gigabytes):
-        return f"{settings.stage}: {memory}: does not fit {gigabytes} GB; every device holds the whole model"
-    time = f"{need.flops:.2g} FLOP, about {clock(need.seconds(used, gigabytes))} on {used} x {rate(gigabytes)[0]}"
-    return f"{settings.stage}: {memory}: fits {gigabytes} GB; {time} at {UTILISATION:.0%} of its peak"
+    fits, working = need.fits(gigabytes), count if settings.stage in SHARED else 1
+    spread = None if fits else need.spread(count, gigabytes)
+    if not fits and spread is None:
+        return f"{settings.stage}: {memory}: does not fit {count} x {gigabytes} GB"
+    where = f"fits {gigabytes} GB" if fits else f"fits {spread} x {gigabytes} GB with --device_map auto"
+    working = working if fits else 1  # of devices that hold one model between them one is at work at a time
+    time = f"{need.flops:.2g} FLOP, about {clock(need.seconds(working, gigabytes))} on {working} x {rate(gigabytes)[0]}"
+    return f"{settings.stage}: {memory}: {where}; {time} at {UTILISATION:.0%} of its peak"

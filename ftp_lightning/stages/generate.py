@@ -37,7 +37,7 @@ class GenerateStage(PrunedSettings):
         ids = self._encode(prompt, model, tokenizer)
         new = {name: _generate(model, ids, self.max_new_tokens, chosen) for name, chosen in _both(pruner)}
         texts = {name: tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for name, row in new.items()}
-        skipped = [round(share * ids.shape[1]) for share in pruner.trace.prompt.sparsity]
+        skipped = [round(share * ids.shape[1]) for share in pruner.trace.routed.sparsity]
         first = _first_token_ms(model, ids, pruner, self.pairs)
         tokens = ids.shape[1]
         folder.write_json("generation.json", {"prompt": prompt, "prompt_tokens": tokens, **texts, "skipped": skipped})
@@ -58,6 +58,7 @@ class GenerateStage(PrunedSettings):
         """(1, T) token ids; UserError where there is nothing, or no room to go on."""
         import torch
 
+        from ftp_lightning.pruning.places import home
         from ftp_lightning.stages.inputs import check_chat_template
 
         if self.apply_chat_template:
@@ -72,7 +73,7 @@ class GenerateStage(PrunedSettings):
                 f"the prompt has {len(ids)} tokens; it must not be empty, and with {self.max_new_tokens} new ones "
                 f"fit the model's {limit}\nGive another --prompt or fewer --max_new_tokens."
             )
-        return torch.tensor([ids], device=model.device)
+        return torch.tensor([ids], device=home(model))
 
 
 def _both(pruner: Any) -> tuple[tuple[str, Any], ...]:

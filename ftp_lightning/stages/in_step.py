@@ -24,7 +24,7 @@ def execute_in_step(settings: Settings) -> None:
     if team.processes.rank > 0:
         return _help(team)
     if getattr(settings, "processes", None) == 1:
-        settings = replace(settings, processes=team.processes.count)
+        settings = replace(settings, **{"processes": team.processes.count})
     try:
         settings.execute()
     except BaseException:

@@ -38,6 +38,7 @@ def load_model(
     """
     where = settings.device if device is None else str(device)
     place = {"dtype": settings.dtype, "device": where, "revision": settings.revision}
+    place |= {"device_map": settings.device_map}
     model, tokenizer = _load(settings.model, **place, seed=settings.seed)
     check_positions(model.config, settings.prompt_tokens + settings.continuation_tokens)
     return model, tokenizer
@@ -67,7 +68,7 @@ def _load(name: str, **about: Any) -> tuple[PreTrainedModel, PreTrainedTokenizer
         return models.load(name, **about)
     about["device"] = str(models.resolve_device(about["device"]))
     seed = about["seed"] if name.startswith("random:") else None
-    key = (name, about["dtype"], about["device"], about["revision"], seed)
+    key = (name, about["dtype"], about["device"], about["device_map"], about["revision"], seed)
     if key not in _models:
         _models.clear()
         _models[key] = models.load(name, **about)
@@ -191,7 +192,7 @@ def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
     """The pruner in a folder; UserError where it was made for another model."""
     path = Path(folder).expanduser()
     pruner = TokenPruner.load(path)
-    check_blocks(pruner.schedule, folder, num_blocks(model))
+    check_blocks(pruner.scheduled, folder, num_blocks(model))
     check_base(read_settings(path), model)
     return pruner
 

@@ -68,14 +68,14 @@ class Bench:
         """The record of one method, see `results.json`; `with_retention` adds what needs all methods."""
         self.tell(f"{name}, text")
         prompt = self._score(pruner, "prompt")
-        trace = pruner.trace.prompt  # of the last batch of prompts
+        trace = pruner.trace.routed  # of the last batch of prompts
         cut = realised_cut(self.model, pruner, trace)
         sequence = self._score(pruner, "sequence")
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner, self._modes[0])
         return {
             "name": name,
-            "budget": pruner.schedule.budget,
+            "budget": pruner.scheduled.budget,
             "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
             "realised_sparsity": prompt.mean_sparsity,
             "realised_per_block": prompt.sparsity,
@@ -119,14 +119,18 @@ class Bench:
         """All tasks; the questions without their facts are asked of the dense model alone."""
         from ftp_lightning.evaluation.lm_eval_model import FtpLM
         from ftp_lightning.evaluation.tasks import run_tasks
+        from ftp_lightning.pruning.places import home
 
         settings = self.settings
         if not settings.tasks:
             return {}
-        window = {"prompt_tokens": settings.prompt_tokens, "continuation_tokens": settings.continuation_tokens}
+        window: dict[str, Any] = {
+            "prompt_tokens": settings.prompt_tokens,
+            "continuation_tokens": settings.continuation_tokens,
+        }
         lm = FtpLM(
             self.model, pruner=pruner, mode=mode, tokenizer=self.tokenizer, batch_size=settings.batch_size,
-            device=str(self.model.device), answers=self.answers, **window,
+            device=str(home(self.model)), answers=self.answers, **window,
         )  # fmt: skip
         try:
             with self.files.named(with_deleted=pruner is None) as files:

@@ -36,7 +36,7 @@ def choose_methods(settings: EvaluateStage, model: Any) -> Methods:
 
 def _peer(name: str, settings: EvaluateStage, chosen: TokenPruner, model: Any) -> TokenPruner:
     """A peer where the prompt costs as many FLOPs as under the pruner asked about."""
-    blocks = chosen.schedule.num_blocks
+    blocks = chosen.scheduled.num_blocks
     influence = load_sensitivity(settings.sensitivity, blocks)["block_influence"] if settings.sensitivity else ()
     cut = planned_cut(model, chosen, settings.prompt_tokens)
     return PEERS[name].place(Setting(model, settings.seed, influence=influence), cut, Profile(settings.prompt_tokens))
@@ -45,18 +45,18 @@ def _peer(name: str, settings: EvaluateStage, chosen: TokenPruner, model: Any) -
 def _baseline(name: str, settings: EvaluateStage, chosen: TokenPruner, model: Any) -> TokenPruner:
     if name not in BASELINES:
         return _peer(name, settings, chosen, model)
-    schedule, blocks = chosen.schedule, chosen.schedule.num_blocks
+    schedule, blocks = chosen.scheduled, chosen.scheduled.num_blocks
     even = Schedule.uniform(blocks, schedule.budget)
     if name == "random":
         return TokenPruner(RandomRouter(settings.seed), even, kv=chosen.kv)
     if name == "uniform":
         return TokenPruner(StaticRouter(), even, kv=chosen.kv)
     if name == "block_influence":
-        influence = load_sensitivity(settings.sensitivity, blocks)["block_influence"]
+        influence = load_sensitivity(str(settings.sensitivity), blocks)["block_influence"]
         return TokenPruner(StaticRouter(), allocations.from_importance(influence, schedule.budget), kv=chosen.kv)
     return TokenPruner(
         StaticRouter(),
-        load_schedule(settings.static_schedule or settings.schedule, model, schedule.budget),
+        load_schedule(str(settings.static_schedule or settings.schedule), model, schedule.budget),
         kv=chosen.kv,
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.stages.base import Settings
 
-Settings = TypeVar("Settings")
+Chosen = TypeVar("Chosen", bound=Settings)
 
 
 class Parser(ArgumentParser):
@@ -43,7 +44,7 @@ def words(given: Any) -> str | None:
     return None if given is None else str(given)
 
 
-def parser_of(settings_class: type) -> Parser:
+def parser_of(settings_class: type[Settings]) -> Parser:
     """One flag per field, with its type, default and help; `--config` may be given several times, later ones win."""
     parser = Parser(
         prog=f"ftp-lightning {settings_class.stage}",
@@ -54,13 +55,11 @@ def parser_of(settings_class: type) -> Parser:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML of settings; may be repeated, later ones win")
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
-        kind = words if field.metadata["raw"] else hints[field.name]
+        kind, default = words if field.metadata["raw"] else hints[field.name], cast(Any, field.default)
         if field.metadata["positional"]:
-            parser.add_argument(
-                field.name, nargs="*", type=str, default=list(field.default), help=field.metadata["help"]
-            )
+            parser.add_argument(field.name, nargs="*", type=str, default=list(default), help=field.metadata["help"])
         else:
-            _add(parser, field.name, kind, field.default, field.metadata["help"])
+            _add(parser, field.name, kind, default, field.metadata["help"])
     return parser
 
 
@@ -75,7 +74,7 @@ def _add(parser: Parser, name: str, kind: Any, default: Any, help: str) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=help)
 
 
-def parse_settings(settings_class: type[Settings], arguments: Sequence[str]) -> Settings | None:
+def parse_settings(settings_class: type[Chosen], arguments: Sequence[str]) -> Chosen | None:
     """The settings, or None where the parser has answered itself (`--help`, `--print_config`).
 
     UserError names an unknown key, an impossible value, a missing or broken config file.

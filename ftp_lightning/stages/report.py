@@ -42,7 +42,7 @@ class ReportStage(Settings):
             folder = Path(self.output or COMPARISON).expanduser()
             page = build_comparison([Path(run).expanduser() for run in self.runs], folder)
         else:
-            folder = Path(next(iter(self.runs), self.run or self.output)).expanduser()
+            folder = Path(next(iter(self.runs), self.run or str(self.output))).expanduser()
             page = build_report(folder)
         (progress or Progress(self.stage)).say(f"wrote {page}")
         return folder

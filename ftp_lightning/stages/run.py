@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import write_text
+from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import BudgetSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
@@ -26,7 +27,9 @@ ROUND = ("train", "finetune")
 
 @dataclass(frozen=True, kw_only=True)
 class RunStage(BudgetSettings):
-    """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT."""
+    """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT.
+
+    With --device_map without the benchmark, which times one device."""
 
     stage: ClassVar[str] = "run"
 
@@ -117,6 +120,8 @@ class RunStage(BudgetSettings):
             "evaluate": (EvaluateStage, self._evaluation() | evaluate | {"pruned": tuned}),
             "benchmark": (BenchmarkStage, {"lengths": self.lengths, "pairs": self.pairs, "pruned": tuned}),
         }
+        if read_device_map(self.device_map) is not None:  # it times one device
+            del chain["benchmark"]
         shared = self.shared()
         return {name: kind(**shared | {"output": self._at(name)} | more) for name, (kind, more) in chain.items()}
 
@@ -125,8 +130,11 @@ class RunStage(BudgetSettings):
 
     def _rounds(self, tuning: dict[str, Any], searched: str) -> dict[str, tuple[type[StageSettings], dict[str, Any]]]:
         """Train and finetune, round after round: the next goes on from the pruner that the one before has tuned."""
-        chain, schedule = {}, searched
-        first = {"schedule": searched} if self.dense is None else {"budget": self.budget, "dense": self.dense}
+        chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {}
+        schedule = searched
+        first: dict[str, Any] = (
+            {"schedule": searched} if self.dense is None else {"budget": self.budget, "dense": self.dense}
+        )
         start = first | {"kv": self.kv, "router": self.router}
         for place in round_places(self.rounds):
             trained = {"pruned": self._at(f"{place}train/pruned"), "schedule": schedule}
@@ -140,8 +148,8 @@ class RunStage(BudgetSettings):
         return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}
 
     def _training(self) -> dict[str, Any]:
-        names = ("steps", "batch_size", "learning_rate", "recall_share", "processes")
-        names += ("guide", "guide_share", "guide_decay")
+        names = ["steps", "batch_size", "learning_rate", "recall_share", "processes"]
+        names += ["guide", "guide_share", "guide_decay"]
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def carry_out(
     first, progress = processes.rank == 0, Progress(**timing)
     budgets = sorted(set(settings.budgets)) or [settings.budget]
     where = settings, model, start.kv
-    asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank)) for budget in budgets}
+    asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank) or 0.0) for budget in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
         what = "windows" if settings.task is None else f"items of {settings.task}"
@@ -72,8 +72,8 @@ def _fitness(settings: SearchStage, model: Any, tokenizer: Any, start: TokenPrun
         return fitness, {"items": fitness.identity()["items"]}
     windows = mixed_windows(settings, tokenizer, settings.windows, settings.recall_share)
     criterion = CRITERIA[settings.criterion]()
-    fitness = ContinuationFitness(model, windows, start.with_schedule, settings.chunk, criterion)
-    return fitness, {"windows": windows.hash()}
+    on_text = ContinuationFitness(model, windows, start.with_schedule, settings.chunk, criterion)
+    return on_text, {"windows": windows.hash()}
 
 
 def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
@@ -124,7 +124,7 @@ def _search(
     """Budget as it was asked for -> what was found; asked: the settings of each, told in tokens."""
     if state is not None and listener is not None:
         listener.going_on(state)
-    blocks, (first, *others) = start.schedule.num_blocks, asked.values()
+    blocks, (first, *others) = start.scheduled.num_blocks, asked.values()
     seeds = {one.budget: starting_schedules(one, start, fitness) for one in asked.values()}
     own = first.search_settings()
     if not others:

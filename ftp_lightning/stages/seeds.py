@@ -19,23 +19,23 @@ def starting_schedules(
 
     measure: the loss of a schedule, for allocations that are made by trying.
     """
-    blocks = start.schedule.num_blocks
+    blocks = start.scheduled.num_blocks
     lower, upper = settings.search_settings().bounds(blocks)
-    bounds = {"lower": lower, "upper": upper}
     request = AllocationRequest(
         num_blocks=blocks,
         budget=settings.budget,
-        **bounds,
+        lower=lower,
+        upper=upper,
         sensitivity=load_sensitivity(settings.sensitivity, blocks) if settings.sensitivity else None,
         kv=start.kv,
         seed=settings.seed,
         measure=measure,
         resolution=settings.step,
     )
-    given = {"start": start.schedule} if settings.pruned else {}
+    given = {"start": start.scheduled} if settings.pruned else {}
     if settings.schedule:
         given["given"] = read_schedule(settings.schedule, settings.budget)
         check_blocks(given["given"], settings.schedule, blocks)
-    fit = {name: project(seed.sparsity, settings.budget, **bounds) for name, seed in given.items()}
+    fit = {name: project(seed.sparsity, settings.budget, lower=lower, upper=upper) for name, seed in given.items()}
     found = seed_allocations(request, settings.allocations or None)
     return {name.replace("_", " "): seed for name, seed in found.items()} | fit

@@ -49,6 +49,7 @@ class SensitivityStage(StageSettings):
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.data.module import WindowsData
+        from ftp_lightning.pruning.places import home
         from ftp_lightning.stages.inputs import load_model, mixed_windows
 
         model, tokenizer = load_model(self)
@@ -56,7 +57,7 @@ class SensitivityStage(StageSettings):
         system = self.system(model)
         batches = -(-len(windows) // self.batch_size)
         trainer = quiet_trainer(
-            model.device.type, lambda done: progress.step(done, batches, f"batch {done} of {batches}")
+            home(model).type, lambda done: progress.step(done, batches, f"batch {done} of {batches}")
         )
         trainer.predict(system, datamodule=WindowsData(windows, batch_size=self.batch_size), return_predictions=False)
         found = {"router": self.router, "kv": self.kv} | system.summary()
@@ -77,7 +78,7 @@ class SensitivityStage(StageSettings):
 
         router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
         makers = {kv: partial(TokenPruner, router, kv=kv) for kv in KV[self.kv]}
-        shape = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
+        shape: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
         return BlockSensitivity(model, makers, num_blocks(model), self.levels, self.thresholds, **shape)
 
     def _track(self, folder: StageFolder, found: dict[str, Any]) -> None:

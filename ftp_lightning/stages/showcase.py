@@ -10,6 +10,7 @@ import torch
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.places import home
 from ftp_lightning.stages.base import StageSettings
 
 
@@ -24,8 +25,8 @@ def story_tokens(settings: StageSettings, model: Any, tokenizer: Any, pruner: To
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = (bos + ids)[: settings.prompt_tokens]
     with pruner(model):
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1)
-    keep = torch.cat(pruner.trace.prompt.keep).int()
+        model(input_ids=torch.tensor([ids], device=home(model)), use_cache=True, logits_to_keep=1)
+    keep = torch.cat(pruner.trace.routed.keep).int()
     return {
         "title": title,
         "tokens": [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids],
@@ -42,7 +43,7 @@ def pruner_images(
     from ftp_lightning.report import tracked
 
     return {
-        "schedule": lambda: tracked.schedule_png(pruner.schedule.sparsity, realised),
+        "schedule": lambda: tracked.schedule_png(pruner.scheduled.sparsity, realised),
         "gates": lambda: tracked.gates_png(story_tokens(settings, model, tokenizer, pruner)["keep"]),
     }
 

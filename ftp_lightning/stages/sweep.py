@@ -94,7 +94,7 @@ class SweepStage(Settings):
             raise UserError(
                 f"study: its runs are of stage {stage}, and only `trial` is compared\nRun it with `wandb agent`."
             )
-        own = {"label": label_of(run, names), "study": self.name, "tracking": self.tracking}
+        own: dict[str, Any] = {"label": label_of(run, names), "study": self.name, "tracking": self.tracking}
         own |= {"shared_folder": self.folder.parent / "shared", "overwrite": self.overwrite}
         trial = parse(stage, [*words, *(f"--{name}={value}" for name, value in own.items())])
         return replace(trial, output=str(self.folder / "runs" / trial.digest))

@@ -52,7 +52,7 @@ def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
     skipped, and the share of a prompt's FLOPs that it saves."""
     bench = bench_of(settings)
     text = evaluate_windows(bench.model, bench.windows, pruner, batch_size=BATCH, teacher=bench.teacher)
-    cut = realised_flops_reduction(bench.model, pruner.trace.prompt, pruner.kv, rank=pruner.skip_rank)
+    cut = realised_flops_reduction(bench.model, pruner.trace.routed, pruner.kv, rank=pruner.skip_rank)
     with pruner(bench.model):
         right = greedy_answers(bench.model, bench.questions, BATCH)
     return {
@@ -63,7 +63,7 @@ def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
         "need": bench.need,
         "realised_sparsity": text.mean_sparsity,
         "flops_reduction": cut,
-        "schedule": list(pruner.schedule.sparsity),
+        "schedule": list(pruner.scheduled.sparsity),
     }
 
 
@@ -79,7 +79,7 @@ def bench_of(settings: TrialStage) -> Bench:
 
 def _make(settings: TrialStage) -> Bench:
     model, tokenizer = load_model(settings)
-    text = {"data": settings.test_data or settings.data, "split": settings.test_split}
+    text: dict[str, Any] = {"data": settings.test_data or settings.data, "split": settings.test_split}
     held_out = replace(settings, seed=settings.seed + OTHER_SEED, **text)
     windows = mixed_windows(held_out, tokenizer, settings.test_windows, 0.5)
     items = _items(held_out, tokenizer)

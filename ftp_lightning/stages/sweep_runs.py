@@ -11,12 +11,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import Lock, StageFolder, make_folder, read_provenance
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import StageSettings
 from ftp_lightning.stages.progress import Progress
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.trial import TrialStage
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def is_finished(settings: StageSettings) -> bool | None:
     return found.get("fingerprint") == StageFolder(settings.folder, settings.stage, *told).fingerprint
 
 
-def to_do(trials: Sequence[StageSettings]) -> list[StageSettings]:
+def to_do(trials: Sequence[TrialStage]) -> list[TrialStage]:
     """Those that are not finished; UserError where one was made from other inputs or code and may not be replaced."""
     states = [is_finished(trial) for trial in trials]
     foreign = [trial.folder for trial, state in zip(trials, states) if state is False and not trial.overwrite]
@@ -52,7 +55,7 @@ def to_do(trials: Sequence[StageSettings]) -> list[StageSettings]:
     return [trial for trial, state in zip(trials, states) if not state]
 
 
-def carry_out(trials: Sequence[StageSettings], jobs: int, progress: Progress) -> list[str]:
+def carry_out(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> list[str]:
     """Every run, `jobs` at once. A run that is refused does not stop the others; returns what was said of each."""
     failures, started = [], time.monotonic()
     for done, failure in enumerate(_each(trials, jobs, progress), start=1):
@@ -64,7 +67,7 @@ def carry_out(trials: Sequence[StageSettings], jobs: int, progress: Progress) ->
     return failures
 
 
-def _each(trials: Sequence[StageSettings], jobs: int, progress: Progress) -> Iterator[str | None]:
+def _each(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> Iterator[str | None]:
     if jobs == 1:
         with _one_process():
             yield from (_run(trial) for trial in trials)
@@ -136,7 +139,7 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(trial: StageSettings) -> str | None:
+def _run(trial: TrialStage) -> str | None:
     """Carry one run out; returns what was wrong with it, where something was."""
     label = f"{trial.label}, seed {trial.seed}" if trial.label else trial.folder.name
     try:

@@ -28,7 +28,7 @@ def write_study(folder: Path, question: str, trials: Sequence[TrialStage]) -> No
     """study.json, table.md, study.csv and study.png of the finished runs; the first row is what others are held
     against."""
     runs = [(trial, json.loads((trial.folder / "results.json").read_text(encoding="utf-8"))) for trial in trials]
-    labels = list(dict.fromkeys(trial.label for trial in trials))
+    labels: list[Any] = list(dict.fromkeys(trial.label for trial in trials))
     groups = {label: [(trial, found) for trial, found in runs if trial.label == label] for label in labels}
     rows = [summary(label, group) for label, group in groups.items()]
     compared = [compare(label, groups[label], groups[labels[0]]) for label in labels[1:]]

@@ -55,7 +55,7 @@ def kept_cell(task: str, dense: Results, found: Results) -> dict[str, Any] | Non
     buckets = [distance_bucket(item["distance"]) for item in rows[0]]
     total = asdict(statistics.kept(*right))
     groups = statistics.kept_by(buckets, *right)
-    near_first = sorted((bucket for bucket in groups if groups[bucket].items), key=lambda b: int(b.split("-")[0]))
+    near_first = sorted((bucket for bucket in groups if groups[bucket].items), key=lambda b: int(str(b).split("-")[0]))
     names = ("share", "low", "high", "items")
     by_distance = {bucket: {name: getattr(groups[bucket], name) for name in names} for bucket in near_first}
     return total | {"by_distance": by_distance} if total["items"] else None

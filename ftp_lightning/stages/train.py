@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.device_map import NONE
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.base import StageSettings, holds_family
 from ftp_lightning.stages.option import check_reachable, option
@@ -72,8 +73,11 @@ class TrainStage(StageSettings):
     validation_windows: int = option(16, "windows it is measured on", least=1)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
     processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
+    shard: bool = option(False, "every process holds a share of the model's blocks (FSDP)", passive=True)
 
     def check(self) -> None:
+        if self.shard and self.device_map != NONE:
+            raise UserError("shard and device_map both say where the blocks lie\nLeave one of them out.")
         if self.pruned:
             self._check_pruned()
         if self.schedule and self.budget is not None and not holds_family(self.schedule):

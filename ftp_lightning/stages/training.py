@@ -43,10 +43,11 @@ def carry_out(
 
     timing: `Progress.place`.
     """
-    model, tokenizer = load_model(settings, device)
+    model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
     family, rows, held_out = _family(settings), *_rows(settings, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
-    system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, settings.budgets or (0.0, 0.0))
+    lowest, highest = settings.budgets or (0.0, 0.0)
+    system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
     data = WindowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
@@ -59,13 +60,25 @@ def carry_out(
         found = fit(system, data, place, logger, tell, folder.fingerprint, processes)
         if first:
             pruner.save(folder.place("pruned"), base=settings.model, model=model)
-            images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
+            images = {}  # a sharded model's forward needs all processes
+            if not settings.shard:
+                images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
             log_outcome(logger, images=images, pruned=folder.path / "pruned")
     if first:
         counts = rows.counts() if settings.rows == "examples" else {}
         folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
     return folder.files
+
+
+def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -> tuple[Any, Any]:
+    """The model of which this process holds its share, and the tokenizer."""
+    from ftp_lightning.sharding import shard
+
+    if processes.count == 1:
+        raise UserError("shard is given to one process, which would hold all\nGive --processes, or a launcher.")
+    model, tokenizer = load_model(settings, torch.device("cpu"))
+    return shard(model, processes, device), tokenizer
 
 
 def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: ScheduleFamily | None = None) -> TokenPruner:
@@ -114,7 +127,7 @@ def _family(settings: TrainStage) -> ScheduleFamily | None:
     """The schedules that budgets are drawn from; UserError where it does not reach so far."""
     if not settings.budgets:
         return None
-    family = ScheduleFamily.load(settings.schedule)
+    family = ScheduleFamily.load(str(settings.schedule))
     family.at(settings.budgets[1])
     return family
 
@@ -128,8 +141,8 @@ def _rows(settings: TrainStage, tokenizer: Any) -> tuple[Any, Any]:
         train, held_out = (mixed_windows(settings, tokenizer, count, share, split) for split, count in sizes)
         return train, held_out
     limits = (tokenizer, settings.prompt_tokens, settings.continuation_tokens)
-    train, held_out = (load_examples(settings.data, split, *limits).sample(n, settings.seed) for split, n in sizes)
-    return train, held_out
+    first, other = (load_examples(settings.data, split, *limits).sample(n, settings.seed) for split, n in sizes)
+    return first, other
 
 
 def _random_prompt(settings: TrainStage) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ class TrialStage(TrainStage):
     """
 
     stage: ClassVar[str] = "trial"
+    spreads: ClassVar[bool] = False
 
     study: str = option("trial", "the study that this is a run of; names its folder", passive=True)
     label: str | None = option(
@@ -42,7 +43,7 @@ class TrialStage(TrainStage):
     quoted: float | None = option(None, "the paper's number for it, shown beside ours", passive=True)
     shared_folder: str = option(f"{STUDIES}/shared", "where runs find what they have in common", passive=True)
     budget: float = option(0.3, "mean share of tokens that skip a block", least=0.0, below=1.0)
-    router: RouterName | Literal["static", "random"] = option(
+    router: RouterName | Literal["static", "random"] = option(  # type: ignore[assignment]  # wider on purpose
         "dynamic", "which router; static and random learn nothing"
     )
     steps: int = option(60, "optimiser steps: equal, short trainings", least=1)
@@ -63,6 +64,8 @@ class TrialStage(TrainStage):
 
     def check(self) -> None:
         super().check()
+        if self.shard:
+            raise UserError("a run of a study is for a model on one device\nLeave --shard out.")
         for name in ("pruned", "schedule", "budgets", "dense"):
             if getattr(self, name):
                 raise UserError(f"{name} is given, but a run of a study finds its own\nLeave --{name} out.")
@@ -139,14 +142,18 @@ class TrialStage(TrainStage):
         trained = self._shared(replace(picked(TrainStage, self), schedule=str(schedule), budget=None), progress)
         place = trained / "pruned"
         if self.finetune_generations:
-            tuning = {"pruned": str(place), "schedule": str(schedule), "generations": self.finetune_generations}
+            tuning: dict[str, Any] = {
+                "pruned": str(place),
+                "schedule": str(schedule),
+                "generations": self.finetune_generations,
+            }
             place = self._shared(replace(searched, kv="auto", allocations=(), **tuning), progress) / "pruned"
         pruner = TokenPruner.load(place).changed(decode=self.decode, threshold=self.threshold)
         return pruner, json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
 
     def search_settings(self, progress: Progress) -> SearchStage:
         """The search for the schedule; of a named allocation, which is what is found then."""
-        own = {"budget": self.budget, "kv": self.kv, "windows": self.calibration_windows}
+        own: dict[str, Any] = {"budget": self.budget, "kv": self.kv, "windows": self.calibration_windows}
         named = () if self.allocation == SEARCHED else (self.allocation,)
         own |= {"generations": 0 if named else self.generations, "allocations": named}
         if not named or self.allocation in MEASURED:
