@@ -63,7 +63,8 @@ class FtpProjected(Peer):
     kv, seeded, own_schedule_only = "keep", True, True
 
     def __init__(self, folder: str | Path | None = None, least: float = 0.0):
-        self.folder, self.least, self.taken = None if folder is None else Path(folder), least, None
+        self.folder, self.least = None if folder is None else Path(folder), least
+        self.taken: str | None = None
 
     def known(self, seed: int, kv: str) -> dict[str, TokenPruner]:
         """The trained pruners of this seed by their folders' names; UserError where there is none."""
@@ -79,9 +80,9 @@ class FtpProjected(Peer):
         known = self.known(setting.seed, kv or self.kv)
         about = (profile.prompt_tokens, profile.new_tokens)
         off = {name: abs(planned_cut(setting.model, one, *about) - cut) for name, one in known.items()}
-        for name in sorted(known, key=off.get):
+        for name in sorted(known, key=off.__getitem__):
             pruner, self.taken = known[name], name
-            whole = Schedule([s if s >= self.least else 0.0 for s in pruner.schedule.sparsity])
+            whole = Schedule([s if s >= self.least else 0.0 for s in pruner.scheduled.sparsity])
             try:
                 schedule = self._scaled(setting, cut, profile, pruner.router, whole, kv or self.kv)
             except OutOfReach as error:
