@@ -35,10 +35,9 @@ $(VENV)/.docs: $(SETUP) requirements-docs.txt
 	$(PYTHON) -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
-pictures: $(SETUP)  ## docs/pictures of reports, by a headless Chromium; fails where its console complains
-	$(PYTHON) docs/schedules_study.py runs/schedules-study
-	$(PYTHON) -m ftp_lightning report runs/schedules-study
-	$(PYTHON) docs/screenshots.py $(RUN)/report.html demo runs/schedules-study/report.html study
+pictures: ablation-factors  ## docs/pictures of reports, by a headless Chromium; fails where its console complains
+	$(PYTHON) -m ftp_lightning report runs/studies/factors
+	$(PYTHON) docs/screenshots.py $(RUN)/report.html demo runs/studies/factors/report.html study
 
 bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense and pruned
 	$(PYTHON) -m ftp_lightning benchmark --config experiments/benchmark_cpu.yaml
