@@ -48,7 +48,9 @@ def arguments():
     parser.add_argument("--items", type=int, default=400, help="questions per seed")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--lengths", default="192,448", help="of the prompts that are timed")
-    parser.add_argument("--pairs", type=int, default=25, help="timed pairs")
+    parser.add_argument("--pairs", type=int, default=25, help="timed pairs; 0: none")
+    parser.add_argument("--long", default="random:llama-110m", help="model of random weights to time longer prompts on")
+    parser.add_argument("--long_lengths", default="1024,2048")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("runs/record"))
     parser.add_argument("--tables", action="store_true")
@@ -180,19 +182,33 @@ def run(args):
 
 
 def time(args, name, cut, test):
+    """Prefills of the model, and of one with random weights where prompts are longer, each under the same schedule."""
+    from ftp_lightning import make_router
+    from ftp_lightning.models import load
+
+    pruner, lengths = Candidates(args, test)(name, cut, args.seeds[0]), map(int, args.lengths.split(","))
+    found = [timed(args, test.model, pruner, length) for length in lengths]
+    large = load(args.long, dtype="float32")[0]
+    if (blocks := large.config.num_hidden_layers) == len(pruner.kv):
+        pruner = pruner.changed(router=make_router("projected", blocks, large.config.hidden_size), skip="identity")
+        found += [timed(args, large, pruner, int(length)) for length in args.long_lengths.split(",")]
+    study.write(args.output / "time.json", {"name": name, "cut": cut, "prefill": found})
+
+
+def timed(args, model, pruner, length):
     """Dense and pruned prefills in turn, of random prompts: the router looks at them, which costs the same."""
     import torch
 
     from ftp_lightning.evaluation.prompts import random_prompts
     from ftp_lightning.evaluation.speed import prefill_speed
+    from ftp_lightning.pruning.flops import flops_reduction
 
-    pruner = Candidates(args, test)(name, cut, args.seeds[0])
-    generator, found = torch.Generator().manual_seed(0), []
-    for length in map(int, args.lengths.split(",")):
-        prompts = random_prompts(test.model, length, 1, generator=generator)
-        speed = prefill_speed(test.model, pruner, prompts, args.pairs, generator=generator)
-        found.append({"tokens": length, "ratio": speed.ratio.value, "low": speed.ratio.low, "high": speed.ratio.high})
-    study.write(args.output / "time.json", {"name": name, "cut": cut, "prefill": found})
+    generator = torch.Generator().manual_seed(0)
+    prompts = random_prompts(model, length, 1, generator=generator)
+    speed = prefill_speed(model, pruner, prompts, args.pairs, generator=generator)
+    limit = 1 / (1 - flops_reduction(model, pruner.scheduled, length, pruner.kv))
+    ratio = {"ratio": speed.ratio.value, "low": speed.ratio.low, "high": speed.ratio.high}
+    return {"tokens": length, "hidden": model.config.hidden_size, "limit": limit, **ratio}
 
 
 def tables(args):
@@ -212,7 +228,8 @@ def tables(args):
         timed = json.loads((args.output / "time.json").read_text())
         print(f"\n{timed['name']} at {timed['cut']:.1%}: prefill, dense / pruned, medians of pairs in turn")
         for row in timed["prefill"]:
-            print(f"* {row['tokens']} tokens: {row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]")
+            interval = f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
+            print(f"* {row['tokens']} tokens, D = {row['hidden']}: {interval}; FLOPs limit {row['limit']:.2f}x")
 
 
 def table_row(rows):

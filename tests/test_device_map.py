@@ -109,7 +109,7 @@ def test_a_stage_finds_the_same(stage, command, tmp_path):
         "sensitivity": ["--windows=2", "--levels=0.5"],
         "search": ["--windows=2", "--generations=1"],
         "train": ["--budget=0.3", "--steps=2", "--batch_size=2", "--validations=1", "--validation_windows=2"],
-        "evaluate": ["--windows=2", "--tasks=recall", "--items=4", "--budget=0.3"],
+        "evaluate": ["--windows=2", "--tasks=story_recall", "--items=4", "--budget=0.3"],
     }[stage]
     product = {"search": "schedule.json", "train": "pruned/router.safetensors", "evaluate": "results.json"}
     for name, more in (("whole", ()), ("spread", ("--device_map", tmp_path / "map.json"))):
