@@ -179,10 +179,17 @@ class Together:
         """Of every process but the first: do what it says until it has nothing more."""
         while (job := self._say(None)) is not None:
             self._do(*job)
+        self._part()
 
     def dismiss(self) -> None:
         """The first has nothing more to do."""
         self._say(None)
+        self._part()
+
+    def _part(self) -> None:
+        """All leave the group together: an interpreter that ends while gloo's threads are at work is aborted."""
+        torch.distributed.barrier(group=self.channel)
+        torch.distributed.destroy_process_group()
 
     def _do(self, function: Callable, arguments: Sequence[Any]) -> Any:
         self.busy = True
