@@ -143,6 +143,18 @@ def own_cells(args, cells):
     return [cell for place, cell in enumerate(cells) if place % workers == index]
 
 
+def cell_file(args, kv, budget, seed):
+    """The file of a cell's rows, its folder made, and the rows that are finished, by method."""
+    target = args.output / f"{kv}-{budget}-{seed}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target, json.loads(target.read_text()) if target.exists() else {}
+
+
+def place_of(name):
+    """A method's name as part of a file's."""
+    return name.replace(", ", "-").replace(" + ", "+").replace(" ", "-")
+
+
 def write(path, record):
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(record))

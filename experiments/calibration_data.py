@@ -108,9 +108,7 @@ def run_cell(args, kv, seed):
     from ftp_lightning import Schedule
     from ftp_lightning.evaluation.continuation import evaluate_windows, teacher_logprobs
 
-    target = args.output / f"{kv}-{args.budget}-{seed}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(target.read_text()) if target.exists() else {}
+    target, known = study.cell_file(args, kv, args.budget, seed)
     missing = [kind for kind in ["uniform", *kinds(args)] if kind not in known]
     if not missing:
         return

@@ -173,16 +173,12 @@ def run(args):
 
 
 def run_cell(args, kv, budget, seed):
-    target = args.output / f"{kv}-{budget}-{seed}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(target.read_text()) if target.exists() else {}
+    target, known = study.cell_file(args, kv, budget, seed)
     names = missing(args, kv, budget, seed, known)
     if not names:
         return
     cell = Cell(args, kv, budget, seed)
-    source = next(iter(study.tests_of(args).values()))
-    test = study.Test(args, seed, source, recall=True)
-    held = searches.Held(args, seed, source, test)
+    test, held = searches.tests_for(args, seed)
     for name in names:
         pruner, training = cell.find(name)
         row = test.measure(pruner) | {"held": held.measure("held", pruner), "training": training}

@@ -84,7 +84,7 @@ class Candidates:
         self.args, self.model, self.tokenizer = args, test.model, test.tokenizer
 
     def __call__(self, name, cut, seed):
-        return scaled(self.model, self._form(name, cut, seed), cut) if name not in DELETED else self._deleted(name, cut)
+        return self._deleted(name, cut) if name in DELETED else scaled(self.model, self._form(name, cut, seed), cut)
 
     def _form(self, name, cut, seed):
         from ftp_lightning import Schedule, StaticRouter, TokenPruner
@@ -99,7 +99,7 @@ class Candidates:
             return TokenPruner(StaticRouter(), Schedule(json.loads(path.read_text())["ours"]["sparsity"]), kv="keep")
         if name.endswith(COMPENSATED):
             return self._compensated(self._form(name.removesuffix(COMPENSATED), cut, seed), seed)
-        kv, place = ("evict" if name == "paper" else "keep"), name.replace(", ", "-").replace(" ", "-")
+        kv, place = ("evict" if name == "paper" else "keep"), study.place_of(name)
         found = self.args.trained.glob(f"{kv}-*-{seed}-{place}/pruned")
         return TokenPruner.load(nearest(((float(path.parent.name.split("-")[1]), path) for path in found), cut))
 
@@ -123,7 +123,7 @@ DELETED = {"deletion, recent": "deletion_recent", "deletion, surprising": "delet
 
 def measured(args, part, name, cut, seed, test):
     """One row, from its file where it is finished."""
-    path = args.output / f"{part}-{name.replace(', ', '-').replace(' + ', '+').replace(' ', '-')}-{cut}-{seed}.json"
+    path = args.output / f"{part}-{study.place_of(name)}-{cut}-{seed}.json"
     sizes = [args.items, args.windows, args.dtype]
     if path.exists() and (row := json.loads(path.read_text()))["sizes"] == sizes:
         return row

@@ -187,15 +187,11 @@ def run(args):
 
 
 def run_cell(args, kv, budget, seed):
-    target = args.output / f"{kv}-{budget}-{seed}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(target.read_text()) if target.exists() else {}
+    target, known = study.cell_file(args, kv, budget, seed)
     if all(name in known for name in args.methods):
         return
     cell = Cell(args, kv, budget, seed)
-    source = next(iter(study.tests_of(args).values()))
-    test = study.Test(args, seed, source, recall=True)
-    held = searches.Held(args, seed, source, test)
+    test, held = searches.tests_for(args, seed)
     for name in args.methods:
         if name in known:
             continue
@@ -215,7 +211,7 @@ def run_cell(args, kv, budget, seed):
 
 
 def folder_of(args, kv, budget, seed, name):
-    return args.output / f"{kv}-{budget}-{seed}-{name.replace(', ', '-').replace(' ', '-')}"
+    return args.output / f"{kv}-{budget}-{seed}-{study.place_of(name)}"
 
 
 def table(args, kv, budget):

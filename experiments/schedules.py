@@ -253,6 +253,13 @@ def run(args):
         run_cell(args, *cell)
 
 
+def tests_for(args, seed):
+    """`Test` and `Held` of the first test text."""
+    source = next(iter(study.tests_of(args).values()))
+    test = study.Test(args, seed, source, recall=True)
+    return test, Held(args, seed, source, test)
+
+
 def cells_of(args):
     """(kv, budget, seed) of each cell that this process does, seed by seed."""
     cells = itertools.product(map(int, args.seeds.split(",")), map(float, args.budgets.split(",")), args.kv.split(","))
@@ -263,15 +270,11 @@ def run_cell(args, kv, budget, seed):
     """Find and measure what is missing of a cell."""
     from ftp_lightning import Schedule
 
-    target = args.output / f"{kv}-{budget}-{seed}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(target.read_text()) if target.exists() else {}
+    target, known = study.cell_file(args, kv, budget, seed)
     if all(is_done(known.get(name, {})) for name in args.methods):
         return
     cell = Cell(args, kv, budget, seed)
-    source = next(iter(study.tests_of(args).values()))
-    test = study.Test(args, seed, source, recall=True)
-    held = Held(args, seed, source, test)
+    test, held = tests_for(args, seed)
     for name in args.methods:
         row = known.setdefault(name, {})
         if not row:

@@ -1,22 +1,17 @@
 """The study of budgets: a tiny cell end to end, gone on with where it stopped, and its tables."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "budgets.py"
 TINY = "--budgets 0.5 --kv keep --seeds 0 --items 24 --windows 4 --steps 2 --generations 1 --finetune_generations 1"
 
 
 @pytest.fixture(scope="module")
 def budgets():
-    spec = importlib.util.spec_from_file_location("budgets", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/budgets.py")
 
 
 def call(budgets, monkeypatch, folder, *more):

@@ -1,30 +1,21 @@
 """One router for all budgets, beside those of each: a tiny study end to end, gone on with; and what training costs."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import script
 
 from ftp_lightning import ScheduleFamily, TokenPruner
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 TINY = """--budgets 0.3,0.6 --anchors 0.6 --range 0.2,0.6 --seeds 0 --items 12 --windows 2 --calibration_windows 4
 --steps 1 --longer 2 --tokens 4000 --dtype bfloat16"""
 METHODS = "static; static, ramp; untrained, ramp; dynamic, one; dynamic, one, longer; dynamic, own"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def study():
-    return script("one_router")
+    return script("experiments/one_router.py")
 
 
 def call(study, monkeypatch, folder, methods, *more):
@@ -77,7 +68,7 @@ def test_what_cannot_be_asked_is_refused(study, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_training_cost_is_told_in_forwards(monkeypatch, tmp_path, capsys):
-    cost = script("training_cost")
+    cost = script("experiments/training_cost.py")
     given = [
         "--model",
         "random:tiny",

@@ -1,25 +1,19 @@
 """The study of peers: a tiny one end to end, gone on with where it stopped, its tables, CSV and figure."""
 
 import csv
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "peers.py"
 TINY = """--cuts 0.3 --two_way 0.3 --profiles request --prompt_tokens 64 --new_tokens 8 --seeds 0 --items 12 --windows 2
 --calibration_windows 2 --generations 1 --steps 2 --pairs 2"""
 
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("peers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/peers.py")
 
 
 def rows_in(folder):

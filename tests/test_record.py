@@ -1,26 +1,21 @@
 """The record: a tiny one end to end, chosen on validation text, rivals at the same cut; finished rows stay."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
 from ftp_lightning import Schedule, TokenPruner, make_router
 from ftp_lightning.models import load
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "record.py"
-TINY = "--items 24 --windows 2 --seeds 0 --cuts 0.1,0.2,0.9 --keep 0.01 --lengths 32 --pairs 2"
+TINY = "--items 24 --windows 2 --seeds 0 --cuts 0.1,0.2,0.9 --keep 0.01 --lengths 32 --pairs 2 --long_lengths 32"
 
 
 @pytest.fixture(scope="module")
 def record():
-    spec = importlib.util.spec_from_file_location("record", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/record.py")
 
 
 def call(record, monkeypatch, folder, *more):

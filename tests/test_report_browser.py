@@ -1,18 +1,15 @@
 """The pages in a real browser: the console is free of errors, nothing is wider than the window, the slider works."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 from made_up_run import BLOCKS, write_run
 from made_up_study import write_study
+from scripts import script
 
 from ftp_lightning.report import build_comparison, build_report
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "screenshots.py"
-spec = importlib.util.spec_from_file_location("screenshots", SCRIPT)
-screenshots = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(screenshots)
+screenshots = script("docs/screenshots.py")
 
 pytestmark = pytest.mark.skipif(not screenshots.find_browser(), reason="no Chromium is installed")
 

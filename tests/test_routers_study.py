@@ -1,25 +1,20 @@
 """The comparison of routers: a tiny cell end to end, gone on with where it stopped, and its table."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import script
 
 from ftp_lightning import TokenPruner
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "routers.py"
 TINY = """--budgets 0.5 --kv keep --seeds 0 --items 24 --windows 4 --calibration_windows 4 --steps 2 --tokens 4000
 --methods static;searched,paper,projected"""
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("routers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/routers.py")
 
 
 def call(study, monkeypatch, folder, *more):

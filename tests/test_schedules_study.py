@@ -1,23 +1,18 @@
 """The comparison of schedules: a tiny cell end to end, gone on with where it stopped, its tables and figure."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "schedules.py"
 TINY = """--budgets 0.5 --kv keep --seeds 0 --items 24 --windows 4 --calibration_windows 4 --population 3
 --generations 2"""
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("schedules", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/schedules.py")
 
 
 def call(study, monkeypatch, folder, *more):

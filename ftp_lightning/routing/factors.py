@@ -48,6 +48,11 @@ def sparsity_factor(context: RoutingContext) -> Tensor:
 _FACTOR = {"position": position_factor, "attention": attention_factor, "rank": rank_factor, "sparsity": sparsity_factor}
 
 
+def read_attention(names: tuple[str, ...]) -> bool:
+    """Whether any of these factors comes from the attention table."""
+    return "attention" in names or "rank" in names
+
+
 def factors(context: RoutingContext, names: tuple[str, ...] = FACTORS) -> Tensor:
     """(B, T, len(names)) float32; padding holds zeros, so that nothing undefined reaches the router."""
     stacked = torch.stack([_FACTOR[name](context) for name in names], dim=-1)

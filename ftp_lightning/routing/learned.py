@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.routing.base import Router, RoutingContext
-from ftp_lightning.routing.factors import FACTORS
+from ftp_lightning.routing.factors import FACTORS, read_attention
 
 
 def two_layers(inputs: int, width: int) -> nn.Sequential:
@@ -32,7 +32,7 @@ class LearnedRouter(Router):
 
     @property
     def needs_attention(self) -> bool:  # type: ignore[override]  # here the factors say it
-        return "attention" in self.names or "rank" in self.names
+        return read_attention(self.names)
 
     def logits(self, context: RoutingContext) -> Tensor:
         """(B, T, 2) float32: skip, compute."""

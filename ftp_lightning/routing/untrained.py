@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ftp_lightning.routing.base import Router, RoutingContext
-from ftp_lightning.routing.factors import factors
+from ftp_lightning.routing.factors import factors, read_attention
 from ftp_lightning.routing.learned import known_factors
 
 
@@ -26,7 +26,7 @@ class UntrainedRouter(Router):
 
     @property
     def needs_attention(self) -> bool:  # type: ignore[override]  # here the factors say it
-        return "attention" in self.names or "rank" in self.names
+        return read_attention(self.names)
 
     def score(self, context: RoutingContext) -> Tensor:
         return factors(context, self.names).mean(dim=-1)
