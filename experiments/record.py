@@ -229,7 +229,7 @@ def tables(args):
         print(f"\n{timed['name']} at {timed['cut']:.1%}: prefill, dense / pruned, medians of pairs in turn")
         for row in timed["prefill"]:
             interval = f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
-            print(f"* {row['tokens']} tokens, D = {row['hidden']}: {interval}; FLOPs limit {row['limit']:.2f}x")
+            print(f"* {row['tokens']} tokens: {interval}, FLOPs limit {row['limit']:.2f}x, D = {row['hidden']}")
 
 
 def table_row(rows):
