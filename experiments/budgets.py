@@ -64,11 +64,12 @@ def documents(source, part):
     return load_documents(source, part if source == "embedded" else "all")
 
 
-def search_windows(tokenizer, source, part, count, seed, prompt_tokens=192):
-    """Windows as searches and trainings have them: half of them with facts, 64 tokens of continuation."""
+def search_windows(tokenizer, source, part, count, seed, prompt_tokens=192, kinds=None):
+    """Windows as searches and trainings have them: half of them with facts (of `kinds`, else of all), 64 tokens of
+    continuation."""
     from ftp_lightning.data.windows import calibration_windows
 
-    return calibration_windows(tokenizer, documents(source, part), prompt_tokens, 64, count, seed)
+    return calibration_windows(tokenizer, documents(source, part), prompt_tokens, 64, count, seed, kinds=kinds)
 
 
 def tests_of(args):
@@ -162,17 +163,18 @@ def write(path, record):
 
 
 class Test:
-    """A test text: windows for KL and perplexity, and questions on facts set into it; measured dense once per
-    process."""
+    """A test text: windows for KL and perplexity, and questions on facts (of `kinds`, else of all) set into it;
+    measured dense once per process."""
 
     known: dict = {}
 
-    def __init__(self, args, seed, source, recall):
-        if (seed, source) not in self.known:
-            self.known[seed, source] = self._prepare(args, seed, source, recall)
-        self.__dict__.update(self.known[seed, source])
+    def __init__(self, args, seed, source, recall, kinds=None):
+        about = (seed, source, kinds)
+        if about not in self.known:
+            self.known[about] = self._prepare(args, seed, source, recall, kinds)
+        self.__dict__.update(self.known[about])
 
-    def _prepare(self, args, seed, source, recall):
+    def _prepare(self, args, seed, source, recall, kinds):
         from ftp_lightning.data.choices import recall_items
         from ftp_lightning.data.windows import plain_windows
         from ftp_lightning.evaluation.continuation import noise_floor, teacher_logprobs
@@ -183,7 +185,8 @@ class Test:
         texts = documents(source, "test")
         self.windows = plain_windows(self.tokenizer, texts, 192, 64, args.windows, random.Random(f"{seed}/windows"))
         self.teacher, floor = teacher_logprobs(self.model, self.windows, 16), noise_floor(self.model, self.windows, 16)
-        items = recall_items(self.tokenizer, texts, random.Random(f"{seed}/recall"), args.items) if recall else []
+        rng = random.Random(f"{seed}/recall")
+        items = recall_items(self.tokenizer, texts, rng, args.items, kinds=kinds) if recall else []
         self.questions = [as_question(self.tokenizer, item) for item in items]
         self.right = self.answers(self.questions)
         self.without = self.answers([as_question(self.tokenizer, item, "context_deleted") for item in items])

@@ -222,22 +222,22 @@ class Cell:
 
 
 class Held:
-    """Windows of test text as the searches have them, half with facts to recall, of their length and twice that;
-    measured dense once per process. test: a `budgets.Test` of the same seed and source."""
+    """Windows of test text as the searches have them, half with facts to recall (of `kinds`, else of all), of their
+    length and twice that; measured dense once per process. test: a `budgets.Test` of the same seed and source."""
 
     known: dict = {}
 
-    def __init__(self, args, seed, source, test):
-        self.model = test.model
-        if (seed, source) not in self.known:
-            self.known[seed, source] = self._prepare(args, seed, source, test)
-        self.sets = self.known[seed, source]
+    def __init__(self, args, seed, source, test, kinds=None):
+        self.model, about = test.model, (seed, source, kinds)
+        if about not in self.known:
+            self.known[about] = self._prepare(args, seed, source, test, kinds)
+        self.sets = self.known[about]
 
-    def _prepare(self, args, seed, source, test):
+    def _prepare(self, args, seed, source, test, kinds):
         from ftp_lightning.evaluation.continuation import teacher_logprobs
 
         asked = test.tokenizer, source, "test", args.windows, seed
-        sets = [study.search_windows(*asked, prompt) for prompt in HELD.values()]
+        sets = [study.search_windows(*asked, prompt, kinds) for prompt in HELD.values()]
         return {name: (windows, teacher_logprobs(test.model, windows, 8)) for name, windows in zip(HELD, sets)}
 
     def measure(self, name, pruner):
@@ -253,11 +253,11 @@ def run(args):
         run_cell(args, *cell)
 
 
-def tests_for(args, seed):
-    """`Test` and `Held` of the first test text."""
+def tests_for(args, seed, kinds=None):
+    """`Test` and `Held` of the first test text; kinds: of which all its facts are."""
     source = next(iter(study.tests_of(args).values()))
-    test = study.Test(args, seed, source, recall=True)
-    return test, Held(args, seed, source, test)
+    test = study.Test(args, seed, source, recall=True, kinds=kinds)
+    return test, Held(args, seed, source, test, kinds)
 
 
 def cells_of(args):

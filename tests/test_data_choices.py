@@ -125,3 +125,10 @@ def test_four_stories_are_needed():
             task(STORIES[:3], random.Random(0))
     with pytest.raises(UserError, match="one sentence"):
         ending_items([Story(f"S{i}", ("Only one.",)) for i in range(4)], random.Random(0))
+
+
+def test_facts_of_given_kinds_alone():
+    items = recall(12, kinds=("colour", "called"))
+    assert {item["kind"] for item in items} == {"colour", "called"}
+    for words in (" kept the ", " by trade", " had come from "):
+        assert not any(words in item["context"] for item in items)

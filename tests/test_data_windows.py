@@ -86,6 +86,13 @@ def test_recall_windows_ask_for_their_own_facts():
             assert any(answer.rstrip(".") in s and name in s for s in passage.split(". "))
 
 
+def test_windows_with_facts_of_given_kinds_alone():
+    windows = calibration_windows(TOKENIZER, STORIES, 192, 64, 12, seed=0, kinds=("trade", "town"))
+    texts = [TOKENIZER.decode(row) for row, kind in zip(windows.input_ids, windows.kinds) if kind == "recall"]
+    assert len(texts) == 6 and all(" by trade" in text and " come from" in text.lower() for text in texts)
+    assert not any(words in text for words in (" kept the ", " What colour ", " called the ") for text in texts)
+
+
 def test_recall_continuation_asks_again_when_short():
     row = recall_windows(TOKENIZER, STORIES, 96, 300, 1, random.Random(0)).input_ids[0]
     lines = TOKENIZER.decode(row[96:]).strip("\n").split("\n")

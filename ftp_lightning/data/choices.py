@@ -30,8 +30,11 @@ def recall_items(
     rng: random.Random,
     count: int,
     prompt_tokens: int = 192,
+    kinds: Sequence[str] | None = None,
 ) -> list[Item]:
     """`count` questions, each on a passage of its own: `prompt_tokens` tokens (BOS included), 4-6 facts.
+
+    `kinds`: of which kinds the facts of every passage are; drawn per passage by default, see `recall.draw_facts`.
 
     `context` is the passage, a line break and the question; `context_deleted` the same with all facts replaced by
     more filler, so what is answered right there was not recalled. `distance` = tokens from the fact's end to the
@@ -41,7 +44,7 @@ def recall_items(
     filler, items = Filler(tokenizer, documents), []
     for number in range(count):
         for _ in range(_TRIES):
-            item = _recall_item(tokenizer, filler, rng, prompt_tokens, fact_count(rng, prompt_tokens))
+            item = _recall_item(tokenizer, filler, rng, prompt_tokens, fact_count(rng, prompt_tokens), kinds)
             if item is not None:
                 break
         else:
@@ -53,10 +56,15 @@ def recall_items(
 
 
 def _recall_item(
-    tokenizer: PreTrainedTokenizerBase, filler: Filler, rng: random.Random, prompt_tokens: int, facts: int
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Filler,
+    rng: random.Random,
+    prompt_tokens: int,
+    facts: int,
+    kinds: Sequence[str] | None,
 ) -> Item | None:
     prose, document = filler.draw(rng, prompt_tokens)
-    passage = build_passage(rng, tokenizer, prose, draw_facts(rng, facts), prompt_tokens)
+    passage = build_passage(rng, tokenizer, prose, draw_facts(rng, facts, kinds), prompt_tokens)
     asked = rng.randrange(facts)
     fact = passage.facts[asked]
     texts = [_asked(tokenizer, ids, fact) for ids in (passage.prompt_ids, passage.deleted_ids)]

@@ -141,6 +141,7 @@ def recall_windows(
     continuation_tokens: int,
     count: int,
     rng: random.Random,
+    kinds: Sequence[str] | None = None,
 ) -> Windows:
     """Rows whose prompt is a passage with 4-6 facts and one question; the continuation answers it and then asks for the
     other facts.
@@ -148,13 +149,13 @@ def recall_windows(
     So the prompt ends as it does in use, with a question that a router may look at, and the rest of the continuation
     needs facts that the prompt did not ask for: questions and answers of the other facts in random order, then of all
     in new orders, cut at C tokens. Filler comes from `documents`, from a random sentence on; the row's document is
-    where it starts. Short prompts take fewer facts, see `recall.fact_count`. The first n rows are the same for every
-    count >= n.
+    where it starts. Short prompts take fewer facts, see `recall.fact_count`; all are of `kinds` (default: drawn per
+    passage). The first n rows are the same for every count >= n.
     """
     filler, rows, starts = Filler(tokenizer, documents), [], []
     for _ in range(count):
         prose, document = filler.draw(rng, prompt_tokens)
-        facts = draw_facts(rng, fact_count(rng, prompt_tokens))
+        facts = draw_facts(rng, fact_count(rng, prompt_tokens), kinds)
         rng.shuffle(facts)
         question = tokenizer.encode(f"\n{facts[0].question}", add_special_tokens=False)
         passage = build_passage(rng, tokenizer, prose, facts, prompt_tokens - len(question))
@@ -181,6 +182,7 @@ def calibration_windows(
     count: int,
     seed: int,
     recall_share: float = 0.5,
+    kinds: Sequence[str] | None = None,
 ) -> Windows:
     """What search, training and sensitivity look at: any first n rows hold floor(n * recall_share) of recall.
 
@@ -192,7 +194,7 @@ def calibration_windows(
     recalls = [math.floor(n * recall_share + 1e-9) for n in range(count + 1)]
     shape = (tokenizer, documents, prompt_tokens, continuation_tokens)
     plain = plain_windows(*shape, count - recalls[-1], random.Random(f"{seed}/plain"))
-    recall = recall_windows(*shape, recalls[-1], random.Random(f"{seed}/recall"))
+    recall = recall_windows(*shape, recalls[-1], random.Random(f"{seed}/recall"), kinds)
     both = _joined(plain, recall)
     return both.subset(len(plain) + recalls[n] if recalls[n + 1] > recalls[n] else n - recalls[n] for n in range(count))
 
