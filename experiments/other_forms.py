@@ -97,7 +97,8 @@ def run_cell(args, kv, budget, seed):
         known[name] = searches.compact(row | {"parameters": pruner.router.parameter_count})
         study.write(target, known)
         print(
-            f"{kv} {budget:.0%} seed {seed} {name}: held out {row['held']['kl']:.4f}, kept {row['kept']['share']:.3f}"
+            f"{kv} {budget:.0%} seed {seed} {name}: held out {row['held']['kl']:.4f}, kept {row['kept']['share']:.3f}",
+            flush=True,
         )
 
 

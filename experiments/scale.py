@@ -23,7 +23,6 @@ MODELS = {
 }
 PLACES = ((1, 24), (8, 24), (1, 80), (8, 80))
 STAGES = ("search", "train", "evaluate")
-SHARED = ("search", "train")
 
 
 def table() -> str:
@@ -39,15 +38,15 @@ def table() -> str:
 
 
 def _row(name: str, stage: str, need: Need) -> str:
-    cells = [_cell(stage, need, count, gigabytes) for count, gigabytes in PLACES]
+    cells = [_cell(need, count, gigabytes) for count, gigabytes in PLACES]
     return f"| {name} | {stage} | {need.weights / 1e9:.1f} + {need.working / 1e9:.1f} | " + " | ".join(cells) + " |"
 
 
-def _cell(stage: str, need: Need, count: int, gigabytes: int) -> str:
+def _cell(need: Need, count: int, gigabytes: int) -> str:
     if not need.fits(gigabytes):
         spread = need.spread(count, gigabytes)
         return "does not fit" if spread is None else f"on {spread}: {clock(need.seconds(1, gigabytes))}"
-    return clock(need.seconds(count if stage in SHARED else 1, gigabytes))
+    return clock(need.seconds(count, gigabytes))
 
 
 if __name__ == "__main__":

@@ -83,13 +83,14 @@ def _bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage takes: bytes of weights and of all else on a device, and FLOPs in all; of the weights `largest` lie
-    on one device, however many share the rest."""
+    """What a stage takes: bytes of weights and of all else on a device, and FLOPs in all. Of the weights `largest` lie
+    on one device, however many share the rest; of the FLOPs `alone` are done by one device, or by each of them."""
 
     weights: float
     working: float
     flops: float
     largest: float = 0.0
+    alone: float = 0.0
 
     @property
     def memory(self) -> float:
@@ -108,7 +109,8 @@ class Need:
         return next((n for n in range(2, devices + 1) if share(n).fits(gigabytes)), None)
 
     def seconds(self, devices: int, gigabytes: int) -> float:
-        return self.flops / (devices * UTILISATION * rate(gigabytes)[1])
+        shared = (self.flops - self.alone) / devices
+        return (self.alone + shared) / (UTILISATION * rate(gigabytes)[1])
 
 
 def rate(gigabytes: int) -> tuple[str, float]:
@@ -173,24 +175,27 @@ def train_need(shape: Shape, stage: Any) -> Need:
 
 def evaluate_need(shape: Shape, stage: Any, windows: int = 200, choices: int = 4) -> Need:
     """Of `evaluate` on `windows` windows where --windows does not say how many, and tasks of `choices` answers with
-    contexts as long as a prompt and --limit or --items items."""
+    contexts as long as a prompt and --limit or --items items. Processes share items; each measures all windows."""
     tokens = stage.prompt_tokens, stage.continuation_tokens
     methods, items = len(stage.compare) + 1 + bool(stage.before), stage.limit or stage.items
-    forwards = (stage.windows or windows) * (2 + 2 * methods)
-    forwards += len(stage.tasks) * items * choices * (1 + methods)
+    forward = shape.forward_flops(sum(tokens), tokens[1])
+    alone = (stage.windows or windows) * (2 + 2 * methods) * forward
+    answered = len(stage.tasks) * items * choices * (1 + methods) * forward
     working = forward_bytes(shape, stage.batch_size, *tokens, comparing=True)
-    return Need(shape.weights, working, forwards * shape.forward_flops(sum(tokens), tokens[1]))
+    return Need(shape.weights, working, alone + answered, alone=alone)
 
 
 def sensitivity_need(shape: Shape, stage: Any) -> Need:
-    """Of `sensitivity`: a forward per block and level, and one with a gradient through all blocks."""
+    """Of `sensitivity`, which is one process's: a forward per block and level, and one with a gradient through all
+    blocks."""
     tokens = stage.prompt_tokens, stage.continuation_tokens
     sizes, modes = (shape, stage.batch_size, *tokens), 2 if stage.kv == "both" else 1
     working = forward_bytes(*sizes, comparing=True)
     if stage.gradient:
         working = max(working, training_bytes(*sizes, logits=True))
     forwards = stage.windows * (2 + 3 * stage.gradient + modes * shape.blocks * len(stage.levels))
-    return Need(shape.weights, working, forwards * shape.forward_flops(sum(tokens), tokens[1]))
+    flops = forwards * shape.forward_flops(sum(tokens), tokens[1])
+    return Need(shape.weights, working, flops, alone=flops)
 
 
 NEEDS = {

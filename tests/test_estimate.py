@@ -127,6 +127,8 @@ def test_weights_and_flops_are_those_of_the_model():
 def test_what_does_not_fit_is_said():
     need = Need(weights=20e9, working=2e9, flops=1e15)
     assert not need.fits(24) and need.fits(40) and need.seconds(2, 80) == pytest.approx(1e15 / (2 * 0.35 * 312e12))
+    half = Need(weights=20e9, working=2e9, flops=1e15, alone=5e14)  # one half is done by each of the devices
+    assert half.seconds(2, 80) == pytest.approx(0.75 * half.seconds(1, 80))
     spread = Need(weights=60e9, working=4e9, flops=1e15, largest=2e9)  # 60 / 4 + 2.5 + 4 = 21.5, with margins 23.6
     assert not spread.fits(24) and spread.spread(8, 24) == 4 and spread.spread(3, 24) is None
     for text in ("80", "0x80", "8x8", "axb"):

@@ -10,9 +10,6 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.estimate import NEEDS, UTILISATION, Need, Shape, empty_model, rate
 from ftp_lightning.stages.progress import clock
 
-SHARED = ("search", "train")
-"""Stages whose work several devices share; the others use one."""
-
 
 def devices(text: str) -> tuple[int, int]:
     """(devices, GB of each) of `8x80`; UserError for something else."""
@@ -43,7 +40,7 @@ def need_of(settings: Any) -> Need:
 def line(settings: Any, need: Need, count: int, gigabytes: int) -> str:
     """What is said of a stage: as it is asked for, or with --device_map auto where one device is too small."""
     memory = f"{need.weights / 1e9:.1f} GB weights + {need.working / 1e9:.1f} GB at work"
-    fits, working = need.fits(gigabytes), count if settings.stage in SHARED else 1
+    fits, working = need.fits(gigabytes), 1 if need.alone == need.flops else count
     spread = None if fits else need.spread(count, gigabytes)
     if not fits and spread is None:
         return f"{settings.stage}: {memory}: does not fit {count} x {gigabytes} GB"
