@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ftp_lightning.pruning.costs import BlockCost
 from ftp_lightning.pruning.flops import block_costs, continuation_flops, head_flops, realised_flops
 from ftp_lightning.pruning.trace import Trace
 
@@ -50,9 +51,9 @@ class Account:
 class Realised:
     """What one routed prompt really skipped, and what that costs with a continuation after it."""
 
-    def __init__(self, model=None, pruner=None, row: Trace | None = None):
+    def __init__(self, model=None, pruner=None, row: Trace | None = None, costs: Sequence[BlockCost] = ()):
         self.sparsity = 0.0
-        self._pruner, self._model = pruner, model
+        self._pruner, self._model, self._costs = pruner, model, costs
         self._row: Any = row
         if row is not None:
             self.sparsity = row.row_sparsity.item()
@@ -61,15 +62,14 @@ class Realised:
         """Share of the FLOPs saved on the prompt and `new_tokens` tokens fed after it, all of them computed."""
         if self._row is None or self.sparsity == 0.0:
             return 0.0
-        costs, head = block_costs(self._model), head_flops(self._model)
-        tokens = int(self._row.real.sum())
+        tokens, head = int(self._row.real.sum()), head_flops(self._model)
         dense, pruned = self._prompt
-        after = [continuation_flops(costs, tokens, new_tokens, held, head) for held in self._stored(tokens)]
+        after = [continuation_flops(self._costs, tokens, new_tokens, held, head) for held in self._stored(tokens)]
         return 1.0 - (pruned + after[1]) / (dense + after[0])
 
     @cached_property
     def _prompt(self) -> tuple[float, float]:
-        return realised_flops(self._model, self._row, self._pruner.kv, rank=self._pruner.skip_rank)
+        return realised_flops(self._model, self._row, self._pruner.kv, costs=self._costs)
 
     def _stored(self, tokens: int) -> tuple[list[int], list[int]]:
         """Entries in the cache of each block, dense and pruned."""
@@ -84,8 +84,8 @@ def realised_rows(model, pruner, rows: int) -> list[Realised]:
         return [Realised()] * rows
     trace = pruner.trace.routed
     masks = [[mask.cpu() for mask in part] for part in (trace.keep, trace.keep_attention, trace.keep_mlp)]
-    real = trace.real.cpu()
-    return [Realised(model, pruner, _row(masks, real, row)) for row in range(rows)]
+    real, costs = trace.real.cpu(), block_costs(model, pruner.skip_rank)
+    return [Realised(model, pruner, _row(masks, real, row), costs) for row in range(rows)]
 
 
 def _row(masks: Sequence[Sequence], real, row: int) -> Trace:

@@ -137,6 +137,7 @@ def realised_flops(
     new_tokens: int = 0,
     rank: int = 0,
     removed: Sequence[tuple[int, str]] = (),
+    costs: Sequence[BlockCost] | None = None,
 ) -> tuple[float, float]:
     """(dense, pruned) FLOPs of the prompt that was routed on an empty cache, rows added up.
 
@@ -144,9 +145,9 @@ def realised_flops(
     itself under `keep`, and those computed in the attention under `evict`. `new_tokens` densely computed tokens per row
     may follow. `rank` (see `block_costs`) is counted for every real token that skips: once for a block, whose two parts
     share one mask in the trace, else by each part. `removed`: parts (block, "attention" or "mlp") that the tokens that
-    follow skip, too.
+    follow skip, too. `costs`: `block_costs(model, rank)`, for whoever asks for many traces.
     """
-    costs, real = block_costs(model, rank), trace.real
+    costs, real = costs or block_costs(model, rank), trace.real
     left = remaining_costs(costs, removed)
     attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
     dense = pruned = head_flops(model) * len(real) * (1 + new_tokens)
