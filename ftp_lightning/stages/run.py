@@ -69,7 +69,9 @@ class RunStage(BudgetSettings):
     test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
     lengths: tuple[int, ...] = option((), "prompt lengths of the benchmark; by default 512, 1024, 2048")
     pairs: int = option(15, "pairs of prefills per length", least=2)
-    processes: int = option(1, "processes that share search and training; training with W is W times the rows", least=1)
+    processes: int = option(
+        1, "processes that share search, training (W of them: W times the rows) and the items of tasks", least=1
+    )
 
     def check(self) -> None:
         super().check()
@@ -153,7 +155,7 @@ class RunStage(BudgetSettings):
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
 
     def _evaluation(self) -> dict[str, Any]:
-        names = ("tasks", "items", "limit", "task_data", "num_fewshot", "apply_chat_template")
+        names = ("tasks", "items", "limit", "task_data", "num_fewshot", "apply_chat_template", "processes")
         text = {"data": self.test_data or self.data, "split": self.test_split, "windows": self.test_windows}
         return {name: getattr(self, name) for name in names} | text
 

@@ -31,6 +31,7 @@ class SweepStage(Settings):
     output: str | None = option(None, f"folder to write; by default {STUDIES}/NAME", passive=True)
     device: str | None = option(None, "cpu, cuda; by default the best there is")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = option(None, "precision of the model")
+    revision: str | None = option(None, "branch, tag or commit of a model from the Hub")
     jobs: int | None = option(None, "runs at once; by default one per GPU, else one", least=1, passive=True)
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option("none", "where runs are logged", passive=True)
     overwrite: bool = option(False, "make runs again that other inputs or other code have made", passive=True)
@@ -78,7 +79,7 @@ class SweepStage(Settings):
         if not self.study:
             raise UserError("no study is given\nGive --study sweeps/NAME.yaml.")
         seeds = list(range(self.seed, self.seed + self.seeds)) if self.seeds else None
-        given = {name: getattr(self, name) for name in ("model", "data", "budget", "device", "dtype")}
+        given = {name: getattr(self, name) for name in ("model", "data", "budget", "device", "dtype", "revision")}
         sweep = with_values(read_sweep(self.study), self.study, **given, seed=seeds)
         runs, names = expand(sweep), varied(sweep)
         trials = sorted((self._trial(sweep, run, names) for run in runs), key=lambda trial: trial.seed)
