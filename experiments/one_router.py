@@ -248,7 +248,7 @@ def figure(args, kv):
                     axis.plot([p[0] for p in points], [p[column] for p in points], style, marker="o", **about)
         axes[0].set(xlabel="budget, %", ylabel="held-out KL (nats)", yscale="log")
         plain_log(axes[0].yaxis, math.log10(max(losses) / min(losses)))
-        axes[1].set(xlabel="budget, %", ylabel="kept answers, %")
+        axes[1].set(xlabel="budget, %", ylabel="kept answers, %", ylim=(0, None))
         drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, handlelength=3.5)
         freeze(drawing)
         (args.output / f"one_router-{kv}.png").write_bytes(to_png(drawing))
