@@ -52,6 +52,15 @@ def arguments():
     return parser.parse_args()
 
 
+def chosen(parser, text, known, kind="method", separator=";"):
+    """The names that a flag lists; what is none of `known` ends the script with status 2."""
+    names = [name.strip() for name in text.split(separator)]
+    if unknown := [name for name in names if name not in known]:
+        listed = f"{separator} ".join(known)
+        parser.error(f"there is no {kind} {', '.join(unknown)}; {kind}s: {listed}")
+    return names
+
+
 def whole(source):
     """Every text of ours is for one purpose, so all of it is used; the embedded stories have splits of their own."""
     return {"data": source, "split": "auto" if source == "embedded" else "all"}

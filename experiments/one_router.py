@@ -68,9 +68,7 @@ def arguments():
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
-    args.methods = [name.strip() for name in args.methods.split(";")]
-    if unknown := set(args.methods) - set(METHODS):
-        parser.error(f"there is no method {', '.join(sorted(unknown))}; methods: {'; '.join(METHODS)}")
+    args.methods = study.chosen(parser, args.methods, METHODS)
     if args.transfer is None:
         args.methods = [name for name in args.methods if not name.endswith("transferred")]
     args.range, args.anchors = numbers(args.range), numbers(args.anchors)

@@ -56,9 +56,7 @@ def arguments():
     args = parser.parse_args()
     args.static = Path("no schedule is taken from elsewhere")
     args.forms, args.asked = tuple(args.forms.split(",")), tuple(args.asked.split(","))
-    args.methods = [name.strip() for name in args.methods.split(";")]
-    if unknown := set(args.methods) - set(METHODS):
-        parser.error(f"there is no method {', '.join(sorted(unknown))}; methods: {'; '.join(METHODS)}")
+    args.methods = study.chosen(parser, args.methods, METHODS)
     if both := set(args.forms) & set(args.asked):
         parser.error(f"{', '.join(sorted(both))} is in --forms and in --asked; nothing would be new to the router")
     return args

@@ -71,9 +71,8 @@ def arguments():
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
     known = tables.methods(args.projected)
-    args.peers = args.peers.split(",") if args.peers else [n for n in known if n != "ftp_projected" or args.projected]
-    if unknown := set(args.peers) - set(known):
-        parser.error(f"there is no peer {', '.join(sorted(unknown))}; peers: {', '.join(known)}")
+    default = ",".join(name for name in known if name != "ftp_projected" or args.projected)
+    args.peers = study.chosen(parser, args.peers or default, known, "peer", ",")
     if "ftp_projected" in args.peers and not args.projected:
         parser.error("ftp_projected needs --projected FOLDER, what experiments/routers.py has trained")
     return args

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets as study
+import routers
 import schedules
 
 RANK, COMPENSATED = 8, " + rank 8"
@@ -41,7 +42,7 @@ def arguments():
     parser.add_argument("--calibration", default="embedded", help="text that a compensation is fitted on")
     parser.add_argument("--validation", default="embedded", help="text that the cut is chosen on")
     parser.add_argument("--test", action="append", metavar="NAME=SOURCE")
-    parser.add_argument("--methods", default=f"projected,projected{COMPENSATED}", help="; within a name")
+    parser.add_argument("--methods", default=f"projected; projected{COMPENSATED}", help="separated by ;")
     parser.add_argument("--keep", type=float, default=0.99)
     parser.add_argument("--cuts", default="0.15,0.175,0.2,0.225,0.25,0.275,0.3", help="shares of the prefill's FLOPs")
     parser.add_argument("--seeds", default="0,1,2")
@@ -55,7 +56,8 @@ def arguments():
     parser.add_argument("--output", type=Path, default=Path("runs/record"))
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
-    args.methods = [name.replace(";", ",") for name in args.methods.split(",")]
+    known = [name + end for name in routers.METHODS for end in ("", COMPENSATED)]
+    args.methods = study.chosen(parser, args.methods, known)
     args.cuts, args.seeds = sorted(map(float, args.cuts.split(","))), [int(seed) for seed in args.seeds.split(",")]
     return args
 

@@ -69,16 +69,12 @@ def arguments():
     parser.add_argument("--items", type=int, default=700, help="recall questions per seed")
     parser.add_argument("--windows", type=int, default=64, help="windows of test text per seed")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument(
-        "--methods", default=",".join(name.replace(",", ";") for name in METHODS), help="; within a name"
-    )
+    parser.add_argument("--methods", default="; ".join(METHODS), help="separated by ;")
     parser.add_argument("--output", type=Path, default=Path("runs/routers"))
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
-    args.methods = [name.replace(";", ",") for name in args.methods.split(",")]
-    if unknown := set(args.methods) - set(METHODS):
-        parser.error(f"there is no method {', '.join(sorted(unknown))}; methods: {'; '.join(METHODS)}")
+    args.methods = study.chosen(parser, args.methods, METHODS)
     return args
 
 

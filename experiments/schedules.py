@@ -63,9 +63,8 @@ def arguments():
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--tables", action="store_true")
     args = parser.parse_args()
-    args.methods = args.methods.split(",") if args.methods else every_method()
-    if unknown := set(args.methods) - set(every_method()):
-        parser.error(f"there is no method {', '.join(sorted(unknown))}; methods: {', '.join(every_method())}")
+    known = every_method()
+    args.methods = study.chosen(parser, args.methods, known, separator=",") if args.methods else known
     return args
 
 

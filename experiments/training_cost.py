@@ -42,9 +42,7 @@ def arguments():
     parser.add_argument("--output", type=Path, default=Path("runs/training_cost.json"))
     parser.add_argument("--routers", default="; ".join(VARIANTS), help="separated by ;")
     args = parser.parse_args()
-    args.routers = [name.strip() for name in args.routers.split(";")]
-    if unknown := set(args.routers) - set(VARIANTS):
-        parser.error(f"there is no router {', '.join(sorted(unknown))}; routers: {'; '.join(VARIANTS)}")
+    args.routers = study.chosen(parser, args.routers, VARIANTS, "router")
     if args.steps < 2:
         parser.error("a step is timed from the end of the one before: give --steps of 2 at least")
     return args

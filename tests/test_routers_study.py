@@ -9,7 +9,7 @@ from scripts import script
 from ftp_lightning import TokenPruner
 
 TINY = """--budgets 0.5 --kv keep --seeds 0 --items 24 --windows 4 --calibration_windows 4 --steps 2 --tokens 4000
---methods static;searched,paper,projected"""
+--methods static, searched; paper; projected"""
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def study():
 
 
 def call(study, monkeypatch, folder, *more):
-    methods = TINY.replace("static;searched", "static; searched").split("--methods ")
+    methods = TINY.split("--methods ")
     given = [*methods[0].split(), "--methods", methods[1], "--static", str(folder), "--output", str(folder / "found")]
     monkeypatch.setattr(sys, "argv", ["routers.py", *given, *more])
     study.main()
