@@ -76,6 +76,31 @@ def test_a_study_leaves_table_figure_and_numbers(done):
     assert len((study.folder / "study.csv").read_text().splitlines()) == 1 + 6
 
 
+def test_of_two_parameters_rows_that_differ_in_the_last_alone_are_compared_too(tmp_path):
+    more = {name: {"values": values} for name, values in (("kv", ["keep", "evict"]), ("router", ["dynamic", "static"]))}
+    file = tmp_path / "two.yaml"
+    sweep = yaml.safe_load(Path(write_study(tmp_path)).read_text())
+    del sweep["parameters"]["config"]
+    file.write_text("# Which?\n" + yaml.safe_dump(sweep | {"parameters": sweep["parameters"] | more}))
+    assert SweepStage(study=str(file)).pairs() == [
+        (f"kv {kv}, router static", f"kv {kv}, router dynamic") for kv in ("keep", "evict")
+    ]
+    assert SweepStage(study=write_study(tmp_path)).pairs() == []
+
+
+def test_pairs_are_told_with_their_own_difference(done, tmp_path):
+    study, _ = done
+    trials = study.trials()
+    sweep_table.write_study(tmp_path, "Which?", trials, [("static", "rank alone"), ("static", "not run")])
+    found = json.loads((tmp_path / "study.json").read_text())
+    pair, first = found["pairs"], {one["label"]: one for one in found["compared"]}
+    assert [(one["label"], one["against"]) for one in pair] == [("static", "rank alone")]
+    apart = first["static"]["kl"]["difference"] - first["rank alone"]["kl"]["difference"]
+    assert pair[0]["kl"]["difference"] == pytest.approx(apart)
+    assert "| static | rank alone | " in (tmp_path / "table.md").read_text()
+    assert "pairs" not in json.loads((study.folder / "study.json").read_text())
+
+
 def test_the_model_is_loaded_once_per_seed_of_a_random_one(done):
     assert len(done[1]) == 2
 

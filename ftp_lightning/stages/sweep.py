@@ -58,7 +58,7 @@ class SweepStage(Settings):
         else:
             progress.say(f"{question} {len(left)} of {len(trials)} runs to do")
         failures = carry_out(left, self.chosen_jobs(len(left)), progress) if left else []
-        write_study(self.folder, question, [trial for trial in trials if is_finished(trial)])
+        write_study(self.folder, question, [trial for trial in trials if is_finished(trial)], self.pairs())
         print((self.folder / TABLE).read_text(encoding="utf-8"), end="")
         if failures:
             raise UserError(f"{len(failures)} of {len(trials)} runs could not be done; the first: {failures[0]}")
@@ -74,6 +74,23 @@ class SweepStage(Settings):
 
         UserError for whatever a run would be refused for.
         """
+        sweep, runs, names = self._expanded()
+        trials = sorted((self._trial(sweep, run, names) for run in runs), key=lambda trial: trial.seed)
+        self._check_different(trials)
+        return trials
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Of a study that varies several parameters: the labels of a row and of the one that differs from it in the
+        last parameter alone, which has its first value there."""
+        _, runs, names = self._expanded()
+        first: dict[str, str] = {}
+        found = {
+            label_of(run, names): first.setdefault(label_of(run, names[:-1]), label_of(run, names)) for run in runs
+        }
+        return [(label, other) for label, other in found.items() if len(names) > 1 and label != other]
+
+    def _expanded(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+        """The sweep with what is given here, its runs, and what they vary."""
         from ftp_lightning.stages.sweep_file import expand, read_sweep, varied, with_values
 
         if not self.study:
@@ -81,10 +98,7 @@ class SweepStage(Settings):
         seeds = list(range(self.seed, self.seed + self.seeds)) if self.seeds else None
         given = {name: getattr(self, name) for name in ("model", "data", "budget", "device", "dtype", "revision")}
         sweep = with_values(read_sweep(self.study), self.study, **given, seed=seeds)
-        runs, names = expand(sweep), varied(sweep)
-        trials = sorted((self._trial(sweep, run, names) for run in runs), key=lambda trial: trial.seed)
-        self._check_different(trials)
-        return trials
+        return sweep, expand(sweep), varied(sweep)
 
     def _trial(self, sweep: dict[str, Any], run: dict[str, Any], names: list[str]) -> TrialStage:
         from ftp_lightning.__main__ import parse

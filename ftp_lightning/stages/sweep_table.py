@@ -24,9 +24,11 @@ TABLE, PRODUCTS = "table.md", ("study.json", "table.md", "study.csv", "study.png
 MEASURES = {"kl": "KL", "kept": "answers kept, points"}
 
 
-def write_study(folder: Path, question: str, trials: Sequence[TrialStage]) -> None:
+def write_study(
+    folder: Path, question: str, trials: Sequence[TrialStage], pairs: Sequence[tuple[str, str]] = ()
+) -> None:
     """study.json, table.md, study.csv and study.png of the finished runs; the first row is what others are held
-    against."""
+    against, and `pairs` are (label, label of the row that it is held against, too)."""
     runs = [(trial, json.loads((trial.folder / "results.json").read_text(encoding="utf-8"))) for trial in trials]
     labels: list[Any] = list(dict.fromkeys(trial.label for trial in trials))
     groups = {label: [(trial, found) for trial, found in runs if trial.label == label] for label in labels}
@@ -34,6 +36,9 @@ def write_study(folder: Path, question: str, trials: Sequence[TrialStage]) -> No
     compared = [compare(label, groups[label], groups[labels[0]]) for label in labels[1:]]
     said = sentence(labels[0], compared) if labels else "No run is finished."
     study = {"question": question, "rows": rows, "compared": compared, "sentence": said}
+    beside = [(label, other) for label, other in pairs if label in groups and other in groups]
+    if beside:
+        study["pairs"] = [compare(label, groups[label], groups[other]) | {"against": other} for label, other in beside]
     write_text(folder / "study.json", json.dumps(study, indent=1) + "\n")
     write_text(folder / TABLE, table(study))
     write_text(folder / "study.csv", points(rows))
@@ -125,7 +130,15 @@ def table(study: dict[str, Any]) -> str:
         ]
         cells += [str(row["parameters"]), *(interval_text(other[name]) for name in MEASURES)]
         lines.append(_line(cells + [number(row["quoted"])] * quoted))
+    lines += pairs_table(study.get("pairs", []))
     return "\n".join([*lines, "", study["sentence"], NOTE.format("\n" + QUOTED if quoted else ""), ""])
+
+
+def pairs_table(pairs: list[dict[str, Any]]) -> list[str]:
+    """Markdown: rows that are alike but for one parameter; nothing where there are none."""
+    heads = ["", "against", "KL - it", "kept - it, points"]
+    cells = [[one["label"], one["against"], *(interval_text(one[name]) for name in MEASURES)] for one in pairs]
+    return ["", _line(heads), _line(["---"] * len(heads)), *map(_line, cells)] if pairs else []
 
 
 NOTE = """
