@@ -28,8 +28,8 @@ demo: $(SETUP)  ## prune the embedded model with the whole method; ends with run
 report: $(SETUP)  ## write the report of RUN (runs/demo) anew
 	$(PYTHON) -m ftp_lightning report --run $(RUN)
 
-docs: $(VENV)/.docs  ## build these pages into build/site, strictly
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+docs: $(VENV)/.docs  ## build these pages into build/site; a warning fails
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 $(VENV)/.docs: $(SETUP) requirements-docs.txt
 	$(PYTHON) -m pip install --quiet -r requirements-docs.txt

@@ -10,7 +10,7 @@ from ftp_lightning.routing.learned import known_factors
 
 
 class UntrainedRouter(Router):
-    """score = mean of the factors; by default (i/(T-1) + rank of the attention received) / 2, in [0, 1] [ours].
+    """score = mean of the factors; by default (i/(T-1) + rank of the attention received) / 2, from 0 to 1 [ours].
 
     Later tokens first, as in the static router, but a token that others attend to may stand up to the whole prompt
     earlier. Without attention it is the static router's order.
