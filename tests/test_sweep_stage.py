@@ -98,6 +98,7 @@ def test_pairs_are_told_with_their_own_difference(done, tmp_path):
     apart = first["static"]["kl"]["difference"] - first["rank alone"]["kl"]["difference"]
     assert pair[0]["kl"]["difference"] == pytest.approx(apart)
     assert "| static | rank alone | " in (tmp_path / "table.md").read_text()
+    assert found["sentence"].startswith("Against the row that is alike but for the last parameter ")
     assert "pairs" not in json.loads((study.folder / "study.json").read_text())
 
 

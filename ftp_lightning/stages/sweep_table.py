@@ -28,7 +28,8 @@ def write_study(
     folder: Path, question: str, trials: Sequence[TrialStage], pairs: Sequence[tuple[str, str]] = ()
 ) -> None:
     """study.json, table.md, study.csv and study.png of the finished runs; the first row is what others are held
-    against, and `pairs` are (label, label of the row that it is held against, too)."""
+    against, and `pairs` are (label, label of the row that it is held against, too): where there are some the sentence
+    is about them."""
     runs = [(trial, json.loads((trial.folder / "results.json").read_text(encoding="utf-8"))) for trial in trials]
     labels: list[Any] = list(dict.fromkeys(trial.label for trial in trials))
     groups = {label: [(trial, found) for trial, found in runs if trial.label == label] for label in labels}
@@ -36,9 +37,11 @@ def write_study(
     compared = [compare(label, groups[label], groups[labels[0]]) for label in labels[1:]]
     said = sentence(labels[0], compared) if labels else "No run is finished."
     study = {"question": question, "rows": rows, "compared": compared, "sentence": said}
-    beside = [(label, other) for label, other in pairs if label in groups and other in groups]
-    if beside:
-        study["pairs"] = [compare(label, groups[label], groups[other]) | {"against": other} for label, other in beside]
+    known = [(label, other) for label, other in pairs if label in groups and other in groups]
+    alike = [compare(label, groups[label], groups[other]) | {"against": other} for label, other in known]
+    if alike:
+        said = changes("the row that is alike but for the last parameter", alike)
+        study |= {"pairs": alike, "sentence": said}
     write_text(folder / "study.json", json.dumps(study, indent=1) + "\n")
     write_text(folder / TABLE, table(study))
     write_text(folder / "study.csv", points(rows))
@@ -93,17 +96,20 @@ def interval(differences: list[tuple[Any, float]]) -> dict[str, float] | None:
 
 
 def sentence(reference: str, compared: list[dict[str, Any]]) -> str:
-    """What changed by more than its interval, or that nothing did."""
+    """What changed against the row of this label by more than its interval, or that nothing did."""
+    return changes(f"“{reference}”", compared)
+
+
+def changes(reference: str, compared: list[dict[str, Any]]) -> str:
+    """As `sentence`, against whatever the words of `reference` say."""
     parts = []
     for one in compared:
-        changes = [
-            (name, one[name]) for name in MEASURES if one[name] and not one[name]["low"] <= 0 <= one[name]["high"]
-        ]
-        if changes:
-            parts.append(f"{one['label']}: " + ", ".join(f"{MEASURES[name]} {interval_text(i)}" for name, i in changes))
+        sure = [(name, one[name]) for name in MEASURES if one[name] and not one[name]["low"] <= 0 <= one[name]["high"]]
+        if sure:
+            parts.append(f"{one['label']}: " + ", ".join(f"{MEASURES[name]} {interval_text(i)}" for name, i in sure))
     if not parts:
-        return f"Against “{reference}” nothing changed by more than its interval."
-    return f"Against “{reference}” these changed by more than their interval: " + "; ".join(parts) + "."
+        return f"Against {reference} nothing changed by more than its interval."
+    return f"Against {reference} these changed by more than their interval: " + "; ".join(parts) + "."
 
 
 def interval_text(found: dict[str, float] | None) -> str:
