@@ -29,7 +29,7 @@ def write_study(
 ) -> None:
     """study.json, table.md, study.csv and study.png of the finished runs; the first row is what others are held
     against, and `pairs` are (label, label of the row that it is held against, too): where there are some the sentence
-    is about them."""
+    begins with them."""
     runs = [(trial, json.loads((trial.folder / "results.json").read_text(encoding="utf-8"))) for trial in trials]
     labels: list[Any] = list(dict.fromkeys(trial.label for trial in trials))
     groups = {label: [(trial, found) for trial, found in runs if trial.label == label] for label in labels}
@@ -40,8 +40,8 @@ def write_study(
     known = [(label, other) for label, other in pairs if label in groups and other in groups]
     alike = [compare(label, groups[label], groups[other]) | {"against": other} for label, other in known]
     if alike:
-        said = changes("the row that is alike but for the last parameter", alike)
-        study |= {"pairs": alike, "sentence": said}
+        first = changes("the row that is alike but for the last parameter", alike)
+        study |= {"pairs": alike, "sentence": f"{first} {said}"}
     write_text(folder / "study.json", json.dumps(study, indent=1) + "\n")
     write_text(folder / TABLE, table(study))
     write_text(folder / "study.csv", points(rows))
