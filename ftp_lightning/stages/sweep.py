@@ -83,11 +83,12 @@ class SweepStage(Settings):
         """Of a study that varies several parameters: the labels of a row and of the one that differs from it in the
         last parameter alone, which has its first value there."""
         _, runs, names = self._expanded()
-        first: dict[str, str] = {}
-        found = {
-            label_of(run, names): first.setdefault(label_of(run, names[:-1]), label_of(run, names)) for run in runs
-        }
-        return [(label, other) for label, other in found.items() if len(names) > 1 and label != other]
+        if len(names) < 2:
+            return []
+        alike: dict[str, dict[str, None]] = {}  # labels in order, each once: seeds share theirs
+        for run in runs:
+            alike.setdefault(label_of(run, names[:-1]), {})[label_of(run, names)] = None
+        return [(label, first) for first, *others in alike.values() for label in others]
 
     def _expanded(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         """The sweep with what is given here, its runs, and what they vary."""
