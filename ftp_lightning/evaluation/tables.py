@@ -8,9 +8,11 @@ from typing import Any
 
 Record = Mapping[str, Any]
 MISSING = "–"
-_LATEX: dict[str, str | int | None] = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-          "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
-          "<": "$<$", ">": "$>$", "§": r"\S{}", "†": r"$\dagger$"}  # fmt: skip
+_LATEX: dict[str, str | int | None] = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
+    "§": r"\S{}", "†": r"$\dagger$",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
