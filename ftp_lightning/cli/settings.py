@@ -77,8 +77,8 @@ class ModelSettings(Settings):
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option(
         "csv", "where metrics of the way are logged", passive=True
     )
-    prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
-    continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
+    prompt_tokens: int = option(192, "tokens of a window that are routed; longer prompts are left out", least=4)
+    continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +109,22 @@ class ModelSettings(Settings):
         """The flags that every stage on the same model has, but for its folder and its part of the text."""
         names = {item.name for item in fields(ModelSettings)} - {"split", "output"}
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsSettings(ModelSettings):
+    """A stage that measures or trains on rows: a prompt that is routed, and a continuation that is scored."""
+
+    rows: Literal["windows", "prompts", "own_answers"] = option(
+        "windows",
+        "windows of text; prompts of their own length, with their answers, from chat, instruction or prompt records; "
+        "own_answers: the same prompts, each with what the dense model answers greedily",
+    )
+    own_answers: str = option("runs/own_answers", "folder that keeps the dense model's own answers", passive=True)
+
+    def row_flags(self) -> dict[str, str]:
+        """What a stage hands on to others that measure on the same rows."""
+        return {"rows": self.rows, "own_answers": self.own_answers}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def _redundancy(axis: Any, found: dict, blocks: range) -> None:
 
 def _overlap(axis: Any, found: dict, blocks: range) -> None:
     """Solid: pooled Jaccard; dotted: as many tokens anywhere."""
-    for look, (threshold, measured) in _by_threshold(found["position"]):
+    for look, (threshold, measured) in _by_threshold(found.get("position", {})):
         axis.plot(blocks, _numbers(measured["jaccard"]), **look, label=f"> {threshold}")
         axis.plot(blocks, _numbers(measured["jaccard_by_chance"]), ":", color=look["color"], linewidth=1.2)
     axis.plot([], [], ":", color=PALE, linewidth=1.2, label="by chance")
@@ -61,7 +61,7 @@ def _overlap(axis: Any, found: dict, blocks: range) -> None:
 
 def _explained(axis: Any, found: dict, blocks: range) -> None:
     values = [0.0]
-    for look, (threshold, measured) in _by_threshold(found["position"]):
+    for look, (threshold, measured) in _by_threshold(found.get("position", {})):
         explained = _numbers(measured["explained"])
         axis.plot(blocks, explained, **look, label=f"> {threshold}")
         values += [value for value in explained if value == value]

@@ -10,7 +10,7 @@ from ftp_lightning.artifact import StageFolder
 from ftp_lightning.baselines.names import EQUAL_FLOPS, EQUAL_TOKENS, NEEDS_SENSITIVITY
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import PrunedSettings
+from ftp_lightning.cli.settings import PrunedSettings, RowsSettings
 from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
 
@@ -25,7 +25,7 @@ OUR_TASKS = OURS
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateStage(PrunedSettings):
+class EvaluateStage(RowsSettings, PrunedSettings):
     """Measure KL, perplexity, answers kept, retention and skill. Writes results.json, samples.jsonl, tokens.json and
     tables (Markdown, CSV, LaTeX)."""
 
@@ -51,8 +51,8 @@ class EvaluateStage(PrunedSettings):
     limit: int | None = option(None, "items per task at most", least=1)
     num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else as declared", least=0)
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
-    windows: int | None = option(None, "windows of text at most; all of them by default", least=1)
-    batch_size: int = option(8, "windows or contexts per forward", least=1)
+    windows: int | None = option(None, "rows of text at most; all of them by default", least=1)
+    batch_size: int = option(8, "rows or contexts per forward", least=1)
     answers: str | None = option(None, "folder to keep answers in and take them from, for several runs", passive=True)
     processes: int = option(1, "processes that share the items of tasks, on this machine", least=1, passive=True)
 
@@ -147,7 +147,7 @@ def _write(
     for name, content in written(result_tables(results)).items():
         folder.write_text(name, content)
     summary = {method["name"]: {"kl": method["kl"], "kept": method["kept"]} for method in results["methods"]}
-    folder.write_json("metrics.json", {"methods": summary, "windows": bench.windows.hash()})
+    folder.write_json("metrics.json", {"methods": summary, "rows_hash": bench.rows.hash()} | bench.rows.counts())
     return tokens
 
 

@@ -1,17 +1,18 @@
-"""One method measured on everything: windows of text in both modes, tasks through lm-eval, and what they say."""
+"""One method measured on everything: rows of text in both modes, tasks through lm-eval, and what they say."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.evaluation import continuation
+from ftp_lightning.evaluation.statistics import kept
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.request import realised_cut
-from ftp_lightning.stages.inputs import check_questions
+from ftp_lightning.stages.inputs import answered, check_questions
 from ftp_lightning.stages.task_cells import Results, dense_cell, kept_cell, leak_cell, task_cell
-from ftp_lightning.stages.task_files import RECALL, TaskFiles, test_windows
+from ftp_lightning.stages.task_files import RECALL, TaskFiles, test_rows
 
 if TYPE_CHECKING:
     from ftp_lightning.processes import Processes
@@ -41,20 +42,20 @@ class Bench:
     ):
         self.settings, self.model, self.tokenizer, self.tell = settings, model, tokenizer, tell
         self.processes, self.answers = processes, answers
-        self.windows = test_windows(settings, tokenizer)
+        self.rows = answered(settings, model, test_rows(settings, tokenizer))
         self.files = TaskFiles(settings, tokenizer)
         for rows in self.files.with_facts():
             check_questions(model.config, tokenizer, rows)
         self.results: dict[str, Results] = {}
-        size = 4 * len(self.windows) * self.windows.continuation_tokens * model.config.vocab_size
+        size = 4 * sum(tokens for _, tokens in self.rows.shapes) * model.config.get_text_config().vocab_size
         self.teacher = None
         if size <= TEACHER_BYTES:
-            self.teacher = continuation.teacher_logprobs(model, self.windows, settings.batch_size)
+            self.teacher = continuation.teacher_logprobs(model, self.rows, settings.batch_size)
 
     def dense_results(self) -> dict[str, Any]:
         """{"dense": {"ppl", "tasks"}, "noise_floor": {"kl", "top1", "against"}}."""
         self.tell("noise floor")
-        floor = continuation.noise_floor(self.model, self.windows, self.settings.batch_size, self.teacher)
+        floor = continuation.noise_floor(self.model, self.rows, self.settings.batch_size, self.teacher)
         against = f"{continuation.other_attention(self.model)} attention, one window at a time"
         self.tell("dense, tasks")
         self.dense = self.results["dense"] = self._run_tasks(None, self._modes[0])
@@ -68,8 +69,6 @@ class Bench:
         """The record of one method, see `results.json`; `with_retention` adds what needs all methods."""
         self.tell(f"{name}, text")
         prompt = self._score(pruner, "prompt")
-        trace = pruner.trace.routed  # of the last batch of prompts
-        cut = realised_cut(self.model, pruner, trace)
         sequence = self._score(pruner, "sequence")
         self.tell(f"{name}, tasks")
         found = self.results[name] = self._run_tasks(pruner, self._modes[0])
@@ -79,13 +78,22 @@ class Bench:
             "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
             "realised_sparsity": prompt.mean_sparsity,
             "realised_per_block": prompt.sparsity,
-            "flops_reduction": cut,
+            "flops_reduction": prompt.flops_cut,
             "kl": {"mean": prompt.kl_mean, "p99": prompt.kl_p99, "top1": prompt.top1_agreement},
+            "agreement": {"first": _share(prompt.first_rows), "whole": _share(prompt.agreed_rows)},
+            "own_answers": self._own_answers(prompt),
             "kl_sequence": sequence.kl_mean,
             "ppl": {"prompt": prompt.ppl, "sequence": sequence.ppl},
             "kept": kept_cell(RECALL, self.dense, found),
             "tasks": self._cells(name, pruner, found),
         }
+
+    def _own_answers(self, scores: continuation.ContinuationScores) -> dict[str, Any] | None:
+        """How many of the dense model's own answers greedy generation still gives, word for word."""
+        if self.settings.rows != "own_answers":
+            return None
+        right = scores.right_rows
+        return asdict(kept([True] * len(right), [False] * len(right), right))
 
     def _cells(self, name: str, pruner: TokenPruner, found: Results) -> dict[str, dict[str, Any]]:
         """One per task; with --mode both, what the same model makes of it when the whole text is routed."""
@@ -113,7 +121,7 @@ class Bench:
 
     def _score(self, pruner: TokenPruner, mode: str) -> continuation.ContinuationScores:
         size = self.settings.batch_size
-        return continuation.evaluate_windows(self.model, self.windows, pruner, mode, size, self.teacher)
+        return continuation.evaluate_rows(self.model, self.rows, pruner, mode, size, self.teacher)
 
     def _run_tasks(self, pruner: TokenPruner | None, mode: str) -> Results:
         """All tasks; the questions without their facts are asked of the dense model alone."""
@@ -138,3 +146,7 @@ class Bench:
         finally:
             lm.close()
         return found if self.processes is None else self.processes.from_first(found)
+
+
+def _share(rows: list[bool]) -> float:
+    return sum(rows) / len(rows)

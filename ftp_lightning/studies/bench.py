@@ -1,4 +1,4 @@
-"""What every run of a study is measured on: windows of held-out text, and questions that need the prompt."""
+"""What every run of a study is measured on: rows of held-out text, and questions that need the prompt."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.data.choices import recall_items
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
-from ftp_lightning.data.windows import Windows
-from ftp_lightning.evaluation.continuation import evaluate_windows, teacher_logprobs
+from ftp_lightning.evaluation.continuation import evaluate_rows, teacher_logprobs
 from ftp_lightning.evaluation.greedy import Question, as_question, greedy_answers
 from ftp_lightning.evaluation.statistics import kept
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import realised_flops_reduction
-from ftp_lightning.stages.inputs import check_questions, load_model, mixed_windows, text_named
+from ftp_lightning.stages.inputs import check_questions, load_model, measured_rows, text_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +30,8 @@ class Bench:
     """The dense model on the held-out text of one seed: all runs of a study with this seed are measured against it."""
 
     model: Any
-    windows: Windows
-    teacher: Tensor
+    rows: Rows
+    teacher: list[Tensor]
     questions: list[Question]
     right: list[bool]
     without: list[bool]
@@ -48,11 +47,10 @@ _known: dict[tuple, Bench] = {}
 
 
 def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
-    """KL per continuation token, with one mean per window; answers kept, with one verdict per question; what was
+    """KL per continuation token, with one mean per row; answers kept, with one verdict per question; what was
     skipped, and the share of a prompt's FLOPs that it saves."""
     bench = bench_of(settings)
-    text = evaluate_windows(bench.model, bench.windows, pruner, batch_size=BATCH, teacher=bench.teacher)
-    cut = realised_flops_reduction(bench.model, pruner.trace.routed, pruner.kv, rank=pruner.skip_rank)
+    text = evaluate_rows(bench.model, bench.rows, pruner, batch_size=BATCH, teacher=bench.teacher)
     with pruner(bench.model):
         right = greedy_answers(bench.model, bench.questions, BATCH)
     return {
@@ -62,7 +60,7 @@ def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
         "right": right,
         "need": bench.need,
         "realised_sparsity": text.mean_sparsity,
-        "flops_reduction": cut,
+        "flops_reduction": text.flops_cut,
         "schedule": list(pruner.scheduled.sparsity),
     }
 
@@ -70,7 +68,7 @@ def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
 def bench_of(settings: TrialStage) -> Bench:
     """The bench of these settings, made anew where the last one was another."""
     names = ("model", "dtype", "device", "revision", "data", "test_data", "test_split", "seed", "test_windows", "items")
-    key = tuple(getattr(settings, name) for name in (*names, "prompt_tokens", "continuation_tokens"))
+    key = tuple(getattr(settings, name) for name in (*names, "prompt_tokens", "continuation_tokens", "rows"))
     if key not in _known:
         _known.clear()
         _known[key] = _make(settings)
@@ -81,13 +79,13 @@ def _make(settings: TrialStage) -> Bench:
     model, tokenizer = load_model(settings)
     text: dict[str, Any] = {"data": settings.test_data or settings.data, "split": settings.test_split}
     held_out = replace(settings, seed=settings.seed + OTHER_SEED, **text)
-    windows = mixed_windows(held_out, tokenizer, settings.test_windows, 0.5)
+    rows = measured_rows(held_out, model, tokenizer, settings.test_windows, 0.5)
     items = _items(held_out, tokenizer)
     check_questions(model.config, tokenizer, items)
     questions = [as_question(tokenizer, item) for item in items]
     deleted = [as_question(tokenizer, item, "context_deleted") for item in items]
     answers = (greedy_answers(model, asked, BATCH) for asked in (questions, deleted))
-    return Bench(model, windows, teacher_logprobs(model, windows, BATCH), questions, *answers)
+    return Bench(model, rows, teacher_logprobs(model, rows, BATCH), questions, *answers)
 
 
 def _items(settings: TrialStage, tokenizer: Any) -> list[dict[str, Any]]:
