@@ -49,14 +49,16 @@ def joined(parts: Sequence[DataFrame]) -> DataFrame:
 
 
 def with_need(items: DataFrame, dense: DataFrame, without: DataFrame | None = None) -> DataFrame:
-    """The record with `needed`: dense answers the item right, and wrong without its passage.
+    """The record with `dense_right`, and `needed`: dense answers the item right, and wrong without its passage.
 
     `without`: the dense model's answers where the passage was taken away; the tasks it lacks need dense right alone.
     """
     right = _verdicts(dense)
     alone = {} if without is None else _verdicts(without)
     needed = {key: verdict and not alone.get(key, False) for key, verdict in right.items()}
-    return items.assign(needed=[needed.get(key, False) for key in _keys(items)])
+    keys = _keys(items)
+    told = {"needed": [needed.get(key, False) for key in keys], "dense_right": [right.get(key) for key in keys]}
+    return items.assign(**told) if len(items) else items
 
 
 def flops_cut(items: DataFrame) -> float | None:
@@ -73,7 +75,7 @@ def mean(items: DataFrame, column: str) -> Interval:
     """Mean of a column with its 95 % interval over documents and, where they vary, seeds."""
     known = items[items[column].notna()] if column in items else items.iloc[:0]
     values = known[column].astype(float).tolist() if column in known else []
-    return clustered(values, _documents(known), _seeds(known))
+    return clustered(values, documents(known), _seeds(known))
 
 
 def kept(items: DataFrame, column: str = "right") -> Interval:
@@ -84,7 +86,13 @@ def kept(items: DataFrame, column: str = "right") -> Interval:
 def difference(items: DataFrame, a: str, b: str, column: str = "right") -> Interval:
     """Method `a` minus method `b` on the items (and seeds) that both have measured, item by item."""
     both = pairs(items, a, b, column)
-    return paired(both["a"].tolist(), both["b"].tolist(), _documents(both), _seeds(both))
+    return paired(both["a"].tolist(), both["b"].tolist(), documents(both), _seeds(both))
+
+
+def outcomes(right: Sequence[Any], other: Sequence[Any]) -> tuple[int, int]:
+    """(lost, gained): how many items the other alone has right, and how many this one alone."""
+    both = [(bool(one), bool(two)) for one, two in zip(right, other, strict=True) if one is not None and two is not None]
+    return both.count((False, True)), both.count((True, False))
 
 
 def pairs(items: DataFrame, a: str, b: str, column: str) -> DataFrame:
@@ -98,6 +106,15 @@ def pairs(items: DataFrame, a: str, b: str, column: str) -> DataFrame:
     left = one.reindex(columns=[*KEY, "document", "seed", column]).rename(columns={column: "a"})
     right = two.reindex(columns=[*key, column]).rename(columns={column: "b"})
     return left.merge(right, on=key).astype({"a": float, "b": float})
+
+
+def documents(items: DataFrame) -> list[tuple[Any, ...]]:
+    """The document of each item, within its task; the item itself where it has none."""
+    if not len(items):
+        return []
+    known = items["document"] if "document" in items else [None] * len(items)
+    own = zip(items["task"], items["item"], known, strict=True)
+    return [(task, "item", item) if _missing(document) else (task, document) for task, item, document in own]
 
 
 def as_lines(items: DataFrame) -> str:
@@ -133,16 +150,8 @@ def _keys(items: DataFrame) -> list[tuple[Any, ...]]:
 def _verdicts(items: DataFrame) -> dict[tuple[Any, ...], bool]:
     if not len(items):
         return {}
-    return {key: bool(verdict) for key, verdict in zip(_keys(items), items["right"], strict=True)}
-
-
-def _documents(items: DataFrame) -> list[tuple[Any, ...]]:
-    """The document of each item, within its task; the item itself where it has none."""
-    if not len(items):
-        return []
-    known = items["document"] if "document" in items else [None] * len(items)
-    own = zip(items["task"], items["item"], known, strict=True)
-    return [(task, "item", item) if _missing(document) else (task, document) for task, item, document in own]
+    known = zip(_keys(items), items["right"], strict=True)
+    return {key: bool(verdict) for key, verdict in known if not _missing(verdict)}
 
 
 def _seeds(items: DataFrame) -> list[Any] | None:
