@@ -58,11 +58,12 @@ def table(rows):
 def run(thresholds, rest):
     from pathlib import Path
 
+    from ftp_lightning.stages.measuring import Bench
+
     from ftp_lightning.__main__ import parse
     from ftp_lightning.artifact import make_folder, write_text
     from ftp_lightning.evaluation.tables import written
     from ftp_lightning.stages.inputs import load_model
-    from ftp_lightning.stages.measuring import Bench
     from ftp_lightning.stages.methods import choose_methods
 
     settings = parse("evaluate", ["--output", "runs/decode_sensitivity", *rest])

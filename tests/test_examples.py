@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-
 from ftp_lightning.data.examples import Example, Examples, load_examples
+
 from ftp_lightning.data.module import WindowsData, random_split
 from ftp_lightning.data.records import alpaca_prompt, record_text
 from ftp_lightning.data.sources import load_documents, split_of

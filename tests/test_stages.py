@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ftp_lightning.stages.task_cells import with_retention
 
 from ftp_lightning import Schedule, TokenPruner, UserError, load_pruned
 from ftp_lightning.__main__ import main, parse
@@ -13,7 +14,6 @@ from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.run import SHARES, RunStage, gains
 from ftp_lightning.stages.search import starting_pruner
-from ftp_lightning.stages.task_cells import with_retention
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()

@@ -98,7 +98,6 @@ class Bench:
     def _own(self) -> list[tuple[str, Rows]]:
         return [(name, rows) for name, rows in self.texts.items() if name == OWN_ANSWERS]
 
-
     def _teacher(self, rows: Rows) -> list[Tensor] | None:
         size = 4 * sum(tokens for _, tokens in rows.shapes) * self.model.config.get_text_config().vocab_size
         return continuation.teacher_logprobs(self.model, rows, self.batch_size) if size <= TEACHER_BYTES else None

@@ -63,9 +63,7 @@ def twins(items: DataFrame) -> list[str]:
     return [task.removesuffix(DELETED) for task in dict.fromkeys(items["task"]) if task.endswith(DELETED)]
 
 
-def _method(
-    bench: Bench, items: DataFrame, name: str, pruner: TokenPruner, tasks: Sequence[str]
-) -> dict[str, Any]:
+def _method(bench: Bench, items: DataFrame, name: str, pruner: TokenPruner, tasks: Sequence[str]) -> dict[str, Any]:
     """One method: its text in both modes, its tasks, and the answers it keeps."""
     text = next(iter(bench.texts))
     prompt, sequence = (

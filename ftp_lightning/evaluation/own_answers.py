@@ -67,9 +67,7 @@ def end_tokens(model) -> frozenset[int]:
     return frozenset(first if isinstance(first, list) else [first])
 
 
-def _answers(
-    model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder: str | Path | None
-) -> list[list[int]]:
+def _answers(model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder: str | Path | None) -> list[list[int]]:
     """The answer to each prompt, from the folder or from the model."""
     who = {"model": model_identity(model), "dtype": str(model.dtype), "ends": sorted(ends), "new_tokens": new_tokens}
     book = AnswerBook(folder, digest(json.dumps(who, sort_keys=True).encode()))

@@ -149,7 +149,11 @@ class RunStage(BudgetSettings, RowsSettings):
         return chain
 
     def _sensitivity(self) -> dict[str, Any]:
-        return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share} | self.row_flags()
+        return {
+            "kv": self.kv,
+            "windows": self.sensitivity_windows,
+            "recall_share": self.recall_share,
+        } | self.row_flags()
 
     def _training(self) -> dict[str, Any]:
         names = ["steps", "batch_size", "learning_rate", "recall_share", "processes"]
