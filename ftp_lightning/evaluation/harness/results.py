@@ -8,13 +8,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftp_lightning.evaluation.harness.declared import RECALL, declared
+from ftp_lightning.evaluation.harness.declared import declared
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
 ACCOUNTED = ("prompt_tokens", "sparsity", "skipped", "flops_cut", "exercised", "truncated")
-ASKED = (*RECALL, *(f"{name}_deleted" for name in RECALL))
-"""Tasks whose answer counts as right only where it is what the model would write; elsewhere the likeliest choice."""
 COUNTING = (*METRICS, "em", "f1", "contains", "score", "qa_f1_score")
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
@@ -30,9 +28,18 @@ def summaries(results: Mapping, names: Sequence[str], accounts: Iterable) -> dic
         tree = results.get("group_subtasks", {})
         members = _members(name, tree) or _members(f"local_{name}", tree)
         if name not in summary and members:
-            pooled = [item for member in members for item in items.get(member, [])]
+            pooled = [_within(member, item) for member in members for item in items.get(member, [])]
             summary[name] = summarize(pooled, results["results"].get(name, {}))
     return summary
+
+
+def _within(member: str, item: dict) -> dict:
+    """The item of a group's member under ids of its own: every member counts items and documents from 0."""
+    document = item["document"]
+    return item | {
+        "id": f"{member}/{item['id']}",
+        "document": None if document is None else f"{member}/{document}",
+    }
 
 
 def summarize(items: list[dict], metrics: Mapping) -> dict:
@@ -51,7 +58,7 @@ def summarize(items: list[dict], metrics: Mapping) -> dict:
         "acc_norm": means["acc_norm"],
         "exact_match": means["exact_match"],
         "n": len(items),
-        "chance": means["chance"],
+        "chance": _majority(items) or means["chance"],
         **{key: means[key] for key in ACCOUNTED[:-1]},
         "truncated": sum(bool(item["truncated"]) for item in items),
         "metrics": _plain_metrics(metrics),
@@ -65,17 +72,16 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
     doc, values = sample["doc"], {metric: sample.get(metric) for metric in METRICS}
     asked = [_asked(arguments) for arguments in sample["arguments"]]
     account = book.get(asked[0])
-    order = ("exact_match", "acc") if task in ASKED else ("acc", "exact_match")
     metric, score = _score(task, sample)
-    right = next((values[m] for m in order if values[m] is not None), None)
     return {
         "id": doc.get("id", sample["doc_id"]),
         "hash": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
-        "right": bool(right) if right is not None else (None if score is None else score >= 0.5),
+        "right": _right(task, sample, score),
         "metric": metric,
         "score": score,
         **values,
         "chance": _chance(sample, metric, score),
+        "label": _label(sample),
         "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
         **{key: doc.get(key) for key in PASSED_ON},
         **{key: getattr(account, key, None) for key in ACCOUNTED},
@@ -94,6 +100,40 @@ def _score(task: str, sample: Mapping) -> tuple[str, float | None]:
     metric = next((name for name in names if isinstance(sample.get(name), int | float)), names[0])
     value = sample.get(metric)
     return metric, float(value) if isinstance(value, int | float) and 0.0 <= value <= 1.0 else None
+
+
+def _right(task: str, sample: Mapping, score: float | None) -> bool | None:
+    """Whether the answer counts as right: by the metric declared for that, else by accuracy or exact match, else where
+    the score is at least one half."""
+    asked = declared(task).right
+    names = (asked,) if asked else ("acc", "exact_match")
+    value = next((sample[name] for name in names if sample.get(name) is not None), None)
+    if value is not None:
+        return value >= 1.0
+    return None if score is None else score >= 0.5
+
+
+def _label(sample: Mapping) -> list | None:
+    """The choices of an item and the place of the right one; None where that is not known, or nothing is chosen."""
+    choices = [arguments[1] for arguments in sample["arguments"] if len(arguments) > 1]
+    gold = sample.get("target")
+    try:
+        place = int(gold)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return [choices, place] if len(set(map(str, choices))) > 1 and 0 <= place < len(choices) else None
+
+
+def _majority(items: Sequence[Mapping]) -> float | None:
+    """The share of the most frequent right choice, where all items offer the same choices; else None.
+
+    Who always says "yes" has this score, be the choices two or four.
+    """
+    labels = [item.get("label") for item in items]
+    if not labels or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
+        return None
+    places = [label[1] for label in labels if label]
+    return max(map(places.count, set(places))) / len(places)
 
 
 def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
