@@ -87,15 +87,14 @@ def retention(items: DataFrame, dense: DataFrame, tasks: Sequence[str]) -> dict[
     if not tasks:
         return {"retention": None, "retention_interval": None}
     parts = [(items[items["task"] == task], dense[dense["task"] == task], 0.0) for task in tasks]
-    shares = [[float(part[side]["score"].mean()) for part in parts] for side in (0, 1)]
+    ours, whole = ([float(one["score"].mean()) for one in side] for side in list(zip(*parts))[:2])
     ends = _ends(parts)
-    return {"retention": statistics.retention(*shares), "retention_interval": ends and [100 * end for end in ends]}
+    return {"retention": statistics.retention(ours, whole), "retention_interval": ends and [100 * end for end in ends]}
 
 
 def chance(items: DataFrame) -> float | None:
-    """Share of right answers without reading the question; None where an item does not say."""
-    known = items["chance"].dropna() if "chance" in items else []
-    return float(known.mean()) if len(known) == len(items) > 0 else None
+    """Share of right answers without reading the question; None where it is not known."""
+    return average(items, "chance")
 
 
 def scored(items: DataFrame) -> bool:

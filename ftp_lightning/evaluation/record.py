@@ -91,9 +91,8 @@ def difference(items: DataFrame, a: str, b: str, column: str = "right") -> Inter
 
 def outcomes(right: Sequence[Any], other: Sequence[Any]) -> tuple[int, int]:
     """(lost, gained): how many items the other alone has right, and how many this one alone."""
-    both = [
-        (bool(one), bool(two)) for one, two in zip(right, other, strict=True) if one is not None and two is not None
-    ]
+    known = [pair for pair in zip(right, other, strict=True) if not any(map(_missing, pair))]
+    both = [(bool(one), bool(two)) for one, two in known]
     return both.count((False, True)), both.count((True, False))
 
 

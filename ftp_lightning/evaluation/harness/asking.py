@@ -59,4 +59,5 @@ class HarnessTasks:
         if self.processes is not None:
             found = self.processes.from_first(found)
         self.metrics = {task: summary["metrics"] for task, summary in found.items()}
-        return joined([record(summary["items"], "", task) for task, summary in found.items()])
+        parts = [record(told["items"], "", task).assign(chance=told["chance"]) for task, told in found.items()]
+        return joined(parts)
