@@ -63,13 +63,11 @@ def own_answers(
 def end_tokens(model) -> frozenset[int]:
     """The token ids that end an answer of this model."""
     ends = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config.get_text_config())]
-    first = next((end for end in ends if end is not None), [])
+    first: int | list[int] = next((end for end in ends if end is not None), [])
     return frozenset(first if isinstance(first, list) else [first])
 
 
-def _answers(
-    model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder: str | Path | None
-) -> list[list[int]]:
+def _answers(model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder: str | Path | None) -> list[list[int]]:
     """The answer to each prompt, from the folder or from the model."""
     who = {"model": model_identity(model), "dtype": str(model.dtype), "ends": sorted(ends), "new_tokens": new_tokens}
     book = AnswerBook(folder, digest(json.dumps(who, sort_keys=True).encode()))

@@ -249,9 +249,7 @@ class RouterTraining(L.LightningModule):
         return torch.stack(rows).mean(0)
 
     def _continuation(self, batch: Batch) -> Tensor:
-        return continuation_logits(
-            self.model, batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask")
-        )
+        return continuation_logits(self.model, batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask"))
 
     def on_validation_epoch_end(self) -> None:
         self.validations.append({"step": self.global_step, "kl": torch.cat(self._kl).mean().item()})
