@@ -22,10 +22,10 @@ def policies(pruner, thresholds):
 
 def measure(bench, name, pruner):
     """One row per task; text and its perplexity stand in each."""
-    from ftp_lightning.evaluation.continuation import evaluate_windows
+    from ftp_lightning.evaluation.continuation import evaluate_rows
 
     found = bench.measure(name, pruner)
-    evaluate_windows(bench.model, bench.windows, pruner, "prompt", bench.settings.batch_size, bench.teacher)
+    evaluate_rows(bench.model, bench.windows, pruner, "prompt", bench.settings.batch_size, bench.teacher)
     shares = pruner.trace.sparsity  # of the last batch's continuation
     text = {"kl": found["kl"]["mean"], "ppl": found["ppl"]["prompt"], "skipped_text": sum(shares) / len(shares)}
     cells = found["tasks"].items()

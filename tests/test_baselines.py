@@ -21,7 +21,7 @@ from ftp_lightning.baselines.selectors import AttentionSelector, nested, pooled
 from ftp_lightning.baselines.skip_gpt import SkipGPTRouter
 from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.baselines.zero_tprune import PageRankSelector
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.compensation import fit_compensation
 from ftp_lightning.pruning.request import planned_cut, realised_cut
@@ -39,7 +39,7 @@ SELECTORS = {
 
 
 def setting(**more):
-    windows = Windows(TEXT, PROMPT, ["plain"] * len(TEXT), list(range(len(TEXT))))
+    windows = Rows.even(TEXT, PROMPT, ["plain"] * len(TEXT), list(range(len(TEXT))))
     about = {"windows": windows, "influence": (0.4, 0.1, 0.3, 0.2), "searched": Schedule([0.0, 0.2, 0.5, 0.9])}
     return Setting(MODEL, **about | more)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.pruner import TokenPruner
@@ -38,7 +38,7 @@ def model():
 @pytest.fixture(scope="module")
 def windows():
     ids = torch.randint(3, WORDS, (ROWS, PROMPT + CONTINUATION), generator=torch.Generator().manual_seed(1))
-    return Windows(ids, PROMPT, ["plain", "recall", "plain", "recall", "plain"], [0] * ROWS)
+    return Rows.even(ids, PROMPT, ["plain", "recall", "plain", "recall", "plain"], [0] * ROWS)
 
 
 @pytest.fixture()
@@ -176,7 +176,7 @@ def test_the_state_passes_through_json(model, windows, measured):
 def test_what_must_be_equal_is_told(model, windows, measured):
     identity = measured.identity()
     assert json.loads(json.dumps(identity)) == json.loads(json.dumps(measured.identity()))
-    other = Windows(windows.input_ids.flip(0), PROMPT, windows.kinds, windows.documents)
+    other = Rows.even(windows.input_ids.flip(0), PROMPT, windows.kinds, windows.documents)
     for different in (
         ContinuationFitness(model, other, make_pruner, 2),
         ContinuationFitness(model, windows, make_pruner, 3),

@@ -11,7 +11,7 @@ from test_masked_padding import LENGTHS, ROWS, padded
 from test_router_training import SCHEDULE, windows
 
 from ftp_lightning import DynamicRouter, FixedRouter, Schedule, TokenPruner, UserError, losses
-from ftp_lightning.data.module import WindowsData
+from ftp_lightning.data.module import RowsData
 from ftp_lightning.lit.fitting import fit, fit_router
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
@@ -149,7 +149,7 @@ def test_one_router_learns_under_a_family(tmp_path):
     pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
     settings = TrainingSettings(steps=6, batch_size=2, validations=1)
     found = RouterTraining(tiny_llama(torch.float32), pruner, settings, FAMILY, (0.1, 0.5))
-    metrics = fit(found, WindowsData(windows(8), windows(2, 9), 2), tmp_path)
+    metrics = fit(found, RowsData(windows(8), windows(2, 9), 2), tmp_path)
     assert len(metrics["steps"]) == 6 and all(row["gradient_norm"] > 0 for row in metrics["steps"])
 
 

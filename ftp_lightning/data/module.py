@@ -102,7 +102,7 @@ class RowsData(LightningDataModule):
         return self._loader(self.rows)
 
     def _loader(self, rows: Rows) -> DataLoader:
-        return DataLoader(rows.order, batch_size=self.batch_size, collate_fn=rows.batch)  # type: ignore[arg-type]
+        return DataLoader(rows.order, batch_size=self.batch_size, collate_fn=rows.batch)
 
 
 def _check_random_prompt(rows: Rows, least: int, most: int) -> None:

@@ -72,7 +72,8 @@ def load_prompts(
     if not found.rows:
         counted = ", ".join(f"{name} {count}" for name, count in found.left_out.items() if count) or "none has words"
         raise UserError(
-            f"{source}: the split {split!r} holds no prompt to use ({counted})\ngive other records, or more --prompt_tokens"
+            f"{source}: the split {split!r} holds no prompt to use ({counted})\n"
+            "Give other records, or more --prompt_tokens."
         )
     return found
 
@@ -86,12 +87,23 @@ def sampled_prompts(
     count: int | None,
     seed: int,
 ) -> Rows:
-    """`count` rows of `load_prompts` in a random order, or all; plain text is cut into windows of these lengths."""
-    lengths = (prompt_tokens, continuation_tokens)
-    if has_records(source):
-        return load_prompts(source, split, tokenizer, *lengths).sample(count, seed)
-    rng = random.Random(f"{seed}/windows")
-    return plain_windows(tokenizer, load_documents(source, split), *lengths, count, rng)
+    """`count` rows of `load_prompts` in a random order, or all; of plain text `text_windows`."""
+    about = (source, split, tokenizer, prompt_tokens, continuation_tokens)
+    return load_prompts(*about).sample(count, seed) if has_records(source) else text_windows(*about, count, seed)
+
+
+def text_windows(
+    source: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    count: int | None,
+    seed: int,
+) -> Rows:
+    """`count` random windows of the text, or all consecutive ones: see `plain_windows`."""
+    rng, documents = random.Random(f"{seed}/windows"), load_documents(source, split)
+    return plain_windows(tokenizer, documents, prompt_tokens, continuation_tokens, count, rng)
 
 
 def _of_split(source: str, split: str, exchanges: Iterable[_Exchange]) -> list[_Exchange]:

@@ -119,9 +119,7 @@ class Rows:
         something is padded. `pruning.tokens.padding_arguments` says what a model is then given.
         """
         chosen = [self.rows[row] for row in rows]
-        prompt, continuation = (
-            max(map(len, part)) for part in zip(*[(row.prompt, row.continuation) for row in chosen])
-        )
+        prompt, continuation = max(len(row.prompt) for row in chosen), max(len(row.continuation) for row in chosen)
         ids = torch.zeros(len(chosen), prompt + continuation, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(chosen):

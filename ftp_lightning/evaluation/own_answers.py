@@ -63,7 +63,7 @@ def own_answers(
 def end_tokens(model) -> frozenset[int]:
     """The token ids that end an answer of this model."""
     ends = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config.get_text_config())]
-    first = next((end for end in ends if end is not None), [])
+    first: int | list[int] = next((end for end in ends if end is not None), [])
     return frozenset(first if isinstance(first, list) else [first])
 
 

@@ -31,7 +31,8 @@ POSITION = {
 
 
 COUNTED = ("texts", "prompt tokens", "continuation tokens", "dense", "gradient", "kl")
-"""What is counted, without padding: of the last three, tokens times the share of the blocks that ran; a backward pass is a forward's."""
+"""What is counted, padding left out: of the last three, tokens times the share of the blocks that ran; a backward pass
+is a forward's."""
 
 
 class Share(torchmetrics.Metric):
@@ -172,10 +173,9 @@ class BlockSensitivity(lightning.LightningModule):
         return found | ({"gradient": self.saliency.compute().tolist()} if self.gradient else {})
 
     def _measure(self, batch: Batch) -> Tensor:
-        if self.prompt_tokens not in (None, batch["prompt_tokens"]) or (
-            self.prompt_tokens and _real(batch) is not None
-        ):
-            raise ValueError(f"a batch has other prompts than of {self.prompt_tokens} tokens, like all others")
+        even = _real(batch) is None and batch["prompt_tokens"] == self.prompt_tokens
+        if self.prompt_tokens is not None and not even:
+            raise ValueError(f"a batch has prompts that are not of {self.prompt_tokens} tokens like all others")
         for name, tokens in (("texts", len(batch["input_ids"])), *_tokens(batch).items()):
             self.counted.update(COUNTED.index(name), tokens)
         states, dense = self._dense(batch)

@@ -123,7 +123,8 @@ class ContinuationFitness(MemoFitness):
         model: a Hugging Face causal LM.
         rows: prompts and continuations of any length; every row weighs alike.
         make_pruner: Schedule -> TokenPruner, put in force as `with make_pruner(schedule)(model)`.
-        chunk: rows per forward, in their own order; part of the result's last digits, hence of what must be equal to reproduce it.
+        chunk: rows per forward, in their own order; part of the result's last digits, hence of what must be equal to
+            reproduce it.
         criterion: what is lost; `criteria.KLDivergence()` by default.
         memo: see `MemoFitness`.
         share_prefix: False computes dense first blocks again each time (for comparison).
@@ -159,7 +160,7 @@ class ContinuationFitness(MemoFitness):
         return row_means(losses, scored_tokens(batch)).double().mean().item()
 
     def cost(self, schedule: Schedule, chunk: int) -> int:
-        """Real tokens of the chunk, those of dense blocks that were not run left out: times (N - first) / N, rounded."""
+        """Real tokens of the chunk times the share of the blocks that run, (N - first) / N, rounded."""
         return round(self._tokens[chunk] * (1 - self._start(schedule) / schedule.num_blocks))
 
     def identity(self) -> dict[str, Any]:

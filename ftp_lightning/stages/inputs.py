@@ -118,7 +118,7 @@ def measured_rows(
     settings: RowsSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    count: int | None,
+    count: int,
     recall_share: float,
     split: str | None = None,
 ) -> Rows:
@@ -129,17 +129,15 @@ def measured_rows(
 def unanswered_rows(
     settings: RowsSettings,
     tokenizer: PreTrainedTokenizerBase,
-    count: int | None,
-    recall_share: float,
+    count: int,
+    recall_share: float = 0.0,
     split: str | None = None,
 ) -> Rows:
-    """The same before the model has answered prompts that have no continuation.
-
-    Windows: `recall_share` of them with facts to recall; with `count` None all consecutive ones of plain text.
-    """
+    """The same before the model has answered prompts that have no continuation. `recall_share` of windows have facts
+    to recall."""
     split, shape = split or settings.chosen_split, (settings.prompt_tokens, settings.continuation_tokens)
     with text_named(settings.data, split):
-        if settings.rows != "windows" or count is None:
+        if settings.rows != "windows":
             return sampled_prompts(settings.data, split, tokenizer, *shape, count, settings.seed)
         documents = load_documents(settings.data, split)
         return calibration_windows(tokenizer, documents, *shape, count, settings.seed, recall_share)

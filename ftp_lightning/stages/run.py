@@ -112,9 +112,10 @@ class RunStage(BudgetSettings, RowsSettings):
         measured, searched = self._at("sensitivity/sensitivity.json"), self._at("search/schedule.json")
         trained, tuned = self._at("train/pruned"), self._at("finetune/pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
-        sizes |= self.row_flags()
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
-        search = sizes | budget | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
+        search = (
+            sizes | budget | self.row_flags() | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
+        )
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
