@@ -3,7 +3,7 @@
     python experiments/compare_runs.py runs/a runs/b [--a METHOD] [--b METHOD] [--show 10]
 
 Reads the samples.jsonl of both. Items are the same where the very same words were asked (`hash`); others are counted
-and left out. Methods are by default the last of each run. McNemar's test and a bootstrap over documents, per task; then
+and left out. Methods are by default the last of each run. McNemar's test and an interval over documents, per task; then
 the items that changed.
 """
 

@@ -59,7 +59,7 @@ class ContinuationScores:
     """What the continuation lost: KL in nats per token, PPL(P,C) = exp(mean nll), and the sparsity that was realised.
 
     The lists hold one mean per window, in the order of the windows: differences of two methods on them go to
-    `paired_bootstrap`. `sparsity` holds one realised share per block over the prompt (mode "sequence": over the text);
+    `clustered`. `sparsity` holds one realised share per block over the prompt (mode "sequence": over the text);
     empty for the dense model.
     """
 

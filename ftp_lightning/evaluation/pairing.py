@@ -1,32 +1,34 @@
 """Two methods on the same items, item by item: what was lost and gained, and whether it can be told from chance.
 
-A row is one item as `samples.jsonl` holds it: task, id, hash, document, and per method `score` and `right`.
+A row is one item as `samples.jsonl` holds it: task, subject, id, hash, document, and per method `score` and `right`.
 """
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.statistics import mcnemar_p, paired_bootstrap
+from ftp_lightning.evaluation.statistics import mcnemar_p, paired
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A against B on the `items` of one task. `difference`: mean score of A minus B, with its 95 % interval (documents
-    resampled). `lost`: right in B only; `gained`: right in A only; `p`: McNemar's on the two."""
+    """A against B on the `items` of one task, from `clusters` documents.
+
+    `difference`: mean score of A minus B with its 95 % interval, None where there is one document. `lost`: right in B
+    only; `gained`: right in A only; `p`: McNemar's on the two."""
 
     task: str
     a: str
     b: str
     items: int
+    clusters: int
     difference: float
     low: float | None
     high: float | None
@@ -35,30 +37,35 @@ class Pair:
     p: float
 
 
-def compare(rows: Sequence[Row], a: str, b: str, seed: int = 0) -> list[Pair]:
+def compare(rows: Sequence[Row], a: str, b: str) -> list[Pair]:
     """Per task A against B, over the items that both have scored; tasks without scores are left out."""
     tasks: dict[str, list[Row]] = {}
     for row in rows:
         if row["score"].get(a) is not None and row["score"].get(b) is not None:
             tasks.setdefault(row["task"], []).append(row)
-    return [_pair(task, a, b, items, random.Random(f"{seed}/{task}")) for task, items in tasks.items()]
+    return [_pair(task, a, b, items) for task, items in tasks.items()]
 
 
-def _pair(task: str, a: str, b: str, items: Sequence[Row], rng: random.Random) -> Pair:
-    differences = [row["score"][a] - row["score"][b] for row in items]
-    documents = [row["id"] if row.get("document") is None else str(row["document"]) for row in items]
+def _pair(task: str, a: str, b: str, items: Sequence[Row]) -> Pair:
+    scores = [[float(row["score"][name]) for row in items] for name in (a, b)]
+    found = paired(scores[0], scores[1], [document_of(row) for row in items])
+    assert found.value is not None
     right = [(bool(row["right"][a]), bool(row["right"][b])) for row in items]
     lost, gained = right.count((False, True)), right.count((True, False))
-    mean, low, high = sum(differences) / len(items), None, None
-    if len(set(documents)) > 1:
-        mean, low, high = paired_bootstrap(differences, documents, rng)
-    return Pair(task, a, b, len(items), mean, low, high, lost, gained, mcnemar_p(lost, gained))
+    ends = found.low, found.high
+    return Pair(task, a, b, found.items, found.clusters, found.value, *ends, lost, gained, mcnemar_p(lost, gained))
 
 
-def pairs_of(rows: Sequence[Row], methods: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
+def document_of(row: Row) -> tuple[Any, ...]:
+    """Whose item it is: its document, else the item itself. Both are numbered anew in every subject of a group."""
+    subject, document = row.get("subject", row.get("task")), row.get("document")
+    return (subject, "item", row["id"]) if document is None else (subject, "document", str(document))
+
+
+def pairs_of(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
     """Every method against dense, and the last one against every other: the claims that a table makes."""
     wanted = [(name, "dense") for name in methods] + [(methods[-1], name) for name in methods[:-1]]
-    return [asdict(pair) for a, b in wanted for pair in compare(rows, a, b, seed)]
+    return [asdict(pair) for a, b in wanted for pair in compare(rows, a, b)]
 
 
 # ---------------------------------------------------------------- two runs

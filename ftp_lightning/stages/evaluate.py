@@ -127,7 +127,7 @@ def _measured(settings: EvaluateStage, bench: Bench, methods: Methods) -> dict[s
     records = [bench.measure(*method) for method in methods]
     results["methods"] = with_retention(records, settings.tasks, bench.dense, bench.results)
     results["counted"] = counted_tasks(records, settings.tasks)
-    results["paired"] = pairs_of(bench.samples(), [record["name"] for record in records], settings.seed)
+    results["paired"] = pairs_of(bench.samples(), [record["name"] for record in records])
     return results
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TEACHER_BYTES = 1 << 30
 """Dense log-probabilities up to this size are kept for all methods; beyond it the dense model runs along [ours]."""
-LABELS = ("id", "hash", "kind", "distance", "document", "prompt_tokens")
+LABELS = ("id", "subject", "hash", "kind", "distance", "document", "prompt_tokens")
 PER_METHOD = ("right", "score", "sparsity", "answers")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ftp_lightning.data.choices import distance_bucket
 from ftp_lightning.evaluation import statistics
+from ftp_lightning.evaluation.pairing import compare, document_of
 
 Results = dict[str, dict]
 """Task -> summary, as `evaluation.tasks.run_tasks` gives it."""
@@ -30,7 +30,7 @@ def task_cell(task: str, dense: Results, found: Results) -> dict[str, Any]:
     names = ("sparsity", "skipped", "flops_cut")
     return ours | {name: summary[name] for name in names} | {
         "skill": skill,
-        "skill_interval": None if skill is None else _ratio(task, [(summary, dense[task])], above_chance=True),
+        "skill_interval": None if skill is None else _ratio([(summary, dense[task])], above_chance=True),
         "kept": kept_cell(task, dense, found),
         "measures": skill is not None and exercised,
         "near_chance": known and skill is None,
@@ -53,8 +53,9 @@ def kept_cell(task: str, dense: Results, found: Results) -> dict[str, Any] | Non
     rows = dense[task]["items"], dense[f"{task}_deleted"]["items"], found[task]["items"]
     right = [[item["right"] for item in items] for items in rows]
     buckets = [distance_bucket(item["distance"]) for item in rows[0]]
-    total = asdict(statistics.kept(*right))
-    groups = statistics.kept_by(buckets, *right)
+    documents = [document_of(item) for item in rows[0]]
+    total = asdict(statistics.kept(right[0], right[1], right[2], documents))
+    groups = statistics.kept_by(buckets, right[0], right[1], right[2], documents)
     near_first = sorted((bucket for bucket in groups if groups[bucket].items), key=lambda b: int(str(b).split("-")[0]))
     names = ("share", "low", "high", "items")
     by_distance = {bucket: {name: getattr(groups[bucket], name) for name in names} for bucket in near_first}
@@ -63,12 +64,11 @@ def kept_cell(task: str, dense: Results, found: Results) -> dict[str, Any] | Non
 
 def leak_cell(task: str, prompt: dict, sequence: dict) -> dict[str, Any] | None:
     """The score of mode "sequence", and its paired difference to mode "prompt" on the same items."""
-    from ftp_lightning.evaluation.pairing import compare
-
     rows = [
         {
             "task": task,
             "id": one["id"],
+            "subject": one.get("subject", task),
             "document": one["document"],
             "score": {"sequence": two["score"], "prompt": one["score"]},
             "right": {"sequence": two["right"], "prompt": one["right"]},
@@ -100,19 +100,30 @@ def with_retention(
         record["retention"] = statistics.retention(*accuracies) if counted else None
         ends = None
         if counted and found is not None:
-            ends = _ratio("retention", [(found[record["name"]][task], dense[task]) for task in counted])
+            ends = _ratio([(found[record["name"]][task], dense[task]) for task in counted])
         record["retention_interval"] = ends and [100 * end for end in ends]
     return records
 
 
-def _ratio(seed: str, pairs: Sequence[tuple[dict, dict]], above_chance: bool = False) -> list[float] | None:
-    tasks = [(_scores(pruned), _scores(dense), dense["chance"] if above_chance else 0.0) for pruned, dense in pairs]
-    ends = statistics.ratio_interval(tasks, random.Random(seed))
-    return ends and list(ends)
+def _ratio(pairs: Sequence[tuple[dict, dict]], above_chance: bool = False) -> list[float] | None:
+    found = statistics.ratio_interval(
+        [
+            (_scores(pruned), _scores(dense), dense["chance"] if above_chance else 0.0, _documents(dense))
+            for pruned, dense in pairs
+        ]
+    )
+    return None if found is None or found.low is None or found.high is None else [found.low, found.high]
 
 
 def _interval(summary: dict) -> tuple[float | None, float | None]:
-    return (None, None) if summary["score"] is None else statistics.score_interval(_scores(summary))
+    if summary["score"] is None:
+        return None, None
+    found = statistics.clustered(_scores(summary), _documents(summary))
+    return found.low, found.high
+
+
+def _documents(summary: dict) -> list:
+    return [document_of(item) for item in summary["items"]]
 
 
 def _scores(summary: dict) -> list[float]:

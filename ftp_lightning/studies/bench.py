@@ -34,6 +34,8 @@ class Bench:
     windows: Windows
     teacher: Tensor
     questions: list[Question]
+    documents: list[int]
+    """Whose text each question stands in."""
     right: list[bool]
     without: list[bool]
 
@@ -58,7 +60,8 @@ def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
     return {
         "kl": text.kl_mean,
         "kl_rows": text.kl_rows,
-        "kept": asdict(kept(bench.right, bench.without, right)),
+        "kept": asdict(kept(bench.right, bench.without, right, bench.documents)),
+        "documents": {"kl_rows": bench.windows.documents, "right": bench.documents},
         "right": right,
         "need": bench.need,
         "realised_sparsity": text.mean_sparsity,
@@ -85,9 +88,10 @@ def _make(settings: TrialStage) -> Bench:
     items = _items(held_out, tokenizer)
     check_questions(model.config, tokenizer, items)
     questions = [as_question(tokenizer, item) for item in items]
+    asked_of = [item["document"] for item in items]
     deleted = [as_question(tokenizer, item, "context_deleted") for item in items]
     answers = (greedy_answers(model, asked, BATCH) for asked in (questions, deleted))
-    return Bench(model, windows, teacher_logprobs(model, windows, BATCH), questions, *answers)
+    return Bench(model, windows, teacher_logprobs(model, windows, BATCH), questions, asked_of, *answers)
 
 
 def _items(settings: TrialStage, tokenizer: Any) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ftp_lightning.evaluation.harness.declared import RECALL, declared
+from ftp_lightning.evaluation.statistics import chance_of
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
@@ -51,7 +52,7 @@ def summarize(items: list[dict], metrics: Mapping) -> dict:
         "acc_norm": means["acc_norm"],
         "exact_match": means["exact_match"],
         "n": len(items),
-        "chance": means["chance"],
+        "chance": _best_constant(items, means["chance"]),
         **{key: means[key] for key in ACCOUNTED[:-1]},
         "truncated": sum(bool(item["truncated"]) for item in items),
         "metrics": _plain_metrics(metrics),
@@ -70,12 +71,14 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
     right = next((values[m] for m in order if values[m] is not None), None)
     return {
         "id": doc.get("id", sample["doc_id"]),
+        "subject": task,
         "hash": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         "right": bool(right) if right is not None else (None if score is None else score >= 0.5),
         "metric": metric,
         "score": score,
         **values,
         "chance": _chance(sample, metric, score),
+        "label": _label(sample),
         "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
         **{key: doc.get(key) for key in PASSED_ON},
         **{key: getattr(account, key, None) for key in ACCOUNTED},
@@ -100,6 +103,22 @@ def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
     """1 / number of choices; 0 of what the model has to write itself, be it one of several choices."""
     choices = len(sample["filtered_resps"])
     return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
+
+
+def _label(sample: Mapping) -> int | None:
+    """Number of the right choice; None where the target is a text."""
+    target, choices = sample.get("target"), len(sample["filtered_resps"])
+    if isinstance(target, str) and target.isdecimal():
+        target = int(target)
+    return target if isinstance(target, int) and 0 <= target < choices else None
+
+
+def _best_constant(items: Sequence[Mapping], mean: float | None) -> float | None:
+    """`mean` of the items' chances, or what always saying the most frequent label would score, see `chance_of`."""
+    labels = [item.get("label") for item in items]
+    if not mean or None in labels or len({item["chance"] for item in items}) > 1:
+        return mean
+    return chance_of([label for label in labels if label is not None], round(1 / mean))
 
 
 def _plain_answer(answer: Any) -> Any:
