@@ -18,8 +18,8 @@ RECORD = "record.jsonl"
 def compare(items: DataFrame, a: str, b: str) -> list[dict[str, Any]]:
     """Per task A against B, over the items that both have scored; tasks without scores are left out.
 
-    difference: mean score of A minus that of B, with its 95 % interval. lost: items that B alone has right; gained: that
-    A alone has; p: McNemar's on the two.
+    difference: mean score of A minus that of B, with its 95 % interval. lost: items that B alone has right; gained:
+    that A alone has; p: McNemar's on the two.
     """
     known = items[items["method"].isin([a, b])]
     known = known[known["score"].notna()] if "score" in known else known.iloc[:0]

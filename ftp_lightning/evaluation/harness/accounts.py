@@ -40,8 +40,8 @@ class Answer:
 class Account:
     """What a score stands on [ours: method, section 8].
 
-    `exercised`: at least half the budget was realised; otherwise the request (too short to be pruned) measured the dense
-    model. `truncated`: tokens cut from the left to fit the model. Otherwise as in `Answer`.
+    `exercised`: at least half the budget was realised; otherwise the request (too short to be pruned) measured the
+    dense model. `truncated`: tokens cut from the left to fit the model. Otherwise as in `Answer`.
     """
 
     request: tuple | None
