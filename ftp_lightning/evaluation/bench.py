@@ -83,10 +83,9 @@ class Bench:
 
     def needed(self, items: DataFrame) -> DataFrame:
         """A record with the column `needed`, by the dense model's answers."""
-        twins = self.dense["task"].str.endswith(DELETED) if len(self.dense) else []
-        without = self.dense[twins] if len(self.dense) else self.dense
-        dense = self.dense[~self.dense["task"].isin(without["task"])] if len(self.dense) else self.dense
-        return with_need(items, dense, without.assign(task=without["task"].str.removesuffix(DELETED)))
+        twins = self.dense["task"].map(lambda task: task.endswith(DELETED)).astype(bool)
+        without = self.dense[twins].assign(task=self.dense[twins]["task"].map(lambda task: task.removesuffix(DELETED)))
+        return with_need(items, self.dense[~twins], without)
 
     def score(self, name: str, pruner: TokenPruner, text: str = TEXT, mode: str = "prompt") -> ContinuationScores:
         """What a method loses on one text."""

@@ -6,7 +6,7 @@ A record is a pandas.DataFrame with one row per item and method. Columns that a 
 |---|---|
 | method, seed, task, item | whose answer to what; `item` is unique within a task |
 | document | what the item was made from; items of one document go together in every interval |
-| prompt_tokens, new_tokens | tokens of the prompt, and of what followed it |
+| prompt_tokens, continuation_tokens | tokens of the prompt, and of what followed it |
 | right, score | whether the answer is right, and its score by the task's metric |
 | first, agreed, kl | first token and whole answer as the dense model's; KL per continuation token, nats |
 | needed | whether the item counts for `kept`: dense is right, and wrong without the passage where that can be asked |
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 KEY = ["task", "item"]
+COLUMNS = ["method", "seed", *KEY]
+"""Those that every record has."""
 DENSE = "dense"
 
 
@@ -45,7 +47,7 @@ def joined(parts: Sequence[DataFrame]) -> DataFrame:
     import pandas
 
     filled = [part for part in parts if len(part)]
-    return pandas.concat(filled, ignore_index=True) if filled else pandas.DataFrame()
+    return pandas.concat(filled, ignore_index=True) if filled else pandas.DataFrame(columns=COLUMNS, dtype=object)
 
 
 def with_need(items: DataFrame, dense: DataFrame, without: DataFrame | None = None) -> DataFrame:
@@ -130,7 +132,7 @@ def read_record(path: Path) -> DataFrame:
 
     try:
         found = pandas.read_json(path, orient="records", lines=True, dtype=False)
-        found[["method", "seed", *KEY]]  # noqa: B018  says which column is missing
+        found[COLUMNS]  # noqa: B018  says which column is missing
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} holds no record: {str(error)[:80]}\nMake one with `ftp-lightning evaluate`.") from None
     return found

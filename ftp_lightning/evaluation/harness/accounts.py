@@ -46,12 +46,17 @@ class Account:
 
     request: tuple | None
     prompt_tokens: int
-    new_tokens: int
+    continuation_tokens: int
     sparsity: float
     exercised: bool
     truncated: int
     skipped: float | None = None
     spent: Spent | None = None
+
+    @property
+    def flops_cut(self) -> float:
+        """Share of the FLOPs saved over the whole request; 0 for the dense model."""
+        return 0.0 if self.spent is None else 1.0 - self.spent.flops / self.spent.dense_flops
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ftp_lightning.evaluation.statistics import chance_of
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
-ACCOUNTED = ("prompt_tokens", "new_tokens", "sparsity", "skipped", "exercised", "truncated")
+ACCOUNTED = ("prompt_tokens", "continuation_tokens", "sparsity", "skipped", "exercised", "truncated")
 COUNTING = (*METRICS, "em", "f1", "contains", "score", "qa_f1_score")
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
