@@ -93,7 +93,7 @@ def carry_out(
         check_chat_template(settings.model, tokenizer)
     methods = choose_methods(settings, model)
     place = Path(settings.answers).expanduser() if settings.answers else folder.path / ANSWERS
-    bench = _bench(settings, model, tokenizer, processes if processes.count > 1 else None, place)
+    bench = bench_of(settings, model, tokenizer, processes if processes.count > 1 else None, place)
     if processes.rank == 0:
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
     items = _measured(settings, bench, methods, Progress(**timing) if processes.rank == 0 else None)
@@ -104,7 +104,7 @@ def carry_out(
     return folder.files
 
 
-def _bench(settings: EvaluateStage, model: Any, tokenizer: Any, processes: Processes | None, answers: Path) -> Bench:
+def bench_of(settings: EvaluateStage, model: Any, tokenizer: Any, processes: Processes | None, answers: Path) -> Bench:
     """The rows of text and the tasks that the settings ask for. UserError for what cannot be had."""
     from ftp_lightning.evaluation.bench import OWN_ANSWERS, TEXT, Bench
     from ftp_lightning.evaluation.harness.asking import HarnessTasks
