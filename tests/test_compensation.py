@@ -27,7 +27,7 @@ from ftp_lightning import (
     UserError,
     fit_compensation,
 )  # fmt: skip
-from ftp_lightning.data.rows import Rows
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import compensation, flops
@@ -540,3 +540,18 @@ def test_train_fits_and_stores_it_and_a_search_carries_it(command):
     tuned = TokenPruner.load("tuned/pruned").compensation.tensors
     assert all(torch.equal(tuned[name], t) for name, t in trained.compensation.tensors.items())
     assert load_file(Path("tuned/pruned/compensation.safetensors")).keys() == tuned.keys()
+
+
+@pytest.mark.parametrize("parts", ["block", "attention+mlp"])
+def test_rows_of_any_length_add_up(parts):
+    """Padding is in no sum: a batch of rows has the moments of each row alone, added up."""
+    ids = [row.prompt + row.continuation for row in windows(5).rows]
+    rows = Rows([Row(row[:p], row[p : p + c]) for row, (p, c) in zip(ids, ((20, 4), (9, 2), (13, 1), (9, 4), (5, 3)))])
+    together = gather_moments(MODEL, rows, 3, parts)
+    alone = [gather_moments(MODEL, rows.subset([i]), 1, parts) for i in range(5)]
+    for part, blocks in together.items():
+        for block, found in enumerate(blocks):
+            expected = sum((one[part][block] for one in alone[1:]), start=alone[0][part][block])
+            assert found.count == expected.count == sum(p - 2 for p in (20, 9, 13, 9, 5))
+            for name in ("x", "y", "xx", "yx"):
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)

@@ -113,9 +113,8 @@ class RunStage(BudgetSettings, RowsSettings):
         trained, tuned = self._at("train/pruned"), self._at("finetune/pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
-        search = (
-            sizes | budget | self.row_flags() | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
-        )
+        search = sizes | budget | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
+        search |= self.row_flags()
         evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
