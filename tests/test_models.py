@@ -62,7 +62,7 @@ def test_random_shapes_are_seeded_and_leave_the_global_state_alone():
 def test_shapes_are_the_named_ones():
     with torch.device("meta"):
         sizes = {
-            name: sum(p.numel() for p in LlamaForCausalLM(models._random_config(name)).parameters()) for name in SHAPES
+            name: sum(p.numel() for p in LlamaForCausalLM(models.random_config(name)).parameters()) for name in SHAPES
         }
     assert sizes["llama-7b"] == 6_738_415_616 and sizes["llama-8b"] == 8_030_261_248
     assert sizes["llama-13b"] == 13_015_864_320 and sizes["llama3-8b"] == 8_030_261_248
@@ -144,7 +144,7 @@ def test_auto_device_is_what_is_there(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_a_valid_model_without_allocating_it(shape):
-    config = models._random_config(shape)
+    config = models.random_config(shape)
     heads = config.num_attention_heads
     assert config.hidden_size % heads == heads % config.num_key_value_heads == 0
     with torch.device("meta"):
@@ -155,7 +155,7 @@ def test_every_shape_is_a_valid_model_without_allocating_it(shape):
 
 
 def test_long_texts_fit_the_shapes_that_are_measured():
-    limits = {shape: models._random_config(shape).max_position_embeddings for shape in SHAPES}
+    limits = {shape: models.random_config(shape).max_position_embeddings for shape in SHAPES}
     measured = {"tiny": 4096, "llama-110m": 16384, "llama-7b": 16384, "llama-8b": 131072}
     assert {shape: limits[shape] for shape in measured} == measured
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ftp_lightning.data.records import alpaca_prompt, chat_text, record_text, valid_text
 from ftp_lightning.data.sources import MANY_DOCUMENTS, check_split, has_records, read_records, split_documents
+from ftp_lightning.data.text import leading_ids
 from ftp_lightning.errors import UserError
 
 LEFT_OUT = ("long_prompt", "empty_prompt", "empty_response")
@@ -104,8 +105,9 @@ def load_examples(
     * `{"messages"}`: all up to and with the last user turn, and what follows it, by the tokenizer's chat template;
       without one `role: content` per message, a blank line between, the prompt ending in the answering `role:`.
 
-    Both hold before `text`, which some data sets give beside them. Where no template says otherwise BOS comes first
-    and EOS last. The split is that of the record as a document, by the hash of its text; duplicates count once.
+    Both hold before `text`, which some data sets give beside them. Where no template says otherwise the prompt begins
+    as the tokenizer begins a text, and EOS comes last. The split is that of the record as a document, by the hash of
+    its text; duplicates count once.
 
     Longer prompts than `prompt_tokens` are left out, as are prompts and responses without words; responses are cut at
     `response_tokens`. Raises UserError for text without records, records without a prompt, fewer than 20 records that
@@ -165,13 +167,15 @@ def _examples(
 
 
 def _tokens(exchange: _Exchange, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of prompt and response, each encoded alone, as they are in use; BOS and EOS where no template is asked."""
+    """Ids of prompt and response, each encoded alone, as they are in use; where no template is asked the
+    prompt begins as the tokenizer begins a text, and the response ends in EOS."""
     prompt, response = (
         tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in (exchange.prompt, exchange.response)
     )
-    ends = [] if exchange.templated else [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    bos, eos = ([] if token is None else [token] for token in ends or (None, None))
-    return bos + prompt, response + eos
+    if exchange.templated:
+        return prompt, response
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return leading_ids(tokenizer) + prompt, response + eos
 
 
 def _exchange(record: Any, tokenizer: PreTrainedTokenizerBase) -> _Exchange:

@@ -6,18 +6,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.evaluation.scoring import score_after_prompt
 
 Question = tuple[list[int], list[int]]
-"""Token ids of a context (BOS included) and of its right answer."""
+"""Token ids of a context, as `data.text.prompt_ids` gives them, and of its right answer."""
 
 
 def as_question(tokenizer: Any, item: dict[str, Any], context: str = "context") -> Question:
     """A recall item in tokens; context "context_deleted": without its facts."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    texts = item[context], item["choices"][item["answer"]]
-    passage, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
-    return bos + passage, answer
+    answer = item["choices"][item["answer"]]
+    return prompt_ids(tokenizer, item[context]), tokenizer.encode(answer, add_special_tokens=False)
 
 
 def greedy_answers(model: Any, questions: Sequence[Question], batch_size: int = 16) -> list[bool]:
