@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -175,3 +176,87 @@ def test_random_weights_are_never_made_in_another_precision():
     with Watch():
         load_model("random:tiny", dtype="bfloat16")
     assert made == {torch.bfloat16}
+
+
+def a_missing_weight(folder):
+    change_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def an_unknown_weight(folder):
+    change_weights(folder, lambda weights: weights.update({"model.layers.0.extra.weight": torch.zeros(2)}))
+
+
+def a_weight_of_another_shape(folder):
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.zeros(31)}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def a_pickle_of_garbage(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def a_quantisation_that_is_not_installed(folder):
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 16})
+
+
+def a_field_of_another_type(folder):
+    change_config(folder, num_hidden_layers="three")
+
+
+def an_unknown_model_type(folder):
+    change_config(folder, model_type="fancy")
+
+
+def an_unknown_rope(folder):
+    change_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+
+
+def no_list_of_shards(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (a_missing_weight, "missing model.layers.1.mlp.up_proj.weight"),
+        (an_unknown_weight, "unexpected model.layers.0.extra.weight"),
+        (a_weight_of_another_shape, "mismatched model.norm.weight ((31,) instead of (32,))"),
+        (a_pickle_of_garbage, "cannot be loaded"),
+        (a_quantisation_that_is_not_installed, "cannot be loaded"),
+        (a_field_of_another_type, "num_hidden_layers"),
+        (an_unknown_model_type, "fancy"),
+        (an_unknown_rope, "spiral"),
+        (no_list_of_shards, "KeyError"),
+    ],
+)
+def test_folders_that_do_not_load_are_told_in_a_sentence(folder, damage, said):
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder))
+    lines = str(caught.value).splitlines()
+    assert said in str(caught.value) and len(lines) <= 3 and max(map(len, lines)) < 400
+
+
+def test_masks_that_older_versions_stored_are_no_weights(folder):
+    change_weights(folder, lambda weights: weights.update({"model.layers.0.attention.masked_bias": torch.zeros(1)}))
+    load_model(str(folder))
+
+
+def test_a_tokenizer_of_a_newer_version(folder):
+    load_tokenizer("embedded").save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "Newer"}}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(folder))

@@ -1,18 +1,20 @@
 """GGUF files made into model folders, once: read by transformers, stored as bfloat16 safetensors in a cache folder."""
 
+import copy
 import hashlib
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError, unwritable
-from ftp_lightning.models.pretrained import cause, check_complete, quiet
+from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 
 CACHE = "FTP_LIGHTNING_CACHE"
 _VERSION = 1
@@ -129,68 +131,68 @@ def _joined(parts: Sequence[Path], file: Path) -> Path:
 
 def _write(name: str, file: Path, folder: Path) -> None:
     """Read the GGUF file by transformers and save what it holds; UserError for what cannot be read."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    told = _said_by(name, file)
-    where = {"gguf_file": file.name, "trust_remote_code": False}
+    pre_tokenizer = _check_whole(file)
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.bfloat16, output_loading_info=True, **where
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        with _silent():
+            model, info = AutoModelForCausalLM.from_pretrained(**where, **_as_plain_weights())
+            tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:
         raise UserError(f"the GGUF file of model {name} cannot be read\n{cause(error)}") from error
     check_complete(info, name)
-    _split_digits(tokenizer, told)
-    with quiet():
+    if pre_tokenizer == "smollm":
+        _split_digits(tokenizer)
+    with _silent():
         _unquantised(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _said_by(name: str, file: Path) -> dict[str, str]:
-    """The architecture and the pre-tokenizer that a GGUF file names; UserError where it is broken or unknown."""
-    import numpy as np
+def _as_plain_weights() -> dict[str, Any]:
+    """How to read the weights; versions of transformers that can leave them packed are asked not to."""
+    import torch
+    import transformers
+
+    plain = {"dtype": torch.bfloat16, **COMPLETE}
+    config = getattr(transformers, "GgufConfig", None)
+    return plain if config is None else {**plain, "quantization_config": config(dequantize=True)}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No progress bars: those of the conversion ask nobody whether they are wanted."""
+    with quiet(), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _check_whole(file: Path) -> str | None:
+    """The pre-tokenizer that a GGUF file names; UserError where it is something else or ends too early."""
     from gguf import GGUFReader
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     try:
         reader = GGUFReader(file)
-        told = {key: reader.fields[key].contents() for key in _TOLD if key in reader.fields}
-        held = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
-        if not reader.tensors or held > np.memmap(file, mode="r").size:
+        held = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
+        if held > file.stat().st_size:
             raise ValueError("it ends before its weights do")
+        said = reader.fields.get("tokenizer.ggml.pre")
+        return None if said is None else said.contents()
     except OSError:
         raise
     except Exception as error:
         raise UserError(f"{file} is no whole GGUF file: {cause(error)}\nDownload it again.") from error
-    architecture = told.get("general.architecture")
-    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        known = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
-        raise UserError(
-            f"the GGUF file of model {name} is of the architecture {architecture!r}, which transformers cannot read\n"
-            f"It reads {known}."
-        )
-    return told
 
 
-_TOLD = ("general.architecture", "tokenizer.ggml.pre")
-
-
-def _split_digits(tokenizer: Any, told: dict[str, str]) -> None:
+def _split_digits(tokenizer: Any) -> None:
     """Give SmolLM's tokenizer back its first step, every digit alone, which transformers does not read from GGUF."""
     from tokenizers import pre_tokenizers
 
-    if told.get("tokenizer.ggml.pre") == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
 def _unquantised(model: Any) -> Any:
     """The same model made anew: one that was read from GGUF says that it is quantised and refuses to be saved."""
-    import copy
-
     import torch
 
     config = copy.deepcopy(model.config)

