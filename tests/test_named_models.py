@@ -41,6 +41,7 @@ def packaged(file, tmp_path, monkeypatch, cache):
     sha256 = hashlib.sha256(whole).hexdigest()
     model = named.NamedModel("Tiny", "org/tiny", "F32", "tiny==1.0", parts, sha256, "Tiny has terms of use")
     monkeypatch.setitem(named.NAMED, "tiny", model)
+    monkeypatch.setattr(named, "_told", set())
     return model
 
 

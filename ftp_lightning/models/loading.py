@@ -1,6 +1,5 @@
 """Load models, tokenizers and configurations by name; what is wrong with a name or a file is a sentence."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import torch
 
 from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
 from ftp_lightning.errors import UserError
-from ftp_lightning.models.named import is_named, locate, notice
+from ftp_lightning.models.named import is_named, locate
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 from ftp_lightning.models.random_weights import random_config, random_model
 
@@ -58,9 +57,6 @@ def _spread(model: "PreTrainedModel", where: str | dict) -> "PreTrainedModel":
 def _read_model(name: str, revision: str | None, dtype: torch.dtype, where: str | dict | None) -> "PreTrainedModel":
     """The stored model `name`, complete, on the CPU or spread over devices."""
     source = _checked(name, revision, weights=True)
-    if (said := notice(name)) and said not in _said:
-        _said.add(said)
-        print(said, file=sys.stderr)
     options = {} if where is None else {"device_map": where}
     if where is not None:
         quiet_hooks()
@@ -69,10 +65,6 @@ def _read_model(name: str, revision: str | None, dtype: torch.dtype, where: str 
     if isinstance(where, dict):
         check_tied(model, where)
     return model
-
-
-_said: set[str] = set()
-"""Licence notices that this process has printed."""
 
 
 def load_tokenizer(name: str = "embedded", *, revision: str | None = None) -> "PreTrainedTokenizerBase":

@@ -1,5 +1,6 @@
 """Real models that everybody can have: by name from the Hub's cache or a package, or from a GGUF file."""
 
+import sys
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -59,11 +60,6 @@ def is_named(name: str) -> bool:
     return name in NAMED or (name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir())
 
 
-def notice(name: str) -> str:
-    """What the licence of model `name` wants a user to read; empty for most."""
-    return NAMED[name].notice if name in NAMED else ""
-
-
 def title(name: str, revision: str | None = None) -> str:
     """The name of a model in tables; for a named one also which weights they are. UserError where it is not there."""
     if name not in NAMED:
@@ -79,6 +75,7 @@ def locate(name: str, revision: str | None = None) -> str:
     """The folder of a named model or a GGUF file, which is converted if it never was; other names as they are.
 
     The Hub's original is preferred where it is in the Hub's cache; the network is never asked.
+    What a licence wants users to read is printed on stderr, once in a process.
     Raises UserError where the model is nowhere, or its file is not what it should be.
     """
     if not is_named(name):
@@ -88,10 +85,16 @@ def locate(name: str, revision: str | None = None) -> str:
         if not path.is_file():
             raise UserError(f"there is no GGUF file {name}\ngive the path of one, or another --model")
         return str(converted(name, [path]))
-    if (snapshot := _snapshot(NAMED[name], revision)) is not None:
-        return str(snapshot)
-    files = _package_files(name, revision)
-    return str(converted(name, files, NAMED[name].sha256))
+    model, snapshot = NAMED[name], _snapshot(NAMED[name], revision)
+    folder = snapshot or converted(name, _package_files(name, revision), model.sha256)
+    if model.notice and name not in _told:
+        _told.add(name)
+        print(model.notice, file=sys.stderr)
+    return str(folder)
+
+
+_told: set[str] = set()
+"""Names of models whose notice this process has printed."""
 
 
 def _snapshot(model: NamedModel, revision: str | None) -> Path | None:

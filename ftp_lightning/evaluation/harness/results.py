@@ -1,0 +1,138 @@
+"""From lm-eval's log of a run to one summary per task, with an account of what each score stands on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ftp_lightning.evaluation.harness.declared import RECALL, declared
+
+METRICS = ("acc", "acc_norm", "exact_match")
+PASSED_ON = ("distance", "kind", "document")
+ACCOUNTED = ("prompt_tokens", "sparsity", "skipped", "flops_cut", "exercised", "truncated")
+ASKED = (*RECALL, *(f"{name}_deleted" for name in RECALL))
+"""Tasks whose answer counts as right only where it is what the model would write; elsewhere the likeliest choice."""
+COUNTING = (*METRICS, "em", "f1", "contains", "score", "qa_f1_score")
+"""Metrics that count answers, in the order in which they are told where none is declared."""
+
+
+def summaries(results: Mapping, names: Sequence[str], accounts: Iterable) -> dict[str, dict]:
+    """Summary per task that ran and, pooled, per named group; results: what `simple_evaluate` returns."""
+    book = {_asked(account.request): account for account in accounts if account.request is not None}
+    items = {
+        task: [_item(task, sample, book) for sample in _first_filter(log)] for task, log in results["samples"].items()
+    }
+    summary = {task: summarize(group, results["results"].get(task, {})) for task, group in items.items()}
+    for name in names:
+        tree = results.get("group_subtasks", {})
+        members = _members(name, tree) or _members(f"local_{name}", tree)
+        if name not in summary and members:
+            pooled = [item for member in members for item in items.get(member, [])]
+            summary[name] = summarize(pooled, results["results"].get(name, {}))
+    return summary
+
+
+def summarize(items: list[dict], metrics: Mapping) -> dict:
+    """Means over the items, and of the score declared its standard error s / sqrt(n), which for zeros and ones is
+    lm-eval's sqrt(p (1 - p) / (n - 1)).
+
+    A mean is None where an item has no such value. `metrics` keeps lm-eval's own numbers under their plain names.
+    """
+    means = {key: _mean([item[key] for item in items]) for key in ("score", *METRICS, "chance", *ACCOUNTED[:-1])}
+    return {
+        "metric": items[0]["metric"] if items else None,
+        "score": means["score"],
+        "stderr": _stderr([item["score"] for item in items]),
+        "acc": means["acc"],
+        "acc_stderr": _stderr([item["acc"] for item in items]),
+        "acc_norm": means["acc_norm"],
+        "exact_match": means["exact_match"],
+        "n": len(items),
+        "chance": means["chance"],
+        **{key: means[key] for key in ACCOUNTED[:-1]},
+        "truncated": sum(bool(item["truncated"]) for item in items),
+        "metrics": _plain_metrics(metrics),
+        "items": items,
+    }
+
+
+def _item(task: str, sample: Mapping, book: Mapping) -> dict:
+    """One scored document: its values, its labels, the answers to its requests, and the account of the first of them
+    (all share its context). `hash` is that of all that was asked: two runs asked the same where it is the same."""
+    doc, values = sample["doc"], {metric: sample.get(metric) for metric in METRICS}
+    asked = [_asked(arguments) for arguments in sample["arguments"]]
+    account = book.get(asked[0])
+    order = ("exact_match", "acc") if task in ASKED else ("acc", "exact_match")
+    metric, score = _score(task, sample)
+    right = next((values[m] for m in order if values[m] is not None), None)
+    return {
+        "id": doc.get("id", sample["doc_id"]),
+        "hash": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "right": bool(right) if right is not None else (None if score is None else score >= 0.5),
+        "metric": metric,
+        "score": score,
+        **values,
+        "chance": _chance(sample, metric, score),
+        "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
+        **{key: doc.get(key) for key in PASSED_ON},
+        **{key: getattr(account, key, None) for key in ACCOUNTED},
+    }
+
+
+def _asked(arguments: Sequence) -> tuple[str, ...]:
+    """A request as a key: generation options are no words."""
+    return tuple(a if isinstance(a, str) else json.dumps(a, sort_keys=True, default=str) for a in arguments)
+
+
+def _score(task: str, sample: Mapping) -> tuple[str, float | None]:
+    """The metric that is declared for the task, or the first that counts answers, and its value in [0, 1]; None for
+    what is no share of right answers, as perplexities."""
+    names = [declared(task).metric, *COUNTING]
+    metric = next((name for name in names if isinstance(sample.get(name), int | float)), names[0])
+    value = sample.get(metric)
+    return metric, float(value) if isinstance(value, int | float) and 0.0 <= value <= 1.0 else None
+
+
+def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
+    """1 / number of choices; 0 of what the model has to write itself, be it one of several choices."""
+    choices = len(sample["filtered_resps"])
+    return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
+
+
+def _plain_answer(answer: Any) -> Any:
+    """A log-likelihood as a number, a generated text as it is."""
+    return answer[0] if isinstance(answer, list | tuple) and answer else answer
+
+
+def _first_filter(log: Sequence[Mapping]) -> list[Mapping]:
+    """lm-eval logs a document once per answer filter, of which one is enough here; in order, as ranks take turns."""
+    first = [sample for sample in log if sample.get("filter") == log[0].get("filter")]
+    return sorted(first, key=lambda sample: sample["doc_id"])
+
+
+def _members(name: str, tree: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks below a group, however deep."""
+    return [leaf for child in tree.get(name, ()) for leaf in (_members(child, tree) or [child])]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _stderr(values: Sequence[float | None]) -> float | None:
+    """s / sqrt(n), s^2 the sample variance; None for fewer than two values, or where one is missing."""
+    mean, n = _mean(values), len(values)
+    if mean is None or n < 2:
+        return None
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values if v is not None) / (n - 1) / n)
+
+
+def _plain_metrics(metrics: Mapping) -> dict[str, float]:
+    """`acc,none` -> `acc`; numbers only (a stderr that was not bootstrapped is the word N/A), of several answer filters
+    the first."""
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
+    return {key.split(",")[0]: float(value) for key, value in reversed(numbers.items())}

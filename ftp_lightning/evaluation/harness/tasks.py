@@ -1,0 +1,254 @@
+"""Running lm-eval tasks: the embedded ones, its own on local files, its own from the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ftp_lightning.data.task_names import LONG, OURS
+from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.harness.declared import RECALL, declared
+from ftp_lightning.evaluation.harness.results import METRICS, summaries
+from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own."""
+
+# name -> the field that holds the context; the rows are made by ftp_lightning.data.choices and long_tasks
+EMBEDDED = dict.fromkeys((*OURS, *LONG), "context") | {f"{name}_deleted": "context_deleted" for name in RECALL}
+
+
+def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | None = None) -> dict:
+    """The lm-eval task `name` on JSONL rows with keys id, context, choices, answer (index), and more that pass through.
+
+    exact_match: the gold choice is the greedy continuation. Choices begin with their space, hence no delimiter.
+    cache_dir: where `datasets` puts its copy. UserError for an unknown name, a missing file, or a row without a key.
+    """
+    if name not in EMBEDDED:
+        raise unknown_task(name, EMBEDDED)
+    read_rows(name, Path(jsonl_path), keys=(EMBEDDED[name], "choices", "answer"))
+    return {
+        "task": name,
+        **_local_data({"test": jsonl_path}, cache_dir),
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": f"{{{{{EMBEDDED[name]}}}}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS],
+        "metadata": {"version": 1.0},
+    }
+
+
+def local_task(name: str, files: str | Path | Mapping[str, str | Path], cache_dir: str | Path | None = None) -> dict:
+    """lm-eval's own task `name` on local JSONL of the Hub's schema: one file for all splits, or one per split.
+
+    Given as a group of one: the public way to override the data of a task that lm-eval knows. `mmlu` and its subjects
+    take files with a field `subject`, and need a `cache_dir` to part them in. UserError: missing file, broken row.
+    """
+    files = _by_split(files)
+    if name == "mmlu" or (name.startswith("mmlu_") and _has_subjects(files)):
+        return _local_mmlu(name, files, cache_dir)
+    for path in set(files.values()):
+        read_rows(name, Path(path), declared(name).needs)
+    return {"group": f"local_{name}", "task": [_on_files(name, files, cache_dir)]}
+
+
+def _by_split(files: str | Path | Mapping[str, str | Path]) -> Mapping[str, str | Path]:
+    return files if isinstance(files, Mapping) else dict.fromkeys(("train", "validation", "test", "dev"), files)
+
+
+def _on_files(name: str, files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
+    """Splits without a file are not there: lm-eval would look for their examples while it loads the task."""
+    keys = {"train": "training_split", "validation": "validation_split", "test": "test_split", "dev": "fewshot_split"}
+    missing = {key: None for split, key in keys.items() if split not in files}
+    return {"task": name, "dataset_name": None, **missing, **_local_data(files, cache_dir)}
+
+
+def _has_subjects(files: Mapping[str, Any]) -> bool:
+    return "subject" in read_rows("mmlu", Path(next(iter(files.values()))))[0]
+
+
+def _local_mmlu(name: str, files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
+    """All subjects that the files hold, or the one asked for."""
+    found = by_subject({split: Path(path) for split, path in files.items()}, Path(tempfile.mkdtemp(dir=cache_dir)))
+    if name != "mmlu":
+        subject = name.removeprefix("mmlu_")
+        if subject not in found:
+            raise UserError(f"task {name}: the files hold no subject {subject!r}\nThey hold {', '.join(found)}.")
+        found = {subject: found[subject]}
+    members = [_on_files(f"mmlu_{subject}", parts, cache_dir) for subject, parts in found.items()]
+    return {"group": f"local_{name}", "task": members}
+
+
+def run_tasks(
+    lm,
+    tasks: Mapping[str, str | Path | Mapping[str, str | Path] | None],
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    progress: bool = False,
+) -> dict[str, dict]:
+    """Run tasks on an lm-eval model; tasks: name -> JSONL file(s), or None for the data lm-eval fetches from the Hub.
+
+    Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
+    and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
+    (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
+    metrics (lm-eval's own numbers) and items. An item: id, right (see `task_results.ASKED`), its metrics, distance,
+    kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
+    0. UserError: unknown task, file missing or broken, Hub out of reach.
+    """
+    from lm_eval import evaluate
+
+    before = len(getattr(lm, "accounts", ()))
+    with tempfile.TemporaryDirectory() as cache, contextlib.nullcontext() if progress else _quiet():
+        loaded = _loaded(lm, tasks, cache)
+        for name, task in loaded["tasks"].items():
+            _set_shots(name, task, num_fewshot)
+        try:
+            results = evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        except AssertionError as error:
+            if "fewshot samples" not in str(error):
+                raise
+            what = str(error).removeprefix("Error: ").rstrip(".")
+            raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
+    accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
+    return summaries(results, list(tasks), accounts) if results else {}
+
+
+def _set_shots(name: str, task, num_fewshot: int | None) -> None:
+    """The examples asked for, else those declared; a task that fixes none at all keeps none, as in lm-eval.
+
+    UserError where local files have none to take them from.
+    """
+    own = task.get_config("num_fewshot")
+    asked = declared(name).shots if num_fewshot is None else num_fewshot
+    if own != 0 and asked is not None:
+        task.set_config(key="num_fewshot", value=asked)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    local = task.config.dataset_path == "json" and name not in EMBEDDED
+    if local and task.get_config("num_fewshot") and not (task.config.fewshot_split or task.config.training_split):
+        split = "dev" if name.startswith("mmlu") else "train"
+        raise UserError(
+            f"task {name} takes its {task.get_config('num_fewshot')} examples from the split {split}, which has no file"
+            f"\nPut {name.split('_')[0] if split == 'dev' else name}_{split}.jsonl beside it, or give --num_fewshot 0."
+        )
+
+
+def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None]) -> list:
+    """lm-eval's task objects, groups taken apart; files as in `run_tasks`.
+
+    UserError: unknown task, broken file, Hub out of reach.
+    """
+    with tempfile.TemporaryDirectory() as cache, _quiet():
+        return list(_loaded(None, files, cache)["tasks"].values())
+
+
+def _loaded(lm, tasks: Mapping, cache: str) -> dict:
+    """lm-eval's tasks and groups; what cannot be had is told in a sentence.
+
+    `lm`: some tasks make their texts with the model's own tokenizer (RULER).
+    """
+    definitions = [_definition(name, files, cache) for name, files in tasks.items()]
+    metadata = {} if lm is None else _for_makers(lm)
+    try:
+        return _task_manager(definitions, metadata).load(definitions)
+    except ConnectionError as error:
+        raise _unreachable(tasks, error) from None
+    except ImportError as error:
+        raise UserError(
+            f"a task of {', '.join(tasks)} needs the package {error.name}, which is not installed\nInstall it with pip."
+        ) from None
+
+
+def _for_makers(lm) -> dict:
+    """Tokenizer and longest text, for tasks that make texts of a length."""
+    name = getattr(getattr(lm, "tokenizer", None), "name_or_path", "")
+    return {"pretrained": name, "max_seq_lengths": [lm.max_length]} if name else {}
+
+
+def _definition(name: str, files, cache_dir: str) -> str | dict:
+    if files is None:
+        if name in EMBEDDED:
+            raise UserError(f"task {name} needs its JSONL file\nftp_lightning.data.choices makes the rows.")
+        return name
+    return embedded_task(name, files, cache_dir) if name in EMBEDDED else local_task(name, files, cache_dir)
+
+
+def _task_manager(definitions: list[str | dict], metadata: dict):
+    """lm-eval's index of tasks, without its own where none of them is asked for (they take seconds to read)."""
+    names = [d for d in definitions if isinstance(d, str)]
+    groups = [d["task"] for d in definitions if not isinstance(d, str) and "group" in d]
+    wanted = names + [member["task"] for group in groups for member in group]
+    manager = _index(bool(wanted), json.dumps(metadata, sort_keys=True))
+    for name in wanted:
+        if name not in manager.all_tasks:
+            raise unknown_task(name, [*EMBEDDED, *manager.all_tasks])
+    return manager
+
+
+@lru_cache(maxsize=4)
+def _index(defaults: bool, metadata: str):
+    """Read once: every method of an evaluation asks for the same."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults, metadata=json.loads(metadata))
+
+
+def unknown_task(name: str, known: Iterable[str]) -> UserError:
+    """The sentence for a name that nobody knows, with the nearest ones that are known."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return UserError(
+        f"unknown task {name!r}\n" + (f"Did you mean {', '.join(close)}?" if close else "See lm-eval's list.")
+    )
+
+
+def _unreachable(names: Iterable[str], error: Exception) -> UserError:
+    return UserError(
+        f"the Hub is out of reach for the tasks {', '.join(names)}: {str(error).splitlines()[0]}\n"
+        f"Run `ftp-lightning prefetch` where there is a network, or give files by --task_data DIR: {LAYOUT}."
+    )
+
+
+def _local_data(files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
+    """lm-eval's keys for JSONL files; absolute, as it reads relative ones from the working directory."""
+    options = {"data_files": {split: str(Path(path).resolve()) for split, path in files.items()}}
+    return {"dataset_path": "json", "dataset_kwargs": options | ({"cache_dir": str(cache_dir)} if cache_dir else {})}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets without progress bars and notes; errors still come as exceptions."""
+    import datasets
+
+    bars, logger = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
+    level = logger.level
+    datasets.disable_progress_bars()
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tqdm bars that lm-eval offers no switch for
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

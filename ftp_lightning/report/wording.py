@@ -1,0 +1,161 @@
+"""How the report words its values: numbers, shares, names of methods; one set of rows for terminal and page."""
+
+import math
+from typing import Any
+
+MISSING = "–"
+UNRESOLVED = "≈ 0"  # a noise floor of exactly 0
+HEADLINE = (
+    "method", "skipped", "FLOPs cut", "kept [95 %]", "KL", "KL p99", "top-1", "PPL prompt", "PPL sequence", "retention",
+)  # fmt: skip
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` to `digits` significant digits without an exponent where it can be read; a dash for what is not there."""
+    if value is None or math.isnan(value):
+        return MISSING
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) < 1e-4:
+        return f"{value:.{digits - 1}e}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(decimals, 0)}f}"
+
+
+def signed(value: float) -> str:
+    """`number` with its sign; zero has none."""
+    return f"{'+' if value > 0 else '-' if value < 0 else ''}{number(abs(value))}"
+
+
+def percent(share: float | None, digits: int = 1, unit: str = " %") -> str:
+    """A share in [0, 1] as per cent."""
+    return MISSING if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"
+
+
+def kept_text(kept: dict[str, Any] | None) -> str:
+    """ "91.2 % [89.7, 92.5]": the share of answers kept and its 95 % interval."""
+    if not kept:
+        return MISSING
+    return f"{percent(kept['share'])} [{percent(kept['low'], unit='')}, {percent(kept['high'], unit='')}]"
+
+
+NAMES = {
+    "random": "random tokens",
+    "uniform": "uniform, static",
+    "first_dense": "first block dense, static",
+    "block_influence": "Block Influence",
+    "static": "searched, static",
+}
+
+
+def method_name(name: str) -> str:
+    """A method's name as it is written on the page; files keep the name of results.json."""
+    return NAMES.get(name, name)
+
+
+def noise_floor_text(results: dict[str, Any] | None) -> str | None:
+    """One sentence: what the dense model was compared with to see what cannot be told apart, and the KL found."""
+    floor = (results or {}).get("noise_floor")
+    if not floor:
+        return None
+    what = f"dense against {floor['against']}" if floor.get("against") else "dense against dense"
+    return f"Noise floor ({what}): KL {floor_kl_text(floor['kl'])}."
+
+
+def floor_kl_text(kl: float | None) -> str:
+    """A floor of exactly 0 is not a measurement of 0: the two computations could not be told apart."""
+    return "below what can be resolved" if kl == 0 else number(kl)
+
+
+def method_labels(results: dict[str, Any] | None) -> list[tuple[dict[str, Any], str]]:
+    """(method, label) of every evaluated method; labels name budget and kv mode only where these differ in the run."""
+    methods = (results or {}).get("methods") or []
+    # a budget is the mean of a schedule: two that were asked for alike may differ in the last bit
+    budgets, modes = {round(method["budget"], 6) for method in methods}, {method["kv"] for method in methods}
+
+    def label(method: dict[str, Any]) -> str:
+        budget = f" {percent(method['budget'], 0)}" if len(budgets) > 1 else ""
+        return method_name(method["name"]) + budget + (f" {method['kv']}" if len(modes) > 1 else "")
+
+    return [(method, label(method)) for method in methods]
+
+
+def headline_method(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The method the report speaks about first: `dynamic` (trained and fine-tuned), else the last evaluated one."""
+    methods = (results or {}).get("methods") or []
+    trained = [method for method in methods if method["name"] == "dynamic"]
+    return (trained or methods[-1:] or [None])[0]
+
+
+def headline_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The headline table as text, columns as in `HEADLINE`: dense, noise floor, then one row per method."""
+    ppl = results["dense"].get("ppl")
+    rows: list[tuple[str, ...]] = [
+        ("dense", percent(0.0), percent(0.0), percent(1.0), "0", "0", percent(1.0), number(ppl), number(ppl), "100.0")
+    ]
+    floor = results.get("noise_floor")
+    if floor:
+        agreement = percent(floor.get("top1"), 2)
+        kl = number(floor["kl"]) if floor["kl"] else UNRESOLVED
+        rows.append(("noise floor", *[MISSING] * 3, kl, MISSING, agreement, *[MISSING] * 3))
+    return rows + [(label, *method_cells(method)) for method, label in method_labels(results)]
+
+
+def method_cells(method: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of one method, without its label."""
+    kl, ppl, retention = method.get("kl") or {}, method.get("ppl") or {}, method.get("retention")
+    return (
+        percent(method.get("realised_sparsity")),
+        percent(method.get("flops_reduction")),
+        kept_text(method.get("kept")),
+        number(kl.get("mean")),
+        number(kl.get("p99")),
+        percent(kl.get("top1"), 2),
+        number(ppl.get("prompt")),
+        number(ppl.get("sequence")),
+        MISSING if retention is None else f"{retention:.1f}",
+    )
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The headline table as plain aligned text: `results` is the content of evaluate/results.json."""
+    rows = [HEADLINE, *headline_rows(results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADLINE))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def task_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per task: its name, dense accuracy, and for every method a cell `{"text", "skill", "measures"}`.
+
+    `measures` False marks scores that measure nothing: dense is within 2 standard errors of chance, or the prompts were
+    too short to be pruned. They count in no mean.
+    """
+    rows = []
+    for task, dense in (results["dense"].get("tasks") or {}).items():
+        cells = [task_cell((method.get("tasks") or {}).get(task)) for method, _ in method_labels(results)]
+        chance, items = percent(dense.get("chance")), dense.get("n", MISSING)
+        measures = any(cell["measures"] for cell in cells)
+        rows.append(
+            {"task": task, "dense": accuracy(dense), "chance": chance, "n": items, "measures": measures, "cells": cells}
+        )
+    return rows
+
+
+def task_cell(score: dict[str, Any] | None) -> dict[str, Any]:
+    """Accuracy with its standard error, and skill where it is defined."""
+    if score is None:
+        return {"text": MISSING, "skill": MISSING, "measures": False}
+    return {"text": accuracy(score), "skill": percent(score.get("skill")), "measures": score["measures"]}
+
+
+def accuracy(score: dict[str, Any]) -> str:
+    """ "61.3 ± 1.2 %"; a dash where the task was not scored."""
+    if score["acc"] is None:
+        return MISSING
+    return f"{percent(score['acc'], unit='')} ± {percent(score.get('stderr'))}"

@@ -1,0 +1,153 @@
+"""Carrying runs out: one process for many, or several where there are devices; what is finished is not done again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftp_lightning.artifact import Lock, StageFolder, make_folder, read_provenance
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import StageSettings
+from ftp_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from ftp_lightning.studies.trial import TrialStage
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """One process at a time, machine-wide; a process that dies lets go."""
+    make_folder(place.parent)
+    lock = Lock(place.parent / f".{place.name}.lock")
+    lock.take(wait=True)
+    try:
+        yield
+    finally:
+        lock.free()
+
+
+def is_finished(settings: StageSettings) -> bool | None:
+    """Whether the folder holds this very stage, finished: False where it holds another one, None where none."""
+    found = read_provenance(settings.folder)
+    if found is None:
+        return None
+    told = settings.config(), settings.identity(), ""
+    return found.get("fingerprint") == StageFolder(settings.folder, settings.stage, *told).fingerprint
+
+
+def to_do(trials: Sequence[TrialStage]) -> list[TrialStage]:
+    """Those that are not finished; UserError where one was made from other inputs or code and may not be replaced."""
+    states = [is_finished(trial) for trial in trials]
+    foreign = [trial.folder for trial, state in zip(trials, states) if state is False and not trial.overwrite]
+    if foreign:
+        raise UserError(
+            f"{foreign[0]} and {len(foreign) - 1} more hold runs of other inputs or of other code of this package\n"
+            "--overwrite makes those again; or give another --output."
+        )
+    return [trial for trial, state in zip(trials, states) if not state]
+
+
+def carry_out(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> list[str]:
+    """Every run, `jobs` at once. A run that is refused does not stop the others; returns what was said of each."""
+    failures, started = [], time.monotonic()
+    for done, failure in enumerate(_each(trials, jobs, progress), start=1):
+        if failure:
+            failures.append(failure)
+            progress.say(failure.splitlines()[0])
+        left = (time.monotonic() - started) / done * (len(trials) - done)
+        progress.say(f"{done} of {len(trials)} runs, about {left / 60:.0f} min left")
+    return failures
+
+
+def _each(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> Iterator[str | None]:
+    if jobs == 1:
+        with _one_process():
+            yield from (_run(trial) for trial in trials)
+        return
+    with _workers(jobs) as pool:
+        for future in as_completed([pool.submit(_run, trial) for trial in trials]):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                raise UserError("a process that made runs was killed\nThe same command goes on.") from None
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that see a GPU each, where there are any. What has not begun is not begun after an error."""
+    context, gpus = get_context("spawn"), visible_gpus()
+    places = context.Queue()
+    for number in range(jobs):
+        places.put(gpus[number % len(gpus)] if gpus else None)
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (places, jobs, os.getpid()))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    told = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return told[:count] if len(told) >= count else [str(number) for number in range(count)]
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """The model is loaded once for all runs."""
+    from ftp_lightning.stages.inputs import keeping_models
+
+    with keeping_models():
+        yield
+
+
+_kept = ExitStack()
+"""Of a worker: what stays open until it ends."""
+
+
+def _start_worker(places: Any, jobs: int, parent: int) -> None:
+    """A worker sees one GPU, where there are any; else it has its share of the cores."""
+    place = places.get()
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place  # torch looks at it when it first needs a GPU
+    import torch
+
+    from ftp_lightning.__main__ import hush
+
+    hush()
+    if place is None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    _kept.enter_context(_one_process())
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _run(trial: TrialStage) -> str | None:
+    """Carry one run out; returns what was wrong with it, where something was."""
+    label = f"{trial.label}, seed {trial.seed}" if trial.label else trial.folder.name
+    try:
+        trial.execute(Progress(label))
+    except UserError as error:
+        return f"{label}: {error}"
+    except SystemExit as left:
+        if left.code == 1:  # so Lightning answers Ctrl-C, when it has cleaned up
+            raise KeyboardInterrupt from left
+        raise
+    return None
