@@ -100,6 +100,30 @@ def test_the_original_in_the_hubs_cache_is_preferred(packaged, tmp_path, cache):
         locate("tiny", "v2")
 
 
+def test_lm_eval_loads_the_same_weights(packaged):
+    from ftp_lightning.evaluation.harness.model import FtpLM
+
+    lm = FtpLM(pretrained="tiny", device="cpu", dtype="float32")
+    assert model_identity(lm.model) == model_identity(tiny_llama())
+    assert lm.tok_encode("the cat") == load_tokenizer("tiny")("the cat")["input_ids"]
+
+
+def test_a_report_says_which_weights_were_measured(packaged, command):
+    from ftp_lightning.report.reading import read_settings
+
+    flags = (
+        "--model tiny --prompt cat --budget 0.1 --max_new_tokens 1 --pairs 1 --prompt_tokens 16 --continuation_tokens 4"
+    )
+    status, out, err = command("generate", *flags.split(), "--output", "run/evaluate")
+    assert status == 0 and "pruned" in out, err
+    assert read_settings(Path("run"))["model"] == "Tiny (F32 from tiny 1.0)"
+
+
+def test_prefetch_asks_the_hub_for_the_original(packaged, command, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"/hub/{name}")
+    assert "/hub/org/tiny" in command("prefetch", "--model", "tiny")[2]
+
+
 def test_a_stage_knows_which_weights_a_name_stood_for(packaged):
     from ftp_lightning.stages.generate import GenerateStage
 

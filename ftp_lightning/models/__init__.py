@@ -10,13 +10,14 @@ from ftp_lightning.models.loading import (
     load_tokenizer,
     resolve_device,
 )
-from ftp_lightning.models.named import locate, title
+from ftp_lightning.models.named import hub_name, locate, title
 from ftp_lightning.models.random_weights import SHAPES, random_config
 
 __all__ = [
     "DTYPES",
     "EMBEDDED",
     "SHAPES",
+    "hub_name",
     "load",
     "load_config",
     "load_model",

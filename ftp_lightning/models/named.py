@@ -60,6 +60,11 @@ def is_named(name: str) -> bool:
     return name in NAMED or (name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir())
 
 
+def hub_name(name: str) -> str:
+    """What the Hub calls model `name`."""
+    return NAMED[name].hub if name in NAMED else name
+
+
 def title(name: str, revision: str | None = None) -> str:
     """The name of a model in tables; for a named one also which weights they are. UserError where it is not there."""
     if name not in NAMED:
