@@ -241,12 +241,18 @@ def no_list_of_shards(folder):
         (no_list_of_shards, "KeyError"),
     ],
 )
-def test_folders_that_do_not_load_are_told_in_a_sentence(folder, damage, said):
+def test_folders_that_do_not_load_are_told_in_a_sentence(folder, damage, said, caplog):
     damage(folder)
     with pytest.raises(UserError) as caught:
         load_model(str(folder))
     lines = str(caught.value).splitlines()
     assert said in str(caught.value) and len(lines) <= 3 and max(map(len, lines)) < 400
+    assert "transformers.modeling_utils" not in {record.name for record in caplog.records}
+
+
+def test_loading_says_nothing(folder, caplog):
+    load_model(str(folder))
+    assert not caplog.records
 
 
 def test_masks_that_older_versions_stored_are_no_weights(folder):

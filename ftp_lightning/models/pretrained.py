@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, LogRecord
 from typing import Any
 
 from ftp_lightning.errors import UserError
@@ -45,18 +46,21 @@ def _key(found: str | tuple) -> str:
     return found if isinstance(found, str) else f"{found[0]} ({tuple(found[1])} instead of {tuple(found[2])})"
 
 
+def _is_error(record: LogRecord) -> bool:
+    return record.levelno >= ERROR
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Transformers' progress bars and its report on missing weights off, and as before afterwards."""
     from transformers.utils import logging
 
     shown, report = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
-    level = report.level
     logging.disable_progress_bar()
-    report.setLevel(logging.ERROR)
+    report.addFilter(_is_error)  # not by its level, which makes transformers report on tensor parallelism instead
     try:
         yield
     finally:
-        report.setLevel(level)
+        report.removeFilter(_is_error)
         if shown:
             logging.enable_progress_bar()
