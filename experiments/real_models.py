@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from ftp_lightning.studies.grid import Cell, arguments, read_grid, run_grid
+from ftp_lightning.studies.grid import Cell
 
 MODELS = {"smollm2-135m-instruct": 1000, "gemma3-270m": 1000, "embedded": 440}
 """Model -> tokens of its prompts: the embedded one has 512 positions."""

@@ -61,7 +61,10 @@ class ModelSettings(Settings):
     spreads: ClassVar[bool] = True
     """Whether the stage takes a model whose blocks lie on several devices."""
 
-    model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: our small Llama")
+    model: str = option(
+        "embedded",
+        "Hub name, folder, GGUF file, a named model (docs/models.md), random:SHAPE, or `embedded`",
+    )
     data: str = option("embedded", "text file, folder of them, JSON(L), Hub data set, or `embedded`: our stories")
     split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
@@ -191,7 +194,7 @@ class StageSettings(ModelSettings):
         settings = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["passive"]}
         files = [item.name for item in fields(self) if item.metadata["is_file"]]
         settings |= {name: _content(name, getattr(self, name)) for name in files}
-        settings["model"] = _source(self.model, ASSETS / "llama")
+        settings["model"] = _model_identity(self.model, self.revision)
         settings["data"] = text_identity(self.data)
         return settings
 
@@ -246,6 +249,14 @@ def _content(name: str, path: str | None) -> str | None:
     if not Path(path).expanduser().exists():
         raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
     return hash_path(Path(path).expanduser())
+
+
+def _model_identity(name: str, revision: str | None) -> str:
+    """A model by content where it lies on this disk, a named one by which weights it is, else by its name."""
+    from ftp_lightning.models import title
+
+    known = title(name, revision)
+    return known if known != name else _source(name, ASSETS / "llama")
 
 
 def text_identity(source: str) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.recall import Fact, build_passage, draw_facts, fact_count
 from ftp_lightning.data.rows import Row, Rows
+from ftp_lightning.data.text import leading_ids
 from ftp_lightning.errors import UserError
 
 
@@ -26,7 +27,7 @@ def plain_windows(
     count: int | None,
     rng: random.Random,
 ) -> Rows:
-    """Rows of prose, each with BOS in front (if the tokenizer has one).
+    """Rows of prose, each with BOS in front (if the tokenizer adds one).
 
     Documents shorter than a window are packed, EOS after each; longer ones are cut on their own, so that no row
     crosses their end. `count=None`: all consecutive windows from each beginning, in order. Otherwise `count` random
@@ -34,7 +35,7 @@ def plain_windows(
     is used up another begins, at other offsets. The first n of `count` rows are the same for every count >= n. Raises
     UserError where the text is shorter than one window.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = leading_ids(tokenizer)
     size = prompt_tokens + continuation_tokens - len(bos)
     tokens = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in documents]
     first = _streams(tokens, size, tokenizer.eos_token_id, None)

@@ -13,6 +13,7 @@ from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSett
 from ftp_lightning.data.prompts import sampled_prompts
 from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
+from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.data.windows import calibration_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
@@ -91,10 +92,9 @@ def check_positions(
 
 def check_questions(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> None:
     """UserError where a passage with its question and an answer is longer than the model's positions."""
-    bos = int(tokenizer.bos_token_id is not None)
     texts = [row["context"] + row["choices"][row["answer"]] for row in rows]
-    longest = max(len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts)
-    check_positions(config, bos + longest, "passages with their question", "Give fewer --prompt_tokens.")
+    longest = max(len(prompt_ids(tokenizer, text)) for text in texts)
+    check_positions(config, longest, "passages with their question", "Give fewer --prompt_tokens.")
 
 
 def check_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

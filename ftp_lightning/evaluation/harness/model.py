@@ -271,5 +271,6 @@ def _source(name: str, device: str, dtype: str | torch.dtype, tokenizer) -> tupl
         return models.load_model(name, dtype=dtype, device=device), tokenizer or models.load_tokenizer(name)
     if name == "embedded":
         return str(models.EMBEDDED), tokenizer
+    name = models.locate(name)
     # A relative folder reads like a Hub name, and lm-eval would ask the Hub for its commit.
     return str(Path(name).resolve()) if Path(name).is_dir() else name, tokenizer
