@@ -61,7 +61,7 @@ def solve_budget(
 
 
 def _scaled(schedule: Schedule, factor: float) -> Schedule:
-    return Schedule([min(1.0, factor * s) for s in schedule.sparsity])
+    return Schedule([min(1.0, factor * s) for s in schedule.sparsity], schedule.kv)
 
 
 def _nearest(saved: Callable[[float], float], wanted: float, top: float) -> float:
