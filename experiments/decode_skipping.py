@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 
 from ftp_lightning import FixedRouter, TokenPruner
-from ftp_lightning.evaluation.timing import median_interval, seconds
+from ftp_lightning.evaluation.speed.timing import median_interval, seconds
 from ftp_lightning.models import load_model
 from ftp_lightning.pruning.flops import block_costs, decode_bytes
 

@@ -219,7 +219,7 @@ class Bench:
         """One random prompt of the profile's length, always the same."""
         import torch
 
-        from ftp_lightning.evaluation.prompts import random_prompts
+        from ftp_lightning.evaluation.speed.prompts import random_prompts
 
         generator = torch.Generator().manual_seed(0)
         return random_prompts(self.model, profile.prompt_tokens, 1, generator=generator)
@@ -299,7 +299,7 @@ class Bench:
         """Milliseconds and speed-up of the prefill, and of a decoding step where the profile has any."""
         import torch
 
-        from ftp_lightning.evaluation.speed import decode_speed, prefill_speed
+        from ftp_lightning.evaluation.speed.prefill import decode_speed, prefill_speed
 
         about = {"generator": torch.Generator().manual_seed(0), "clock": CLOCKS[self.args.clock]}
         found, measures = {}, {"prefill": functools.partial(prefill_speed, warmup=1)}

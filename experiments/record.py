@@ -201,8 +201,8 @@ def timed(args, model, pruner, length):
     """Dense and pruned prefills in turn, of random prompts: the router looks at them, which costs the same."""
     import torch
 
-    from ftp_lightning.evaluation.prompts import random_prompts
-    from ftp_lightning.evaluation.speed import prefill_speed
+    from ftp_lightning.evaluation.speed.prefill import prefill_speed
+    from ftp_lightning.evaluation.speed.prompts import random_prompts
     from ftp_lightning.pruning.flops import flops_reduction
 
     generator = torch.Generator().manual_seed(0)

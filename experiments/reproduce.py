@@ -28,7 +28,7 @@ INPUTS = {
 
 
 def arguments(words=None):
-    from ftp_lightning.evaluation.declared import PAPER
+    from ftp_lightning.evaluation.harness.declared import PAPER
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
@@ -323,9 +323,9 @@ def estimate(plan):
 
 
 def run(args):
+    from ftp_lightning.evaluation.harness.tasks import load_tasks
     from ftp_lightning.evaluation.tables import written
-    from ftp_lightning.evaluation.tasks import load_tasks
-    from ftp_lightning.stages.checks import inputs
+    from ftp_lightning.stages.run_inputs import inputs
     from ftp_lightning.stages.task_files import check_tasks, local_files
 
     plan = Plan(args)

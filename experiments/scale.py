@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from ftp_lightning import models
 from ftp_lightning.__main__ import parse
+from ftp_lightning.cli.progress import clock
 from ftp_lightning.estimate import NEEDS, Need, Shape, empty_model
-from ftp_lightning.stages.progress import clock
 
 MODELS = {
     "LLaMA2-7B": "llama-7b",

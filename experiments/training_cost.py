@@ -94,7 +94,7 @@ class Bench:
         """What one variant costs."""
         import torch
 
-        from ftp_lightning.evaluation.memory import peak_bytes
+        from ftp_lightning.evaluation.speed.memory import peak_bytes
 
         peak = peak_bytes(lambda: self.train(name), torch.device("cpu"), repeats=1)
         times = [(self.train(name), self.dense()) for _ in range(self.args.repeats)]

@@ -24,7 +24,8 @@ STAGES = {
     "trial": ("TrialStage", "one run of a study: schedule, router, and what they keep"),
     "prefetch": ("PrefetchStage", "download models and data sets, for nodes without network"),
 }
-"""Stage -> (its settings class in `ftp_lightning.stages.STAGE`, what it does)."""
+"""Stage -> (its settings class in `ftp_lightning.stages.STAGE`, or in `studies.STAGE`; what it does)."""
+STUDIES = ("sweep", "trial")
 
 USAGE = """usage: ftp-lightning STAGE [--config FILE ...] [--KEY VALUE ...]
 
@@ -84,7 +85,7 @@ def _run(argv: list[str]) -> int:
         return 0
     settings = parse(argv[0], argv[1:])
     if settings is not None and launched():
-        from ftp_lightning.stages.in_step import execute_in_step
+        from ftp_lightning.cli.in_step import execute_in_step
 
         execute_in_step(settings)
     elif settings is not None:
@@ -96,9 +97,10 @@ def parse(stage: str, arguments: Sequence[str]):
     """The stage's settings from its flags and config files; None where the parser has answered itself (`--help`)."""
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage!r}\nStages: {', '.join(STAGES)}.")
-    from ftp_lightning.stages.parser import parse_settings
+    from ftp_lightning.cli.parser import parse_settings
 
-    settings_class = getattr(import_module(f"ftp_lightning.stages.{stage}"), STAGES[stage][0])
+    folder = "studies" if stage in STUDIES else "stages"
+    settings_class = getattr(import_module(f"ftp_lightning.{folder}.{stage}"), STAGES[stage][0])
     return parse_settings(settings_class, arguments)
 
 

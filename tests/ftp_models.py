@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ftp_lightning.evaluation.lm_eval_model import FtpLM
+from ftp_lightning.evaluation.harness.model import FtpLM
 
 
 @contextmanager

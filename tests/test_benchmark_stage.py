@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ftp_lightning.__main__ import main
-from ftp_lightning.evaluation import speed
-from ftp_lightning.evaluation.speed_cell import Bench
+from ftp_lightning.evaluation.speed import prefill as speed
+from ftp_lightning.evaluation.speed.cell import Bench
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import DynamicRouter, RandomRouter, StaticRouter
 from ftp_lightning.schedule import Schedule
@@ -154,7 +154,7 @@ def test_an_interrupted_grid_goes_on_behind_the_last_size(command, tmp_path, mon
 
 
 def test_the_untrained_router_is_seeded_and_leaves_the_global_state_alone():
-    from ftp_lightning.stages.benchmark_grid import untrained_router
+    from ftp_lightning.stages.benchmark import untrained_router
 
     before = torch.get_rng_state()
     first, again, other = (untrained_router("auto", seed).state_dict() for seed in (1, 1, 2))

@@ -214,9 +214,9 @@ def test_the_recorded_command_and_config_give_the_same_settings(tmp_path, stage,
 
 
 def test_stage_flags_have_the_defaults_of_what_they_set():
+    from ftp_lightning.cli.settings import picked
     from ftp_lightning.lit.training_settings import TrainingSettings
     from ftp_lightning.search.genetic import SearchSettings
-    from ftp_lightning.stages.base import picked
 
     assert picked(TrainingSettings, parse("train", [])) == TrainingSettings()
     assert picked(SearchSettings, parse("search", [])) == SearchSettings(budget=0.3)

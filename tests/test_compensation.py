@@ -28,8 +28,8 @@ from ftp_lightning import (
     fit_compensation,
 )  # fmt: skip
 from ftp_lightning.data.windows import Windows
-from ftp_lightning.evaluation import speed
-from ftp_lightning.evaluation.prompts import random_prompts
+from ftp_lightning.evaluation.speed import prefill as speed
+from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import compensation, flops
 from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.compensation import Moments, gather_moments, solve_compensation

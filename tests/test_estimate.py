@@ -10,12 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner, UserError
 from ftp_lightning.__main__ import parse
+from ftp_lightning.cli.estimate import devices
 from ftp_lightning.estimate import Need, Shape, evaluate_need, forward_bytes, search_need, train_need, training_bytes
 from ftp_lightning.evaluation.continuation import continuation_logits, evaluate_windows
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.search.criteria import KLDivergence, entering_head
-from ftp_lightning.stages.estimating import devices
 
 BASE = {"blocks": 4, "hidden": 256, "heads": 8, "key_heads": 8, "mlp": 704, "words": 1000}
 ROWS, PROMPT, CONTINUATION = 2, 192, 64

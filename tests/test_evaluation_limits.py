@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
-from ftp_lightning.evaluation import block_clock, memory, speed
-from ftp_lightning.evaluation.block_clock import BlockClock
-from ftp_lightning.evaluation.prompts import random_prompts
-from ftp_lightning.evaluation.speed_limits import most_kept, padded_flops_limit, shape_limit
+from ftp_lightning.evaluation.speed import block_clock, memory
+from ftp_lightning.evaluation.speed import prefill as speed
+from ftp_lightning.evaluation.speed.block_clock import BlockClock
+from ftp_lightning.evaluation.speed.limits import most_kept, padded_flops_limit, shape_limit
+from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.flops import block_costs, head_flops, prompt_flops, speedup_limit

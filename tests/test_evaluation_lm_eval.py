@@ -13,8 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation import task_results, tasks
-from ftp_lightning.evaluation.lm_eval_model import FtpLM
+from ftp_lightning.evaluation.harness import results as task_results
+from ftp_lightning.evaluation.harness import tasks
+from ftp_lightning.evaluation.harness.model import FtpLM
 from ftp_lightning.evaluation.scoring import rolling_windows
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner

@@ -96,8 +96,8 @@ def wait_for(what, process, seconds=600):
 
 def share_of_tasks(processes, device, folder):
     """What one process of several makes of a task; the first has all items."""
-    from ftp_lightning.evaluation.lm_eval_model import FtpLM
-    from ftp_lightning.evaluation.tasks import run_tasks
+    from ftp_lightning.evaluation.harness.model import FtpLM
+    from ftp_lightning.evaluation.harness.tasks import run_tasks
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.routing import StaticRouter
     from ftp_lightning.schedule import Schedule
@@ -130,9 +130,9 @@ def test_real_data_in_float32_equal_hf_and_shared_contexts_are_twice_as_fast():
     """The reference model on 200 items of MMLU: every log-likelihood, and the time of prefilling a context once."""
     from lm_eval.models.huggingface import HFLM
 
-    from ftp_lightning.evaluation.lm_eval_model import FtpLM
-    from ftp_lightning.evaluation.task_data import find_files
-    from ftp_lightning.evaluation.tasks import load_tasks
+    from ftp_lightning.evaluation.harness.model import FtpLM
+    from ftp_lightning.evaluation.harness.task_data import find_files
+    from ftp_lightning.evaluation.harness.tasks import load_tasks
 
     base = str(SHARED / "models" / "llama-books-10m")
     names = ("anatomy", "astronomy", "virology", "marketing")
@@ -162,9 +162,9 @@ def test_real_data_in_float32_equal_hf_and_shared_contexts_are_twice_as_fast():
 def test_real_tasks_equal_hf_on_every_item(task):
     from lm_eval.models.huggingface import HFLM
 
-    from ftp_lightning.evaluation.lm_eval_model import FtpLM
-    from ftp_lightning.evaluation.task_data import find_files
-    from ftp_lightning.evaluation.tasks import run_tasks
+    from ftp_lightning.evaluation.harness.model import FtpLM
+    from ftp_lightning.evaluation.harness.task_data import find_files
+    from ftp_lightning.evaluation.harness.tasks import run_tasks
 
     base, files = str(SHARED / "models" / "llama-books-10m"), {task: find_files(task, SHARED / "data")}
     ours, theirs = (

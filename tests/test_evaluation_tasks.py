@@ -10,11 +10,11 @@ from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation import task_data, tasks
-from ftp_lightning.evaluation.accounts import Answer
-from ftp_lightning.evaluation.answers import AnswerBook
 from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_token, sequence_logits
-from ftp_lightning.evaluation.lm_eval_model import FtpLM
+from ftp_lightning.evaluation.harness import task_data, tasks
+from ftp_lightning.evaluation.harness.accounts import Answer
+from ftp_lightning.evaluation.harness.answers import AnswerBook
+from ftp_lightning.evaluation.harness.model import FtpLM
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import RandomRouter, StaticRouter

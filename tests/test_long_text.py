@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
-from ftp_lightning.evaluation import memory
+from ftp_lightning.evaluation.speed import memory
 
 TOKENS, BLOCKS = 8192, 12
 pytestmark = pytest.mark.slow

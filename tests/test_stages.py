@@ -12,7 +12,7 @@ from ftp_lightning.artifact import read_provenance
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.run import SHARES, RunStage, gains
-from ftp_lightning.stages.searching import starting_pruner
+from ftp_lightning.stages.search import starting_pruner
 from ftp_lightning.stages.task_cells import with_retention
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
@@ -199,7 +199,7 @@ def test_an_interrupted_search_goes_on_to_the_result_it_would_have_had(tmp_path,
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("ftp_lightning.stages.progress.Progress.step", interrupt)
+    monkeypatch.setattr("ftp_lightning.cli.progress.Progress.step", interrupt)
     assert main(["search", *sizes, "--output", str(tmp_path / "stopped")]) == 130
     assert (tmp_path / "stopped" / "state.json").is_file()
     monkeypatch.undo()

@@ -10,8 +10,8 @@ import yaml
 
 from ftp_lightning.__main__ import STAGES, parse
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.sweep import SweepStage
-from ftp_lightning.stages.sweep_file import arguments, expand, read_sweep, with_values
+from ftp_lightning.studies.sweep import SweepStage
+from ftp_lightning.studies.sweep_file import arguments, expand, read_sweep, with_values
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))

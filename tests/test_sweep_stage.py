@@ -15,9 +15,10 @@ from wandb_log import read_run
 
 from ftp_lightning import TokenPruner
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages import inputs, sweep_table
-from ftp_lightning.stages.sweep import SweepStage
-from ftp_lightning.stages.sweep_runs import is_finished, to_do
+from ftp_lightning.stages import inputs
+from ftp_lightning.studies import tables as sweep_table
+from ftp_lightning.studies.runner import is_finished, to_do
+from ftp_lightning.studies.sweep import SweepStage
 
 COMMAND = ["${env}", "${interpreter}", "-m", "ftp_lightning", "trial", "${args}"]
 SIZES = {
@@ -305,7 +306,7 @@ import multiprocessing, os, sys, yaml
 import wandb
 from wandb import wandb_agent
 import wandb.apis.public.sweeps as server
-from ftp_lightning.stages.sweep_file import expand, read_sweep
+from ftp_lightning.studies.sweep_file import expand, read_sweep
 
 sweep = read_sweep(sys.argv[1])
 left = [(f"run{i}", run) for i, run in enumerate(expand(sweep))]

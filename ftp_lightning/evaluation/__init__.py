@@ -9,7 +9,7 @@ def _register() -> None:
     from lm_eval.api.registry import model_registry
 
     if "ftp" not in model_registry:
-        model_registry.register("ftp", target="ftp_lightning.evaluation.lm_eval_model:FtpLM")
+        model_registry.register("ftp", target="ftp_lightning.evaluation.harness.model:FtpLM")
 
 
 _register()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftp_lightning.evaluation import quoted
-from ftp_lightning.evaluation.declared import PAPER
+from ftp_lightning.evaluation.harness.declared import PAPER
 from ftp_lightning.evaluation.tables import (
     Record,
     Table,

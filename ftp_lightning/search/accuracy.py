@@ -41,7 +41,7 @@ def task_items(name: str, file: str | Path | dict[str, Path] | None, limit: int 
 
     file: JSONL in the Hub's schema, None for the Hub. UserError for an unknown task, or one that has no accuracy.
     """
-    from ftp_lightning.evaluation.tasks import load_tasks
+    from ftp_lightning.evaluation.harness.tasks import load_tasks
 
     items: list[Item] = []
     for task in load_tasks({name: file}):
@@ -81,7 +81,7 @@ class TaskAccuracy(MemoFitness):
         batch_size: int = 8,
         memo: bool = True,
     ):
-        from ftp_lightning.evaluation.lm_eval_model import FtpLM
+        from ftp_lightning.evaluation.harness.model import FtpLM
 
         self._chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
         super().__init__([len(part) for part in self._chunks], memo)

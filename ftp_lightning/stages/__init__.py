@@ -1,1 +1,1 @@
-"""Stages read inputs, call one edge, write a folder. A settings class is a stage's flags, its YAML and its help."""
+"""Stages: each reads its inputs, calls one part of the package and writes a folder. One file holds flags and work."""

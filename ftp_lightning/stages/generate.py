@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import PrunedSettings
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import PrunedSettings
-from ftp_lightning.stages.option import option
-from ftp_lightning.stages.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

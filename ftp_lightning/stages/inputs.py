@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning import models
+from ftp_lightning.cli.option import check_reachable
+from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, holds_family
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.windows import Windows, calibration_windows
 from ftp_lightning.errors import UserError
@@ -19,8 +21,6 @@ from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import LARGEST, ScheduleFamily
-from ftp_lightning.stages.base import BudgetSettings, ModelSettings, PrunedSettings, holds_family
-from ftp_lightning.stages.option import check_reachable
 
 if TYPE_CHECKING:
     import torch

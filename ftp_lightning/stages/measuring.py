@@ -117,8 +117,8 @@ class Bench:
 
     def _run_tasks(self, pruner: TokenPruner | None, mode: str) -> Results:
         """All tasks; the questions without their facts are asked of the dense model alone."""
-        from ftp_lightning.evaluation.lm_eval_model import FtpLM
-        from ftp_lightning.evaluation.tasks import run_tasks
+        from ftp_lightning.evaluation.harness.model import FtpLM
+        from ftp_lightning.evaluation.harness.tasks import run_tasks
         from ftp_lightning.pruning.places import home
 
         settings = self.settings

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import Settings
-from ftp_lightning.stages.option import option
-from ftp_lightning.stages.progress import Progress
 
 COMPARISON = "runs/comparison"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import write_text
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import BudgetSettings, StageSettings
 from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import BudgetSettings, StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import BASELINES, OUR_TASKS, EvaluateStage
-from ftp_lightning.stages.option import option
-from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
@@ -81,7 +81,7 @@ class RunStage(BudgetSettings):
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_report, headline
-        from ftp_lightning.stages.checks import check_inputs
+        from ftp_lightning.stages.run_inputs import check_inputs
 
         started, before, stages = time.monotonic(), 0.0, self.stages()
         if self.estimate is not None:

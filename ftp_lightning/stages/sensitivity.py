@@ -7,10 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, write_bytes
+from ftp_lightning.cli.option import check_reachable, option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings
-from ftp_lightning.stages.option import check_reachable, option
-from ftp_lightning.stages.progress import Progress
 
 if TYPE_CHECKING:
     from ftp_lightning.lit.block_sensitivity import BlockSensitivity

@@ -16,9 +16,9 @@ from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.data.windows import Windows, plain_windows
-from ftp_lightning.evaluation.declared import DECLARED
-from ftp_lightning.evaluation.declared import RECALL as FACTS
-from ftp_lightning.evaluation.task_data import Files, find_files
+from ftp_lightning.evaluation.harness.declared import DECLARED
+from ftp_lightning.evaluation.harness.declared import RECALL as FACTS
+from ftp_lightning.evaluation.harness.task_data import Files, find_files
 from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.inputs import text_named
 
@@ -98,7 +98,7 @@ def check_tasks(names: Sequence[str]) -> None:
         return
     from lm_eval.tasks import TaskManager
 
-    from ftp_lightning.evaluation.tasks import unknown_task
+    from ftp_lightning.evaluation.harness.tasks import unknown_task
 
     known = TaskManager().all_tasks
     for name in others:

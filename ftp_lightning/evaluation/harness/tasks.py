@@ -15,9 +15,9 @@ from typing import Any
 
 from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.declared import RECALL, declared
-from ftp_lightning.evaluation.task_data import LAYOUT, by_subject, read_rows
-from ftp_lightning.evaluation.task_results import METRICS, summaries
+from ftp_lightning.evaluation.harness.declared import RECALL, declared
+from ftp_lightning.evaluation.harness.results import METRICS, summaries
+from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
 
 FEWSHOT_SEED = 1234
 """lm-eval's own."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 from ftp_lightning import models
+from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.data.task_names import LONG
 from ftp_lightning.stages import inputs
-from ftp_lightning.stages.base import StageSettings
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.search import SearchStage

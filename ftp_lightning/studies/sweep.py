@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import Settings
-from ftp_lightning.stages.option import option
-from ftp_lightning.stages.progress import Progress
-from ftp_lightning.stages.trial import STUDIES, TrialStage
+from ftp_lightning.studies.trial import STUDIES, TrialStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class SweepStage(Settings):
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.artifact import make_folder
-        from ftp_lightning.stages.sweep_runs import carry_out, is_finished, to_do
-        from ftp_lightning.stages.sweep_table import TABLE, write_study
+        from ftp_lightning.studies.runner import carry_out, is_finished, to_do
+        from ftp_lightning.studies.tables import TABLE, write_study
 
         progress = progress or Progress(f"study {self.name}")
         trials, question = self.trials(), self.question()
@@ -92,7 +92,7 @@ class SweepStage(Settings):
 
     def _expanded(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         """The sweep with what is given here, its runs, and what they vary."""
-        from ftp_lightning.stages.sweep_file import expand, read_sweep, varied, with_values
+        from ftp_lightning.studies.sweep_file import expand, read_sweep, varied, with_values
 
         if not self.study:
             raise UserError("no study is given\nGive --study sweeps/NAME.yaml.")
@@ -103,7 +103,7 @@ class SweepStage(Settings):
 
     def _trial(self, sweep: dict[str, Any], run: dict[str, Any], names: list[str]) -> TrialStage:
         from ftp_lightning.__main__ import parse
-        from ftp_lightning.stages.sweep_file import arguments
+        from ftp_lightning.studies.sweep_file import arguments
 
         stage, words = arguments(sweep, run)
         if stage != "trial":
@@ -130,7 +130,7 @@ class SweepStage(Settings):
             known[trial.digest] = trial.label
 
     def chosen_jobs(self, runs: int) -> int:
-        from ftp_lightning.stages.sweep_runs import visible_gpus
+        from ftp_lightning.studies.runner import visible_gpus
 
         wanted = self.jobs or (1 if self.device == "cpu" else max(1, len(visible_gpus())))
         return min(wanted, runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.answers import request_key
+from ftp_lightning.evaluation.harness.answers import request_key
 from ftp_lightning.evaluation.scoring import even_batches
 
 

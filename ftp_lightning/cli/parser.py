@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
+from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import Settings
 
 Chosen = TypeVar("Chosen", bound=Settings)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import Lock, StageFolder, make_folder, read_provenance
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings
-from ftp_lightning.stages.progress import Progress
 
 if TYPE_CHECKING:
-    from ftp_lightning.stages.trial import TrialStage
+    from ftp_lightning.studies.trial import TrialStage
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import sys
 import time
 from dataclasses import replace
 
+from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
 from ftp_lightning.models import resolve_device
 from ftp_lightning.processes import Together, together
-from ftp_lightning.stages.base import Settings
 
 GRACE = 5.0
 """Seconds that a helper's refusal waits: as a rule the first process says the same, and the launcher ends all."""

@@ -10,8 +10,8 @@ from typing import Any
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.accounts import Answer, realised_rows
-from ftp_lightning.evaluation.answers import request_key
+from ftp_lightning.evaluation.harness.accounts import Answer, realised_rows
+from ftp_lightning.evaluation.harness.answers import request_key
 from ftp_lightning.evaluation.scoring import pad_rows
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ftp_lightning.evaluation import memory, speed
-from ftp_lightning.evaluation.block_clock import BlockClock
-from ftp_lightning.evaluation.prompts import Prompts
-from ftp_lightning.evaluation.speed_limits import padded_flops_limit, shape_limit
+from ftp_lightning.evaluation.speed import memory
+from ftp_lightning.evaluation.speed import prefill as speed
+from ftp_lightning.evaluation.speed.block_clock import BlockClock
+from ftp_lightning.evaluation.speed.limits import padded_flops_limit, shape_limit
+from ftp_lightning.evaluation.speed.prompts import Prompts
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.flops import realised_speedup_limit
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, read_provenance
+from ftp_lightning.cli.option import check_bounds, check_reachable, option
+from ftp_lightning.cli.progress import Progress
 from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
 from ftp_lightning.schedule_family import LARGEST, is_family
-from ftp_lightning.stages.option import check_bounds, check_reachable, option
-from ftp_lightning.stages.progress import Progress
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUDGET_LENGTH = 1024
@@ -165,7 +165,7 @@ class StageSettings(ModelSettings):
 
     def say_estimate(self) -> Path:
         """Print what the stage would take."""
-        from ftp_lightning.stages.estimating import told
+        from ftp_lightning.cli.estimate import told
 
         print(told(self))
         return self.folder

@@ -19,7 +19,7 @@ from ftp_lightning.stages.inputs import check_questions, load_model, mixed_windo
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftp_lightning.stages.trial import TrialStage
+    from ftp_lightning.studies.trial import TrialStage
 
 BATCH = 16
 OTHER_SEED = 1_000_003

@@ -1,15 +1,18 @@
-"""What a search starts from."""
+"""The schedules that a search starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.allocate import AllocationRequest, seed_allocations
 from ftp_lightning.search.allocations import project
 from ftp_lightning.stages.inputs import check_blocks, load_sensitivity, read_schedule
-from ftp_lightning.stages.search import SearchStage
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.search import SearchStage
 
 
 def starting_schedules(

@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from ftp_lightning.cli.progress import clock
 from ftp_lightning.errors import UserError
 from ftp_lightning.estimate import NEEDS, UTILISATION, Need, Shape, empty_model, rate
-from ftp_lightning.stages.progress import clock
 
 
 def devices(text: str) -> tuple[int, int]:

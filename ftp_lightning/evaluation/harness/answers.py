@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ftp_lightning.evaluation.accounts import Answer
+from ftp_lightning.evaluation.harness.accounts import Answer
 from ftp_lightning.fingerprint import code_version, digest
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftp_lightning.evaluation.prompts import Prompts
-from ftp_lightning.evaluation.timing import Clock, Interval, interleaved, median_interval, seconds
+from ftp_lightning.evaluation.speed.prompts import Prompts
+from ftp_lightning.evaluation.speed.timing import Clock, Interval, interleaved, median_interval, seconds
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import FixedRouter
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.places import home
-from ftp_lightning.stages.base import StageSettings
 
 
 @torch.no_grad()

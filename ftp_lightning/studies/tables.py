@@ -18,7 +18,7 @@ from ftp_lightning.report.tables import number, percent, signed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ftp_lightning.stages.trial import TrialStage
+    from ftp_lightning.studies.trial import TrialStage
 
 TABLE, PRODUCTS = "table.md", ("study.json", "table.md", "study.csv", "study.png")
 MEASURES = {"kl": "KL", "kept": "answers kept, points"}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftp_lightning.evaluation.declared import RECALL, declared
+from ftp_lightning.evaluation.harness.declared import RECALL, declared
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import StageSettings, picked, text_identity
 from ftp_lightning.errors import UserError
-from ftp_lightning.stages.base import StageSettings, picked, text_identity
-from ftp_lightning.stages.option import option
-from ftp_lightning.stages.progress import Progress
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
@@ -106,7 +106,7 @@ class TrialStage(TrainStage):
 
     def _run(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.stages.inputs import load_model
-        from ftp_lightning.stages.sweep_bench import measure
+        from ftp_lightning.studies.bench import measure
 
         pruner, training = self.find_pruner(progress)
         found = measure(self, pruner) | {"parameters": training["parameters"] if training else 0}
@@ -120,7 +120,7 @@ class TrialStage(TrainStage):
     def _track(self, folder: StageFolder, pruner: Any, numbers: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """The run as a whole: its training may have been carried out by another one."""
         from ftp_lightning.stages.inputs import load_model
-        from ftp_lightning.stages.showcase import pruner_images
+        from ftp_lightning.stages.routed_story import pruner_images
         from ftp_lightning.tracking import log_outcome, logging_to
 
         images = pruner_images(self, *load_model(self), pruner)
@@ -168,7 +168,7 @@ class TrialStage(TrainStage):
     def _untrained(self, schedule: Path) -> Any:
         from ftp_lightning.routing import RandomRouter
         from ftp_lightning.stages.inputs import load_model
-        from ftp_lightning.stages.training import new_pruner
+        from ftp_lightning.stages.train import new_pruner
 
         settings = replace(picked(TrainStage, self), schedule=str(schedule), budget=None)
         pruner = new_pruner(settings, *load_model(self))
@@ -177,7 +177,7 @@ class TrialStage(TrainStage):
 
     def _shared(self, settings: StageSettings, progress: Progress) -> Path:
         """The folder of a finished stage that other runs may have carried out; one process at a time does."""
-        from ftp_lightning.stages.sweep_runs import is_finished, locked
+        from ftp_lightning.studies.runner import is_finished, locked
 
         told = settings.config(), settings.identity(), ""
         name = StageFolder(Path(), settings.stage, *told).fingerprint

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from ftp_lightning import models
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.accounts import Account, Answer, realised_rows
-from ftp_lightning.evaluation.answers import AnswerBook, asked_identity
 from ftp_lightning.evaluation.continuation import MODES
-from ftp_lightning.evaluation.generating import generate, job_batches, jobs_of
-from ftp_lightning.evaluation.ranks import Ranked
-from ftp_lightning.evaluation.requests import Item, context_batches, text_batches
+from ftp_lightning.evaluation.harness.accounts import Account, Answer, realised_rows
+from ftp_lightning.evaluation.harness.answers import AnswerBook, asked_identity
+from ftp_lightning.evaluation.harness.generation import generate, job_batches, jobs_of
+from ftp_lightning.evaluation.harness.ranks import Ranked
+from ftp_lightning.evaluation.harness.requests import Item, context_batches, text_batches
 from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ftp_lightning.evaluation.prompts import Prompts
-from ftp_lightning.evaluation.timing import interleaved, seconds
+from ftp_lightning.evaluation.speed.prompts import Prompts
+from ftp_lightning.evaluation.speed.timing import interleaved, seconds
 from ftp_lightning.pruning.blocks import cache_name, find_attention, find_blocks
 
 WARMUP = 2

@@ -1,0 +1,1 @@
+"""The command line: settings classes become flags, YAML keys and help; progress and estimates are told here."""

@@ -1,0 +1,1 @@
+"""lm-eval: the model `ftp`, the tasks with their files, and the answers they give."""
