@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ KV = ("evict", "keep")
 """What skipped tokens leave in a block: no keys and values, or their own (`TokenPruner`)."""
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
+_DENSE, _LATE, _MOST = 1 / 6, 0.2, 0.9
+"""Of `Schedule.default`: share of the blocks that stay dense, share of the late ones, and the level that is filled first."""
 _LARGEST = 1_000_000
 """Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
 
@@ -25,8 +27,8 @@ _LARGEST = 1_000_000
 class Schedule:
     """The sparsity of every block: `sparsity[l]` is the share of tokens, in [0, 1], that skip block l.
 
-    A schedule is found for a kv mode and is poor under another one [ours], so it may carry the mode it was found for. It is
-    a value: equal and hashed by its numbers and modes.
+    A schedule is found for a kv mode and is poor under another one [ours], so it may carry the mode it was found for.
+    It is a value: equal and hashed by its numbers and modes.
 
     >>> Schedule([0.0, 0.6], kv="keep").kv
     ('keep', 'keep')
@@ -56,6 +58,19 @@ class Schedule:
     def uniform(cls, num_blocks: int, budget: float) -> Schedule:
         """The schedule with the same sparsity `budget` in each of `num_blocks` blocks."""
         return cls([budget] * num_blocks)
+
+    @classmethod
+    def default(cls, num_blocks: int, budget: float, kv: str | None = None) -> Schedule:
+        """PLACEHOLDER"""
+        late = max(1, round(_LATE * num_blocks))
+        dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
+        first, middle, last = range(dense), range(dense, num_blocks - late), range(num_blocks - late, num_blocks)
+        from_the_end = [([block], _MOST) for block in reversed(range(dense, num_blocks))]
+        rest = [(range(dense, num_blocks), 1.0), (first, 1.0)]
+        if kv is None:
+            modes = ["evict"] * (num_blocks - late) + ["keep"] * late
+            return cls(_filled(num_blocks, budget, from_the_end[:late] + [(middle, _MOST)] + rest), modes)
+        return cls(_filled(num_blocks, budget, (from_the_end if kv == "keep" else []) + rest), kv)
 
     @property
     def num_blocks(self) -> int:
@@ -136,6 +151,20 @@ def write_record(path: Path, record: dict) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _filled(num_blocks: int, budget: float, steps: Iterable[tuple[Sequence[int], float]]) -> list[float]:
+    """Spend the budget step by step: all blocks of a step rise together up to its level, or as far as the budget goes.
+
+    The last step has to be wide enough for what is left.
+    """
+    sparsity, left = [0.0] * num_blocks, num_blocks * budget
+    for blocks, level in steps:
+        for number, block in enumerate(blocks):
+            more = max(0.0, min(level - sparsity[block], left / (len(blocks) - number)))
+            sparsity[block] += more
+            left = max(0.0, left - more)
+    return [min(1.0, s) for s in sparsity]
 
 
 def kept_tokens(length: int, sparsity: float, reserved: int) -> int:

@@ -283,7 +283,7 @@ def _modes(kv: str | Sequence[str] | None, schedule: Schedule | None, blocks: in
         raise UserError(str(error)) from None
     if own is not None and own != modes:
         raise UserError(
-            f"the schedule was found for kv {kv_name(own)}, and kv is {kv_name(modes)}; under another mode it is poor.\n"
+            f"the schedule was found for kv {kv_name(own)}, and kv is {kv_name(modes)}: it is poor under another.\n"
             "Leave kv out, or pass schedule.under(kv) if you mean it."
         )
     return modes
