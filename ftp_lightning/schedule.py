@@ -18,7 +18,7 @@ KV = ("evict", "keep")
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
 _DENSE, _LATE, _MOST = 1 / 6, 0.2, 0.9
-"""Of `Schedule.default`: share of the blocks that stay dense, share of the late ones, and the level that is filled first."""
+"""Of `Schedule.default`: share of blocks that stay dense, share of late blocks, and the level that is filled first."""
 _LARGEST = 1_000_000
 """Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
 
@@ -64,7 +64,7 @@ class Schedule:
         """PLACEHOLDER"""
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
-        first, middle, last = range(dense), range(dense, num_blocks - late), range(num_blocks - late, num_blocks)
+        first, middle = range(dense), range(dense, num_blocks - late)
         from_the_end = [([block], _MOST) for block in reversed(range(dense, num_blocks))]
         rest = [(range(dense, num_blocks), 1.0), (first, 1.0)]
         if kv is None:

@@ -164,11 +164,11 @@ def schedule_or_default(path: str | None, budget: float | None, model: PreTraine
 
 def default_of(settings: BudgetSettings, model: PreTrainedModel, kv: str | None = None) -> Schedule:
     """`Schedule.default` of --budget; under --budget_kind flops the one whose FLOPs cut is nearest."""
-    asked = DEFAULT_BUDGET if settings.budget is None else settings.budget
-    if settings.budget_kind == "tokens":
-        return Schedule.default(num_blocks(model), asked, kv)
+    if settings.budget is None or settings.budget_kind == "tokens":
+        budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
+        return Schedule.default(num_blocks(model), budget, kv)
     check_budget_length(settings, model.config)
-    found = default_with_cut(model, asked, settings.budget_length, kv)
+    found = default_with_cut(model, settings.budget, settings.budget_length, kv)
     check_reachable(found.budget, settings.prompt_tokens)
     return found
 
