@@ -17,7 +17,7 @@ KV = ("evict", "keep")
 """What skipped tokens leave in a block: no keys and values, or their own (`TokenPruner`)."""
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
-_DENSE, _LATE, _MOST = 1 / 6, 0.2, 0.9
+_DENSE, _LATE, _MOST = 1 / 6, 0.25, 0.9
 """Of `Schedule.default`: share of blocks that stay dense, share of late blocks, and the level that is filled first."""
 _LARGEST = 1_000_000
 """Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
@@ -64,13 +64,15 @@ class Schedule:
         """PLACEHOLDER"""
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
-        first, middle = range(dense), range(dense, num_blocks - late)
-        from_the_end = [([block], _MOST) for block in reversed(range(dense, num_blocks))]
-        rest = [(range(dense, num_blocks), 1.0), (first, 1.0)]
-        if kv is None:
-            modes = ["evict"] * (num_blocks - late) + ["keep"] * late
-            return cls(_filled(num_blocks, budget, from_the_end[:late] + [(middle, _MOST)] + rest), modes)
-        return cls(_filled(num_blocks, budget, (from_the_end if kv == "keep" else []) + rest), kv)
+        last, routed = num_blocks - 1, range(dense, num_blocks)
+        from_the_end = [([block], 1.0 if block == last else _MOST) for block in reversed(routed)]
+        middle, modes = range(dense, num_blocks - late), ["evict"] * (num_blocks - late) + ["keep"] * late
+        steps: list[tuple[Sequence[int], float]] = {
+            None: [*from_the_end[:late], (middle, _MOST)],
+            "keep": from_the_end,
+            "evict": [],
+        }.get(kv, [])
+        return cls(_filled(num_blocks, budget, [*steps, (routed, 1.0), (range(dense), 1.0)]), kv or modes)
 
     @property
     def num_blocks(self) -> int:
