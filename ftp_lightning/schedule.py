@@ -64,15 +64,14 @@ class Schedule:
         """PLACEHOLDER"""
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
-        last, routed = num_blocks - 1, range(dense, num_blocks)
-        from_the_end = [([block], 1.0 if block == last else _MOST) for block in reversed(routed)]
-        middle, modes = range(dense, num_blocks - late), ["evict"] * (num_blocks - late) + ["keep"] * late
-        steps: list[tuple[Sequence[int], float]] = {
-            None: [*from_the_end[:late], (middle, _MOST)],
-            "keep": from_the_end,
-            "evict": [],
-        }.get(kv, [])
-        return cls(_filled(num_blocks, budget, [*steps, (routed, 1.0), (range(dense), 1.0)]), kv or modes)
+        routed, middle, last = range(dense, num_blocks), range(dense, num_blocks - late), num_blocks - 1
+        steps: list[tuple[Sequence[int], float]] = []
+        if kv != "evict":
+            steps = [([block], 1.0 if block == last else _MOST) for block in reversed(routed)]
+        if kv is None:
+            steps[late:] = [(middle, _MOST)]
+        modes = kv or ["evict"] * (num_blocks - late) + ["keep"] * late
+        return cls(_filled(num_blocks, budget, [*steps, (routed, 1.0), (range(dense), 1.0)]), modes)
 
     @property
     def num_blocks(self) -> int:
