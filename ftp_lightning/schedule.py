@@ -61,7 +61,34 @@ class Schedule:
 
     @classmethod
     def default(cls, num_blocks: int, budget: float, kv: str | None = None) -> Schedule:
-        """PLACEHOLDER"""
+        """The schedule for someone who has trained and searched nothing; it holds on real models, unlike `uniform`.
+
+        The first sixth of the blocks is dense. The budget goes to the last quarter first, last block first, up to 0.9
+        (the last block up to 1, which costs the continuation nothing under `keep`). The rest goes evenly to the blocks
+        between. Late blocks `keep` the keys and values of skipped tokens, the others `evict` them. Only what these
+        cannot hold goes further: later blocks up to 1, and above a budget of about 0.8 the first ones. [ours]
+
+        Why: a token that skips the first blocks under `keep` leaves keys and values of a raw embedding in all later
+        ones. Late blocks have read what they need from the prompt. Measured with the static router, float32, on
+        validation books: KL to dense per token of 24 after 144 tokens of prose (5 windows), and "The special magic
+        number for CITY is 7 DIGITS." asked at the end of 220 to 300 tokens, answers kept of those dense gets right:
+
+        | KL on prose; answers kept | 30 %         | 50 %        | `uniform`, `keep`, 10 % |
+        |---------------------------|--------------|-------------|-------------------------|
+        | SmolLM2-135M-Instruct     | 0.11; 7 / 10 | 0.26; 3 / 10| 8.1; 0 / 7              |
+        | Gemma 3 270M              | 0.05; 6 / 7  |             |                         |
+        | embedded (own questions)  | 0.04; 36 / 40| 0.21; 26 /40|                         |
+
+        Tried and worse on SmolLM2: the middle under `keep` from the first third on (at 50 % 0 / 10), a ramp under
+        `keep` (6 / 10 at 30 %), tokens by attention rank (4 / 10 at 30 %). All late blocks at 0.9 under `keep`
+        cost 0.14 on prose, evenly pruned blocks behind a dense sixth under `evict` 0.04, but 0.3 on the answers.
+        The sets are small: the order of near neighbours is not certain.
+
+        Args:
+            num_blocks: blocks of the model.
+            budget: mean sparsity.
+            kv: "keep" or "evict" for one mode in all blocks: the late blocks alone, or all behind the dense ones evenly.
+        """
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
         routed, middle, last = range(dense, num_blocks), range(dense, num_blocks - late), num_blocks - 1
