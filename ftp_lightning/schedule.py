@@ -87,7 +87,8 @@ class Schedule:
         Args:
             num_blocks: blocks of the model.
             budget: mean sparsity.
-            kv: "keep" or "evict" for one mode in all blocks: the late blocks alone, or all behind the dense ones evenly.
+            kv: one mode in all blocks: "keep" spends the budget in late blocks alone, "evict" evenly behind the dense
+                ones.
         """
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
