@@ -10,10 +10,12 @@ methods are measured on the first chunk, then on the next, so that the table is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
-from ftp_lightning.studies.grid import Cell
+import pandas
+
+from ftp_lightning.studies.grid import Cell, arguments, read_grid, run_grid
 
 MODELS = {"smollm2-135m-instruct": 1000, "gemma3-270m": 1000, "embedded": 440}
 """Model -> tokens of its prompts: the embedded one has 512 positions."""
@@ -40,13 +42,16 @@ class Real(Cell):
 
 def cells(args: Any) -> list[Real]:
     """Chunk by chunk; a second process begins with the next model."""
-    models = [name for name in MODELS if not args.models or name in args.models.split(",")]
+    models, methods = (
+        [name for name in known if not asked or name in asked.split(",")]
+        for known, asked in ((MODELS, args.models), (METHODS, args.methods))
+    )
     return [
         Real(model, task, chunk, cut, method)
         for chunk in range(args.chunks)
         for model in models
         for task in TASKS[model]
-        for cut, method in [(0.0, "dense"), *((cut, method) for cut in CUTS for method in METHODS)]
+        for cut, method in [(0.0, "dense"), *((cut, method) for cut in CUTS for method in methods)]
     ]
 
 
@@ -56,6 +61,34 @@ def measure(cell: Real, args: Any) -> Any:
     if cell.method == "dense":
         return bench.dense
     return bench.measure(cell.method, pruner_of(cell.model, cell.method, cell.cut, args))
+
+
+@lru_cache(maxsize=1)
+def model_of(name: str) -> Any:
+    from ftp_lightning.models import load
+
+    return load(name)
+
+
+@cache
+def pruner_of(model: str, method: str, cut: float, args: Any) -> Any:
+    """The method where a prompt of the model's length saves `cut` of its FLOPs."""
+    from ftp_lightning.baselines.registry import METHODS as REGISTRY
+    from ftp_lightning.baselines.registry import Profile
+    from ftp_lightning.studies.calibrated import keep_order
+
+    setting = setting_of(model, args)
+    pruner = REGISTRY[method].place(setting, cut, Profile(MODELS[model]))
+    keep_order(setting, args.output / model)
+    return pruner
+
+
+@lru_cache(maxsize=1)
+def setting_of(model: str, args: Any) -> Any:
+    """What methods may look at, measured once on the calibration books and kept in OUTPUT/MODEL."""
+    from ftp_lightning.studies.calibrated import calibrated
+
+    return calibrated(model_of(model), args.output / model, model=model, data=f"{args.books}/calibration", split="all")
 
 
 @lru_cache(maxsize=1)
@@ -71,3 +104,31 @@ def bench_of(model: str, task: str, chunk: int, args: Any) -> Any:
     else:
         about |= {"tasks": (task,), "task_data": args.squad or None, "windows": 1, "continuation_tokens": 8}
     return evaluated(EvaluateStage(**about), *loaded, None, args.output / "answers")
+
+
+def tables(items: Any) -> str:
+    """Markdown: one table per model and task; a row per method, a column per cut."""
+    from ftp_lightning.evaluation.record import flops_cut, kept
+
+    shown = []
+    for (model, task), own in items.groupby(["model", "task"], sort=False):
+        rows = {}
+        for (method, cut), found in own[own["method"] != "dense"].groupby(["method", "cut"], sort=False):
+            share = kept(found).scaled(100)
+            cell = f"{share.value:.0f} [{share.low:.0f}, {share.high:.0f}]" if share.low is not None else "–"
+            rows.setdefault(method, {})[f"{cut:.0%}"] = f"{cell} ({flops_cut(found):.0%})"
+        frame = pandas.DataFrame(rows).T
+        shown.append(f"### {model}, {task}\n\n{frame.to_markdown()}\n")
+    return "\n".join(shown)
+
+
+def main() -> None:
+    args = arguments(__doc__, "runs/real_models", books="", squad="", models="", methods="", items=25, chunks=1)
+    grid = cells(args)
+    if not args.tables:
+        run_grid(grid, lambda cell: measure(cell, args), args.output)
+    print(tables(read_grid(grid, args.output)))
+
+
+if __name__ == "__main__":
+    main()

@@ -360,7 +360,7 @@ def test_a_trained_router_is_taken_from_the_nearest_folder_that_reaches_the_cut(
 # ---------------------------------------------------------------- equal cost
 
 COARSE = {"short_gpt", "block_pruner"}
-SCALED = [name for name in PEERS if name not in {"last_block_free", "deletion_surprisal", *COARSE}]
+SCALED = [name for name in PEERS if name not in {"last_block_free", "deletion_surprisal", "default", *COARSE}]
 
 
 @pytest.mark.parametrize("new_tokens", [0, 6])
