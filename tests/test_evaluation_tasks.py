@@ -163,7 +163,10 @@ def test_examples_never_hold_the_asked_row_where_one_file_serves_all_splits(tmp_
 def test_a_row_that_differs_in_its_id_alone_is_no_example(tmp_path):
     row = {"question": "Is it odd?", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "A"}
     write(tmp_path / "arc_easy_test.jsonl", [row | {"id": "test"}])
-    write(tmp_path / "arc_easy_train.jsonl", [row | {"id": "train"}, row | {"id": "other", "question": "Why?"}])
+    write(
+        tmp_path / "arc_easy_train.jsonl",
+        [row | {"id": f"train{i}"} for i in range(5)] + [row | {"question": "Why?", "id": "other"}],
+    )
     for _, text_before in contexts({"arc_easy": task_data.find_files("arc_easy", tmp_path)}, 1):
         assert text_before.startswith("Question: Why?") and text_before.count("Is it odd?") == 1
 
@@ -239,9 +242,11 @@ def test_evict_is_charged_for_the_entries_it_keeps_in_the_cache(model, monkeypat
     after = accounts.continuation_flops
     for kv in ("evict", "keep"):
         asked = held[kv] = []
-        spy = lambda costs, tokens, new, stored, head, asked=asked: (
-            asked.append(stored) or after(costs, tokens, new, stored, head)
-        )
+
+        def spy(costs, tokens, new, stored, head, asked=asked):
+            asked.append(stored)
+            return after(costs, tokens, new, stored, head)
+
         monkeypatch.setattr(accounts, "continuation_flops", spy)
         pruner = TokenPruner(StaticRouter(), SCHEDULE, kv=kv)
         with pruner(model):
@@ -283,7 +288,6 @@ def test_pruned_generation_is_the_same_in_any_batch_and_has_accounts(ftp):
 
 def test_an_answer_costs_the_same_alone_and_beside_a_longer_one(ftp):
     lm = ftp(pruner=TokenPruner(StaticRouter(), SCHEDULE))
-    lengths = {}
     generate = lm._model_generate
     texts = [text(0, 30), text(1, 29)]
     first = lm.tok_decode(

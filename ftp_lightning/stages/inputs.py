@@ -89,10 +89,16 @@ def check_positions(
 
 def check_questions(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> None:
     """UserError where a passage with its question and an answer is longer than the model's positions."""
+    longest = max(_question_tokens(tokenizer, row) for row in rows)
+    check_positions(config, longest, "passages with their question", "Give fewer --prompt_tokens.")
+
+
+def _question_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> int:
+    if "tokens" in row:
+        return row["tokens"] + row["new_tokens"]
+    text = row["context"] + row["choices"][row["answer"]]
     bos = int(tokenizer.bos_token_id is not None)
-    texts = [row["context"] + row["choices"][row["answer"]] for row in rows]
-    longest = max(len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts)
-    check_positions(config, bos + longest, "passages with their question", "Give fewer --prompt_tokens.")
+    return bos + len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def check_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

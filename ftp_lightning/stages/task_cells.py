@@ -52,10 +52,11 @@ def kept_cell(task: str, dense: Results, found: Results) -> dict[str, Any] | Non
         return None
     rows = dense[task]["items"], dense[f"{task}_deleted"]["items"], found[task]["items"]
     right = [[item["right"] for item in items] for items in rows]
-    buckets = [distance_bucket(item["distance"]) for item in rows[0]]
+    buckets = [None if item["distance"] is None else distance_bucket(item["distance"]) for item in rows[0]]
     total = asdict(statistics.kept(*right))
     groups = statistics.kept_by(buckets, *right)
-    near_first = sorted((bucket for bucket in groups if groups[bucket].items), key=lambda b: int(str(b).split("-")[0]))
+    told = (bucket for bucket in groups if bucket is not None and groups[bucket].items)
+    near_first = sorted(told, key=lambda bucket: int(str(bucket).split("-")[0]))
     names = ("share", "low", "high", "items")
     by_distance = {bucket: {name: getattr(groups[bucket], name) for name in names} for bucket in near_first}
     return total | {"by_distance": by_distance} if total["items"] else None
