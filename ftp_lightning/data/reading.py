@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.data.prompt_length import Item, PromptLength
 from ftp_lightning.data.records import jsonl_records
-from ftp_lightning.data.sources import check_split, split_of
+from ftp_lightning.data.sources import check_split, split_at
 from ftp_lightning.errors import UserError
 
 PREFIX = "Answer:"
@@ -36,17 +37,18 @@ class Question:
 def read_questions(paths: Sequence[Path], split: str) -> list[Question]:
     """The records whose article falls into `split` (one of calibration, training, validation, test, or all).
 
+    Articles in the order of their hash are cut by the shares of `sources.SHARES`, so that even few fill every split.
     UserError for a broken record, with its line, and where no article falls into the split.
     """
     check_split(split)
     found = [question for path in paths for question in jsonl_records(path, _question)]
-    chosen = [question for question in found if split in ("all", split_of(question.article))]
+    articles = sorted({question.article for question in found}, key=lambda name: sha256(name.encode()).digest())
+    chosen = {name for place, name in enumerate(articles) if split in ("all", split_at((place + 0.5) / len(articles)))}
     if not chosen:
-        articles = len({question.article for question in found})
         raise UserError(
-            f"{paths[0]}: none of its {articles} articles is in the split {split!r}\nGive --split all, or more records."
+            f"{paths[0]}: none of its {len(articles)} articles is in the split {split!r}\nGive --split all, or more records."
         )
-    return chosen
+    return [question for question in found if question.article in chosen]
 
 
 def _question(record: Any) -> Question:
