@@ -130,7 +130,7 @@ def _majority(items: Sequence[Mapping]) -> float | None:
     Who always says "yes" has this score, be the choices two or four.
     """
     labels = [item.get("label") for item in items]
-    if not labels or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
+    if len(labels) < 2 or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
         return None
     places = [label[1] for label in labels if label]
     return max(map(places.count, set(places))) / len(places)
