@@ -46,7 +46,8 @@ def read_questions(paths: Sequence[Path], split: str) -> list[Question]:
     chosen = {name for place, name in enumerate(articles) if split in ("all", split_at((place + 0.5) / len(articles)))}
     if not chosen:
         raise UserError(
-            f"{paths[0]}: none of its {len(articles)} articles is in the split {split!r}\nGive --split all, or more records."
+            f"{paths[0]}: none of its {len(articles)} articles is in the split {split!r}\n"
+            "Give --split all, or more records."
         )
     return [question for question in found if question.article in chosen]
 
