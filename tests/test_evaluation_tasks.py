@@ -166,7 +166,10 @@ def test_examples_never_hold_the_asked_row_where_one_file_serves_all_splits(tmp_
 def test_a_row_that_differs_in_its_id_alone_is_no_example(tmp_path):
     row = {"question": "Is it odd?", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "A"}
     write(tmp_path / "arc_easy_test.jsonl", [row | {"id": "test"}])
-    write(tmp_path / "arc_easy_train.jsonl", [row | {"id": "train"}, row | {"id": "other", "question": "Why?"}])
+    write(
+        tmp_path / "arc_easy_train.jsonl",
+        [row | {"id": f"train{i}"} for i in range(5)] + [row | {"question": "Why?", "id": "other"}],
+    )
     for _, text_before in contexts({"arc_easy": task_data.find_files("arc_easy", tmp_path)}, 1):
         assert text_before.startswith("Question: Why?") and text_before.count("Is it odd?") == 1
 

@@ -11,7 +11,7 @@ from ftp_lightning.baselines.names import EQUAL_FLOPS, EQUAL_TOKENS, NEEDS_SENSI
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import PrunedSettings, RowsSettings
-from ftp_lightning.data.task_names import LONG, OURS
+from ftp_lightning.data.task_names import MADE, OURS
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ class EvaluateStage(RowsSettings, PrunedSettings):
     before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
     static_schedule: str | None = option(None, "schedule of the baseline `static`; else --schedule", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json, for the baseline `block_influence`", is_file=True)
-    tasks: tuple[str, ...] = option(OUR_TASKS, f"ours, also {', '.join(LONG)}, or any that lm-eval knows")
+    tasks: tuple[str, ...] = option(OUR_TASKS, f"{', '.join(MADE)}, or any that lm-eval knows")
     task_data: str | None = option(
-        None, "folder of TASK.jsonl or TASK_SPLIT.jsonl, in the Hub's schema, for lm-eval's tasks", is_file=True
+        None,
+        "folder of TASK.jsonl or TASK_SPLIT.jsonl, in the Hub's schema; or one file of SQuAD's records",
+        is_file=True,
     )
     mode: Literal["prompt", "sequence", "both"] = option(
         "prompt", "tasks: the context alone is routed, or the whole text; both shows the difference"
@@ -48,7 +50,7 @@ class EvaluateStage(RowsSettings, PrunedSettings):
     threshold: float | None = option(
         None, "p_compute below which --decode threshold skips; else the pruner's, 0.5", least=0.0, most=1.0
     )
-    items: int = option(300, "questions with facts to recall", least=1)
+    items: int = option(300, "items of a task that is made here", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
     num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else as declared", least=0)
     apply_chat_template: bool = option(False, "put the items into the model's chat template")

@@ -94,9 +94,15 @@ def check_positions(
 
 def check_questions(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> None:
     """UserError where a passage with its question and an answer is longer than the model's positions."""
-    texts = [row["context"] + row["choices"][row["answer"]] for row in rows]
-    longest = max(len(prompt_ids(tokenizer, text)) for text in texts)
+    longest = max(_question_tokens(tokenizer, row) for row in rows)
     check_positions(config, longest, "passages with their question", "Give fewer --prompt_tokens.")
+
+
+def _question_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> int:
+    if "tokens" in row:
+        return row["tokens"] + row["new_tokens"]
+    text = row["context"] + row["choices"][row["answer"]]
+    return len(prompt_ids(tokenizer, text))
 
 
 def check_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

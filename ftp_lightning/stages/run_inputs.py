@@ -6,12 +6,12 @@ from typing import Any, cast
 
 from ftp_lightning import models
 from ftp_lightning.cli.settings import StageSettings
-from ftp_lightning.data.task_names import LONG
+from ftp_lightning.data.task_names import TWINNED
 from ftp_lightning.stages import inputs
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.search import SearchStage
-from ftp_lightning.stages.task_files import RECALL, check_tasks, local_files, long_rows, recall_rows, test_rows
+from ftp_lightning.stages.task_files import check_tasks, local_files, made_rows, test_rows
 
 ROWS = 8
 """Rows and questions of a kind that are tried of each split; the stages draw these very ones first [ours]."""
@@ -33,12 +33,10 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
         inputs.check_chat_template(first.model, tokenizer)
     _check_texts(stages, tokenizer)
     test_rows(evaluate, tokenizer)
-    if RECALL in evaluate.tasks:
-        rows = recall_rows(evaluate, tokenizer, min(ROWS, evaluate.items))
-        inputs.check_questions(config, tokenizer, rows)
     for task in evaluate.tasks:
-        if task in LONG:
-            inputs.check_questions(config, tokenizer, long_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items)))
+        if task in TWINNED:
+            rows = made_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items))
+            inputs.check_questions(config, tokenizer, rows)
 
 
 def _check_texts(stages: dict[str, Any], tokenizer) -> None:

@@ -14,7 +14,7 @@ from ftp_lightning.evaluation.statistics import chance_of
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
 ACCOUNTED = ("prompt_tokens", "continuation_tokens", "sparsity", "skipped", "exercised", "truncated")
-COUNTING = (*METRICS, "em", "f1", "contains", "score", "qa_f1_score")
+COUNTING = (*METRICS, "em", "f1", "string_match", "contains", "score", "qa_f1_score")
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
 
@@ -83,7 +83,7 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
         "score": score,
         **values,
         "chance": _chance(sample, metric, score),
-        "label": _label(sample),
+        "label": None if metric == "exact_match" else _label(sample),
         "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
         **{key: doc.get(key) for key in PASSED_ON},
         **{key: getattr(account, key, None) for key in ACCOUNTED},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -13,39 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.harness.declared import RECALL, declared
-from ftp_lightning.evaluation.harness.results import METRICS, summaries
+from ftp_lightning.evaluation.harness.declared import declared
+from ftp_lightning.evaluation.harness.made import CONTEXTS, local_data, made_task, unknown_task
+from ftp_lightning.evaluation.harness.results import summaries
 from ftp_lightning.evaluation.harness.shots import set_shots
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
-
-# name -> the field that holds the context; the rows are made by ftp_lightning.data.choices and long_tasks
-EMBEDDED = dict.fromkeys((*OURS, *LONG), "context") | {f"{name}_deleted": "context_deleted" for name in RECALL}
-
-
-def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | None = None) -> dict:
-    """The lm-eval task `name` on JSONL rows with keys id, context, choices, answer (index), and more that pass through.
-
-    exact_match: the gold choice is the greedy continuation. Choices begin with their space, hence no delimiter.
-    cache_dir: where `datasets` puts its copy. UserError for an unknown name, a missing file, or a row without a key.
-    """
-    if name not in EMBEDDED:
-        raise unknown_task(name, EMBEDDED)
-    read_rows(name, Path(jsonl_path), keys=(EMBEDDED[name], "choices", "answer"))
-    return {
-        "task": name,
-        **_local_data({"test": jsonl_path}, cache_dir),
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": f"{{{{{EMBEDDED[name]}}}}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS],
-        "metadata": {"version": 1.0},
-    }
 
 
 def local_task(name: str, files: str | Path | Mapping[str, str | Path], cache_dir: str | Path | None = None) -> dict:
@@ -70,7 +42,7 @@ def _on_files(name: str, files: Mapping[str, Any], cache_dir: str | Path | None)
     """Splits without a file are not there: lm-eval would look for their examples while it loads the task."""
     keys = {"train": "training_split", "validation": "validation_split", "test": "test_split", "dev": "fewshot_split"}
     missing = {key: None for split, key in keys.items() if split not in files}
-    return {"task": name, "dataset_name": None, **missing, **_local_data(files, cache_dir)}
+    return {"task": name, "dataset_name": None, **missing, **local_data(files, cache_dir)}
 
 
 def _has_subjects(files: Mapping[str, Any]) -> bool:
@@ -163,10 +135,10 @@ def _for_makers(lm) -> dict:
 
 def _definition(name: str, files, cache_dir: str) -> str | dict:
     if files is None:
-        if name in EMBEDDED:
-            raise UserError(f"task {name} needs its JSONL file\nftp_lightning.data.choices makes the rows.")
+        if name in CONTEXTS:
+            raise UserError(f"task {name} needs its JSONL file\nftp_lightning.stages.task_files makes the rows.")
         return name
-    return embedded_task(name, files, cache_dir) if name in EMBEDDED else local_task(name, files, cache_dir)
+    return made_task(name, files, cache_dir) if name in CONTEXTS else local_task(name, files, cache_dir)
 
 
 def _task_manager(definitions: list[str | dict], metadata: dict):
@@ -177,7 +149,7 @@ def _task_manager(definitions: list[str | dict], metadata: dict):
     manager = _index(bool(wanted), json.dumps(metadata, sort_keys=True))
     for name in wanted:
         if name not in manager.all_tasks:
-            raise unknown_task(name, [*EMBEDDED, *manager.all_tasks])
+            raise unknown_task(name, [*CONTEXTS, *manager.all_tasks])
     return manager
 
 
@@ -189,25 +161,11 @@ def _index(defaults: bool, metadata: str):
     return TaskManager(include_defaults=defaults, metadata=json.loads(metadata))
 
 
-def unknown_task(name: str, known: Iterable[str]) -> UserError:
-    """The sentence for a name that nobody knows, with the nearest ones that are known."""
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return UserError(
-        f"unknown task {name!r}\n" + (f"Did you mean {', '.join(close)}?" if close else "See lm-eval's list.")
-    )
-
-
 def _unreachable(names: Iterable[str], error: Exception) -> UserError:
     return UserError(
         f"the Hub is out of reach for the tasks {', '.join(names)}: {str(error).splitlines()[0]}\n"
         f"Run `ftp-lightning prefetch` where there is a network, or give files by --task_data DIR: {LAYOUT}."
     )
-
-
-def _local_data(files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
-    """lm-eval's keys for JSONL files; absolute, as it reads relative ones from the working directory."""
-    options = {"data_files": {split: str(Path(path).resolve()) for split, path in files.items()}}
-    return {"dataset_path": "json", "dataset_kwargs": options | ({"cache_dir": str(cache_dir)} if cache_dir else {})}
 
 
 @contextlib.contextmanager
