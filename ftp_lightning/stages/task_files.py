@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.data import choices
 from ftp_lightning.data.last_word import last_word_items
@@ -26,8 +26,10 @@ from ftp_lightning.data.task_names import LAST_WORD, LONG, NIAH, OURS, READING, 
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.harness.declared import DECLARED
 from ftp_lightning.evaluation.harness.task_data import Files, find_files
-from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.inputs import check_chat_template, text_named
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.evaluate import EvaluateStage
 
 RECALL, ENDING, NAME = OURS
 FROM_TEXT = (RECALL, *LONG, *NIAH, LAST_WORD)
