@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from ftp_lightning.evaluation.spread import jackknife
 from ftp_lightning.evaluation.statistics import (
     Interval,
     chance_of,
     clustered,
-    jackknife,
     kept,
     kept_by,
     mcnemar_p,
