@@ -212,11 +212,11 @@ class Test:
     def measure(self, pruner):
         from dataclasses import asdict
 
-        from ftp_lightning.evaluation.continuation import evaluate_windows
+        from ftp_lightning.evaluation.continuation import evaluate_rows
         from ftp_lightning.evaluation.statistics import kept
         from ftp_lightning.pruning.flops import realised_flops_reduction
 
-        text = evaluate_windows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
+        text = evaluate_rows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
         found = {"kl": text.kl_mean, "ppl": text.ppl, "kl_rows": text.kl_rows, "realised": text.mean_sparsity}
         cut = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv, rank=pruner.skip_rank)
         found["flops_cut"] = cut  # of the last batch

@@ -240,10 +240,10 @@ class Held:
         return {name: (windows, teacher_logprobs(test.model, windows, 8)) for name, windows in zip(HELD, sets)}
 
     def measure(self, name, pruner):
-        from ftp_lightning.evaluation.continuation import evaluate_windows
+        from ftp_lightning.evaluation.continuation import evaluate_rows
 
         windows, teacher = self.sets[name]
-        text = evaluate_windows(self.model, windows, pruner, batch_size=8, teacher=teacher)
+        text = evaluate_rows(self.model, windows, pruner, batch_size=8, teacher=teacher)
         return {"kl": text.kl_mean, "kl_rows": text.kl_rows}
 
 

@@ -13,6 +13,7 @@ from ftp_lightning.data.words import KINDS
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import pairing, quoted, statistics
 from ftp_lightning.evaluation.harness.results import ACCOUNTED, METRICS, summaries, summarize
+from ftp_lightning.evaluation.record import difference, joined, record
 from ftp_lightning.evaluation.tables import Table, latex_text, percent, text, with_error, with_interval, written
 from ftp_lightning.models import load_tokenizer
 
@@ -20,28 +21,29 @@ TOKENIZER = load_tokenizer("embedded")
 STORIES = load_documents("embedded", "calibration")
 
 
-def row(task, i, a, b, document=None):
-    score = {"A": None if a is None else float(a), "B": None if b is None else float(b)}
-    return {"task": task, "id": f"{i}", "hash": f"h{i}", "document": document, "score": score, "right": score}
+def items(method, scores, task="t", **labels):
+    rows = [{"score": score, "right": bool(score), "hash": f"h{n}", **labels} for n, score in enumerate(scores)]
+    return record(rows, method, task)
 
 
 def test_pairs_count_what_was_lost_and_gained():
-    rows = [row("t", i, a, b) for i, (a, b) in enumerate([(0, 1), (0, 1), (1, 0), (1, 1), (0, 0)])]
-    (pair,) = pairing.compare([*rows, row("other", 0, None, 1)], "A", "B")
-    assert (pair.task, pair.items, pair.lost, pair.gained) == ("t", 5, 2, 1)
-    assert pair.difference == pytest.approx(-0.2) and pair.low < -0.2 < pair.high and pair.p == 1.0
-    (alone,) = pairing.compare([row("t", i, 1, 0, "one story") for i in range(3)], "A", "B")
-    assert (alone.difference, alone.low, alone.high) == (1.0, None, None)  # one document shows no spread
+    a, b = items("A", [0.0, 0.0, 1.0, 1.0, 0.0]), items("B", [1.0, 1.0, 0.0, 1.0, 0.0])
+    (pair,) = pairing.compare(joined([a, b, items("B", [1.0], "other")]), "A", "B")
+    assert (pair["task"], pair["items"], pair["lost"], pair["gained"]) == ("t", 5, 2, 1)
+    assert pair["difference"] == pytest.approx(-0.2) and pair["low"] < -0.2 < pair["high"] and pair["p"] == 1.0
+    story = joined([items(name, [score] * 3, document="one story") for name, score in (("A", 1.0), ("B", 0.0))])
+    (alone,) = pairing.compare(story, "A", "B")
+    assert (alone["difference"], alone["low"], alone["high"]) == (1.0, None, None)  # one document shows no spread
 
 
 def test_runs_are_joined_by_what_was_asked(tmp_path):
-    first = [row("t", i, 1, None) for i in (0, 1, 1, 2)]
-    second = [row("t", i, 0, None) for i in (2, 1, 7)]
-    rows, alone = pairing.joined(first, second, "A", "A")
-    assert [r["hash"] for r in rows] == ["h1", "h2"] and alone == 3
-    assert [r["score"] for r in rows] == [{"A": 1.0, "B": 0.0}] * 2
-    with pytest.raises(UserError, match=r"holds no samples.jsonl that can be compared\nMake one with `evaluate`"):
-        pairing.read_samples(tmp_path)
+    first, second = items("m", [1.0] * 4), items("m", [0.0] * 3)
+    first["hash"], second["hash"] = ["h0", "h1", "h1", "h2"], ["h2", "h1", "h7"]
+    found, alone = pairing.side_by_side(first, second, "m", "m")
+    assert sorted(found[found.method == "A"].hash) == ["h1", "h2"] and alone == 3
+    assert [pair["difference"] for pair in pairing.compare(found, "A", "B")] == [1.0]
+    with pytest.raises(UserError, match=r"holds no record.*\nMake one with `ftp-lightning evaluate`"):
+        pairing.record_of(tmp_path)
 
 
 def test_interval_of_a_ratio_holds_it_and_says_when_it_is_not_known():
@@ -78,21 +80,24 @@ def test_a_pooled_group_pairs_by_subject_and_id():
     subjects = [f"mmlu_s{k}" for k in range(20)]
     log = {name: [sample(name, i) for i in range(10)] for name in subjects}
     found = summaries({"samples": log, "results": {}, "group_subtasks": {"mmlu": subjects}}, ["mmlu"], [])
-    items = found["mmlu"]["items"]
-    scores = [{"x": float(place % 3 > 0), "dense": float(place % 2)} for place in range(len(items))]
-    rows = [{"task": "mmlu", **item, "score": score, "right": score} for item, score in zip(items, scores)]
-    (pair,) = pairing.compare(rows, "x", "dense")
-    assert (pair.items, pair.clusters) == (200, 200)
+    told = found["mmlu"]["items"]
+    a = record([one | {"score": float(n % 3 > 0)} for n, one in enumerate(told)], "x", "mmlu")
+    b = record([one | {"score": float(n % 2)} for n, one in enumerate(told)], "dense", "mmlu")
+    (pair,) = pairing.compare(joined([a, b]), "x", "dense")
+    assert pair["items"] == 200 and difference(joined([a, b]), "x", "dense", "score").clusters == 200
 
 
 def test_chance_of_a_task_is_its_best_constant_answer():
-    def item(label):
-        return {"metric": "acc", "score": 1.0, "label": label, "chance": 0.5} | dict.fromkeys([*METRICS, *ACCOUNTED])
+    def item(label, choices=("no", "yes")):
+        told = None if label is None else [list(choices), label]
+        return {"metric": "acc", "score": 1.0, "label": told, "chance": 0.5} | dict.fromkeys([*METRICS, *ACCOUNTED])
 
     labels = [1] * 622 + [0] * 378  # BoolQ's validation split
     assert summarize([item(label) for label in labels], {})["chance"] == 0.622
     assert summarize([item(label) for label in [0, 1, 1]], {})["chance"] == 0.5
     assert summarize([item(None) for _ in labels], {})["chance"] == 0.5  # labels that are not known
+    other = [item(label, (f"a{n}", f"b{n}")) for n, label in enumerate(labels)]  # no answer fits all items
+    assert summarize(other, {})["chance"] == 0.5
 
 
 def test_interval_of_a_score():

@@ -16,11 +16,12 @@ def write_samples(folder: Path, right: list[bool], first_document: int = 0) -> N
     """Recall questions, four of each document; dense answers all with the passage, none without."""
     rows = []
     for place, ok in enumerate(right):
-        labels = {"id": f"recall-{place}", "document": first_document + place // 4}
+        labels = {"task": "story_recall", "item": place, "document": first_document + place // 4}
         labels["hash"] = f"words of {first_document}, {place}"
-        rows.append({"task": "story_recall", **labels, "right": {"dense": True, "dynamic": ok}})
-        rows.append({"task": "story_recall_deleted", **labels, "right": {"dense": False}})
-    (folder / "evaluate/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows.append({**labels, "method": "dynamic", "right": ok, "needed": True})
+        rows.append({**labels, "method": "static", "right": not ok, "needed": True})
+    rows.append(rows[0] | {"hash": "not needed", "needed": False})
+    (folder / "evaluate/record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture

@@ -122,13 +122,12 @@ def recall_answers(run: Run) -> dict[str, tuple[bool, Any]]:
     """Hash of the question -> (right?, document) of the headline method, of questions that need the passage; empty
     without them."""
     method = (headline_method(run["evaluate"]) or {}).get("name")
-    text = read_text(run["folder"] / "evaluate" / "samples.jsonl")
+    text = read_text(run["folder"] / "evaluate" / "record.jsonl")
     rows = [json.loads(line) for line in (text or "").splitlines() if line.strip()]
-    without = {row["id"]: row["right"]["dense"] for row in rows if row["task"] == DELETED}
     return {
-        row["hash"]: (row["right"][method], row["document"])  # of its words: runs may number different questions alike
+        row["hash"]: (row["right"], row["document"])  # of its words: runs may number different questions alike
         for row in rows
-        if row["task"] == RECALL and row["right"]["dense"] and not without.get(row["id"], False)
+        if row["task"] == RECALL and row["method"] == method and row.get("needed")
     }
 
 

@@ -44,6 +44,7 @@ def kept_text(kept: dict[str, Any] | None) -> str:
 NAMES = {
     "random": "random tokens",
     "uniform": "uniform, static",
+    "default": "default, static",
     "first_dense": "first block dense, static",
     "block_influence": "Block Influence",
     "static": "searched, static",

@@ -1,4 +1,4 @@
-"""The embedded tasks as JSONL files, made from the stage's text and its seed; and the windows of its test text."""
+"""The embedded tasks as JSONL files, made from the stage's text and its seed; and the rows of its test text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from ftp_lightning.data import choices
 from ftp_lightning.data.long_tasks import long_items
+from ftp_lightning.data.prompts import sampled_prompts, text_windows
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.task_names import LONG, OURS
-from ftp_lightning.data.windows import Windows, plain_windows
 from ftp_lightning.evaluation.harness.declared import DECLARED
 from ftp_lightning.evaluation.harness.declared import RECALL as FACTS
 from ftp_lightning.evaluation.harness.task_data import Files, find_files
@@ -29,12 +30,14 @@ NAMES_PER_STORY = 2
 """Contexts of whole stories are dear, and names of one story say much the same."""
 
 
-def test_windows(settings: EvaluateStage, tokenizer: Any) -> Windows:
-    """Consecutive windows of the test text, all of them or random ones."""
-    shape, rng = (settings.prompt_tokens, settings.continuation_tokens), random.Random(f"{settings.seed}/windows")
-    with text_named(settings.data, settings.chosen_split):
-        documents = load_documents(settings.data, settings.chosen_split)
-        return plain_windows(tokenizer, documents, *shape, settings.windows, rng)
+def test_rows(settings: EvaluateStage, tokenizer: Any) -> Rows:
+    """Consecutive windows of the test text, or prompts, as --rows says: all of them or random ones."""
+    source, split = settings.data, settings.chosen_split
+    shape = (settings.prompt_tokens, settings.continuation_tokens)
+    with text_named(source, split):
+        if settings.rows != "windows":
+            return sampled_prompts(source, split, tokenizer, *shape, settings.windows, settings.seed)
+        return text_windows(source, split, tokenizer, *shape, settings.windows, settings.seed)
 
 
 class TaskFiles:

@@ -163,6 +163,7 @@ class TrialStage(TrainStage):
 
     def _on_calibration(self, kind: type[StageSettings], **own: Any) -> Any:
         text = {"data": self.calibration or self.data, "recall_share": self.calibration_recall_share}
+        text |= self.row_flags()
         return kind(**self.shared() | text | own)
 
     def _untrained(self, schedule: Path) -> Any:

@@ -19,11 +19,16 @@ PAPER = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "winogrande")
 
 @dataclass(frozen=True)
 class Declared:
-    """`metric` of lm-eval; `shots` before each item, None: the task's own; `needs`: fields of the Hub's schema."""
+    """What lm-eval leaves open about a task.
+
+    metric: the one it is told in. shots: examples before each item, None: the task's own. needs: fields of the Hub's
+    schema. right: the metric whose value 1 makes an answer right, where that is neither accuracy nor exact match.
+    """
 
     metric: str
     shots: int | None = None
     needs: tuple[str, ...] = ()
+    right: str | None = None
 
 
 DECLARED: dict[str, Declared] = {
@@ -49,5 +54,5 @@ def declared(task: str) -> Declared:
     if task.startswith("mmlu_"):
         return DECLARED["mmlu"]
     if task in RECALL or task.endswith("_deleted"):
-        return Declared("exact_match", 0)
+        return Declared("exact_match", 0, right="exact_match")
     return DECLARED.get(task, Declared("acc"))

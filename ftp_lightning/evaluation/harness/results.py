@@ -8,14 +8,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftp_lightning.evaluation.harness.declared import RECALL, declared
+from ftp_lightning.evaluation.harness.declared import declared
 from ftp_lightning.evaluation.statistics import chance_of
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
-ACCOUNTED = ("prompt_tokens", "sparsity", "skipped", "flops_cut", "exercised", "truncated")
-ASKED = (*RECALL, *(f"{name}_deleted" for name in RECALL))
-"""Tasks whose answer counts as right only where it is what the model would write; elsewhere the likeliest choice."""
+ACCOUNTED = ("prompt_tokens", "continuation_tokens", "sparsity", "skipped", "exercised", "truncated")
 COUNTING = (*METRICS, "em", "f1", "contains", "score", "qa_f1_score")
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
@@ -31,9 +29,18 @@ def summaries(results: Mapping, names: Sequence[str], accounts: Iterable) -> dic
         tree = results.get("group_subtasks", {})
         members = _members(name, tree) or _members(f"local_{name}", tree)
         if name not in summary and members:
-            pooled = [item for member in members for item in items.get(member, [])]
+            pooled = [_within(member, item) for member in members for item in items.get(member, [])]
             summary[name] = summarize(pooled, results["results"].get(name, {}))
     return summary
+
+
+def _within(member: str, item: dict) -> dict:
+    """The item of a group's member under ids of its own: every member counts items and documents from 0."""
+    document = item["document"]
+    return item | {
+        "id": f"{member}/{item['id']}",
+        "document": None if document is None else f"{member}/{document}",
+    }
 
 
 def summarize(items: list[dict], metrics: Mapping) -> dict:
@@ -66,14 +73,12 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
     doc, values = sample["doc"], {metric: sample.get(metric) for metric in METRICS}
     asked = [_asked(arguments) for arguments in sample["arguments"]]
     account = book.get(asked[0])
-    order = ("exact_match", "acc") if task in ASKED else ("acc", "exact_match")
     metric, score = _score(task, sample)
-    right = next((values[m] for m in order if values[m] is not None), None)
     return {
         "id": doc.get("id", sample["doc_id"]),
         "subject": task,
         "hash": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
-        "right": bool(right) if right is not None else (None if score is None else score >= 0.5),
+        "right": _right(task, sample, score),
         "metric": metric,
         "score": score,
         **values,
@@ -82,6 +87,7 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
         "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
         **{key: doc.get(key) for key in PASSED_ON},
         **{key: getattr(account, key, None) for key in ACCOUNTED},
+        **(account.spent._asdict() if account is not None and account.spent else {}),
     }
 
 
@@ -99,26 +105,43 @@ def _score(task: str, sample: Mapping) -> tuple[str, float | None]:
     return metric, float(value) if isinstance(value, int | float) and 0.0 <= value <= 1.0 else None
 
 
+def _right(task: str, sample: Mapping, score: float | None) -> bool | None:
+    """Whether the answer counts as right: by the metric declared for that, else by accuracy or exact match, else where
+    the score is at least one half."""
+    asked = declared(task).right
+    names = (asked,) if asked else ("acc", "exact_match")
+    value = next((sample[name] for name in names if sample.get(name) is not None), None)
+    if value is not None:
+        return value >= 1.0
+    return None if score is None else score >= 0.5
+
+
+def _label(sample: Mapping) -> list | None:
+    """The choices of an item and the place of the right one; None where that is not known, or nothing is chosen."""
+    choices = [arguments[1] for arguments in sample["arguments"] if len(arguments) > 1]
+    gold = sample.get("target")
+    try:
+        place = int(gold)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return [choices, place] if len(set(map(str, choices))) > 1 and 0 <= place < len(choices) else None
+
+
 def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
     """1 / number of choices; 0 of what the model has to write itself, be it one of several choices."""
     choices = len(sample["filtered_resps"])
     return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
 
 
-def _label(sample: Mapping) -> int | None:
-    """Number of the right choice; None where the target is a text."""
-    target, choices = sample.get("target"), len(sample["filtered_resps"])
-    if isinstance(target, str) and target.isdecimal():
-        target = int(target)
-    return target if isinstance(target, int) and 0 <= target < choices else None
-
-
 def _best_constant(items: Sequence[Mapping], mean: float | None) -> float | None:
-    """`mean` of the items' chances, or what always saying the most frequent label would score, see `chance_of`."""
+    """Mean chance of the items; where all offer the same choices, what always giving one answer scores.
+
+    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`.
+    """
     labels = [item.get("label") for item in items]
-    if not mean or None in labels or len({item["chance"] for item in items}) > 1:
+    if not mean or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
         return mean
-    return chance_of([label for label in labels if label is not None], round(1 / mean))
+    return chance_of([label[1] for label in labels if label], len(labels[0][0]))  # type: ignore[index]
 
 
 def _plain_answer(answer: Any) -> Any:

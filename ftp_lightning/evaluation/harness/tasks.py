@@ -17,10 +17,8 @@ from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.harness.declared import RECALL, declared
 from ftp_lightning.evaluation.harness.results import METRICS, summaries
+from ftp_lightning.evaluation.harness.shots import set_shots
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
-
-FEWSHOT_SEED = 1234
-"""lm-eval's own."""
 
 # name -> the field that holds the context; the rows are made by ftp_lightning.data.choices and long_tasks
 EMBEDDED = dict.fromkeys((*OURS, *LONG), "context") | {f"{name}_deleted": "context_deleted" for name in RECALL}
@@ -104,7 +102,7 @@ def run_tasks(
     Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
     and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
     (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
-    metrics (lm-eval's own numbers) and items. An item: id, right (see `task_results.ASKED`), its metrics, distance,
+    metrics (lm-eval's own numbers) and items. An item: id, right (see `Declared.right`), its metrics, distance,
     kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
     0. UserError: unknown task, file missing or broken, Hub out of reach.
     """
@@ -114,54 +112,30 @@ def run_tasks(
     with tempfile.TemporaryDirectory() as cache, contextlib.nullcontext() if progress else _quiet():
         loaded = _loaded(lm, tasks, cache)
         for name, task in loaded["tasks"].items():
-            _set_shots(name, task, num_fewshot)
-        try:
-            results = evaluate(
-                lm=lm,
-                task_dict=loaded,
-                limit=limit,
-                apply_chat_template=apply_chat_template,
-                fewshot_as_multiturn=apply_chat_template,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        except AssertionError as error:
-            if "fewshot samples" not in str(error):
-                raise
-            what = str(error).removeprefix("Error: ").rstrip(".")
-            raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
+            set_shots(name, task, num_fewshot)
+        results = evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
     return summaries(results, list(tasks), accounts) if results else {}
 
 
-def _set_shots(name: str, task, num_fewshot: int | None) -> None:
-    """The examples asked for, else those declared; a task that fixes none at all keeps none, as in lm-eval.
-
-    UserError where local files have none to take them from.
-    """
-    own = task.get_config("num_fewshot")
-    asked = declared(name).shots if num_fewshot is None else num_fewshot
-    if own != 0 and asked is not None:
-        task.set_config(key="num_fewshot", value=asked)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    local = task.config.dataset_path == "json" and name not in EMBEDDED
-    if local and task.get_config("num_fewshot") and not (task.config.fewshot_split or task.config.training_split):
-        split = "dev" if name.startswith("mmlu") else "train"
-        raise UserError(
-            f"task {name} takes its {task.get_config('num_fewshot')} examples from the split {split}, which has no file"
-            f"\nPut {name.split('_')[0] if split == 'dev' else name}_{split}.jsonl beside it, or give --num_fewshot 0."
-        )
-
-
-def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None]) -> list:
-    """lm-eval's task objects, groups taken apart; files as in `run_tasks`.
+def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None], num_fewshot: int | None = None) -> list:
+    """lm-eval's task objects with the examples that `run_tasks` gives them, groups taken apart; files as there.
 
     UserError: unknown task, broken file, Hub out of reach.
     """
     with tempfile.TemporaryDirectory() as cache, _quiet():
-        return list(_loaded(None, files, cache)["tasks"].values())
+        loaded = _loaded(None, files, cache)["tasks"]
+        for name, task in loaded.items():
+            set_shots(name, task, num_fewshot)
+        return list(loaded.values())
 
 
 def _loaded(lm, tasks: Mapping, cache: str) -> dict:
