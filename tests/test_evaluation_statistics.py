@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from ftp_lightning.evaluation.spread import jackknife
 from ftp_lightning.evaluation.statistics import (
     Interval,
     chance_of,
     clustered,
-    jackknife,
     kept,
     kept_by,
     mcnemar_p,
@@ -131,18 +131,16 @@ def test_seeds_that_agree_by_luck_do_not_narrow_what_documents_say():
 
 
 def test_documents_that_come_back_under_every_seed_add_to_the_seeds():
-    # value = seed effect + document effect, no noise: V = 1/3 var(seeds) + 1/4 var(documents), both by hand.
-    seed_effect, document_effect = [0.0, 1.0, 2.0], [0.0, 3.0, 5.0, 8.0]
-    rows = [(s + d, j, i) for i, s in enumerate(seed_effect) for j, d in enumerate(document_effect)]
+    # value = seed effect + document effect, no noise: V = var(seeds)/6 + var(documents)/12 - var(cells)/72.
+    seed_effect, document_effect = range(6), range(12)
+    rows = [(float(s + d), d, s) for s in seed_effect for d in document_effect]
     found = clustered(*zip(*rows, strict=True))
-    between, across = np.var(seed_effect, ddof=1) / 3, np.var(document_effect, ddof=1) / 4
-    df = (between + across) ** 2 / (between**2 / 2 + across**2 / 3)
-    inside = np.var([row[0] for row in rows], ddof=1) / 12
-    wanted = max(
-        stats.t.ppf(0.975, 3) * across**0.5,
-        stats.t.ppf(0.975, df) * (between + across - inside) ** 0.5,
-    )
+    between, across = np.var(seed_effect, ddof=1) / 6, np.var(document_effect, ddof=1) / 12
+    df = (between + across) ** 2 / (between**2 / 5 + across**2 / 11)
+    inside = np.var([row[0] for row in rows], ddof=1) / 72
+    wanted = stats.t.ppf(0.975, df) * (between + across - inside) ** 0.5
     assert found.high - found.value == pytest.approx(wanted)
+    assert wanted > max(stats.t.ppf(0.975, 5) * between**0.5, stats.t.ppf(0.975, 11) * across**0.5)
 
 
 @pytest.mark.parametrize("documents", [["a"] * 3, [None] * 3])

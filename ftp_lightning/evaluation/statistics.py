@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-Z = float(stats.norm.ppf(0.975))
+from ftp_lightning.evaluation.spread import Labels, Spread, Z, spread_of, t_quantile
+
 EXTRA = 3
 """Degrees of freedom of a share beyond the documents that hold a loss, see `_korn_graubard` [ours, by simulation]."""
-Labels = Sequence[Hashable] | None
 Task = tuple[Sequence[float], Sequence[float], float, Labels]
 
 
@@ -60,7 +60,7 @@ def clustered(values: Sequence[float], documents: Labels = None, seeds: Labels =
 
     The variance is the delete-one-document jackknife of (sum of values) / (number of items), with a t quantile whose
     degrees of freedom fall where few documents hold most items. Several seeds add the jackknife over seeds, see
-    `_spread`. Values that are all 0 or 1 get the Korn-Graubard interval: Clopper-Pearson's of an effective number of
+    `spread_of`. Values that are all 0 or 1 get the Korn-Graubard interval: Clopper-Pearson's of an effective number of
     items, never narrower than Wilson's of all of them; where each item is a document of its own, Wilson's itself.
 
     Args:
@@ -73,14 +73,14 @@ def clustered(values: Sequence[float], documents: Labels = None, seeds: Labels =
         ValueError: where the lengths differ.
     """
     data = np.asarray(values, dtype=float)
-    spread = _spread(data, documents, seeds)
+    spread = spread_of(data, documents, seeds)
     if spread.note:
-        return spread.interval(data)
+        return _between(data, spread, None, None)
     if not np.isin(data, (0.0, 1.0)).all():
-        return spread.interval(data, spread.reach)
+        return _around(data, spread, spread.reach)
     if spread.independent:
-        return spread.between(data, *wilson_interval(int(data.sum()), len(data)))
-    return spread.between(data, *_korn_graubard(float(data.mean()), len(data), spread))
+        return _between(data, spread, *wilson_interval(int(data.sum()), len(data)))
+    return _between(data, spread, *_korn_graubard(float(data.mean()), len(data), spread))
 
 
 def paired(a: Sequence[float], b: Sequence[float], documents: Labels = None, seeds: Labels = None) -> Interval:
@@ -92,110 +92,23 @@ def paired(a: Sequence[float], b: Sequence[float], documents: Labels = None, see
     one, two = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if one.shape != two.shape:
         raise ValueError(f"{len(one)} and {len(two)} items cannot be paired")
-    data, spread = one - two, _spread(one - two, documents, seeds)
+    data, spread = one - two, spread_of(one - two, documents, seeds)
     if spread.note:
-        return spread.interval(data)
+        return _between(data, spread, None, None)
     if not np.isin([one, two], (0.0, 1.0)).all():
-        return spread.interval(data, spread.reach)
-    found = spread.interval(data, max(spread.reach, spread.floor(one, two)))
+        return _around(data, spread, spread.reach)
+    found = _around(data, spread, max(spread.reach, spread.floor(one, two)))
     assert found.low is not None and found.high is not None
     return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """How far the mean of some items may be off: `reach` is half of the 95 % interval, `quantile` the largest t in it,
-    `distinct` the number of items that are not repeats of others under another seed, `mixed` the documents that hold
-    a 0, or those that hold a 1, whichever are fewer."""
-
-    reach: float
-    quantile: float
-    distinct: float
-    clusters: int
-    seeds: int
-    independent: bool = False
-    mixed: int = 0
-    note: str = ""
-
-    def between(self, data: Any, low: float | None, high: float | None) -> Interval:
-        value = float(data.mean()) if len(data) else None
-        return Interval(value, low, high, len(data), self.clusters, self.seeds, self.note)
-
-    def interval(self, data: Any, reach: float | None = None) -> Interval:
-        if reach is None:
-            return self.between(data, None, None)
-        return self.between(data, float(data.mean()) - reach, float(data.mean()) + reach)
-
-    def floor(self, one: Any, two: Any) -> float:
-        """The reach of independent 0/1 pairs (Agresti and Min); with the t quantile where none has changed, as then
-        nothing shows how documents differ."""
-        n, scale = self.distinct + 2, self.distinct / len(one)
-        gained, lost = scale * float((one > two).sum()), scale * float((one < two).sum())
-        quantile = Z if gained + lost else self.quantile
-        return quantile * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / n, 0.0)) / n
+def _between(data: Any, spread: Spread, low: float | None, high: float | None) -> Interval:
+    value = float(data.mean()) if len(data) else None
+    return Interval(value, low, high, len(data), spread.clusters, spread.seeds, spread.note)
 
 
-def _spread(data: Any, documents: Labels, seeds: Labels) -> _Spread:
-    """The variance over documents, over seeds, and over both, each with its t quantile; the widest counts.
-
-    Where the same documents come back under every seed (crossed) both add up: V = V_seeds + V_documents - V_cells, a
-    cell being one document under one seed (Cameron, Gelbach and Miller 2011), with degrees of freedom by Welch and
-    Satterthwaite. Where each seed has documents of its own the formula is that of the seeds alone.
-    """
-    n = len(data)
-    seed = np.zeros(n, dtype=int) if seeds is None else _codes(seeds, n)
-    document = np.arange(n) if documents is None else _codes(documents, n)
-    clusters, several = (int(codes.max()) + 1 if n else 0 for codes in (document, seed))
-    if clusters < 2:
-        note = "one document: no interval" if clusters else "no items"
-        return _Spread(math.inf, math.inf, n, clusters, several, note=note)
-    variance, df = jackknife(data, document)
-    quantile = t_quantile(df)
-    reach, distinct = quantile * math.sqrt(variance), float(n)
-    if several > 1:
-        cell = _codes((document * several + seed).tolist(), n)
-        distinct = n * clusters / (int(cell.max()) + 1)
-        inside, _ = jackknife(data, cell)
-        between, seed_df = jackknife(data, seed)
-        total = max(between + variance - inside, 0.0)
-        both_df = (between + variance) ** 2 / (between**2 / seed_df + variance**2 / df) if between + variance else df
-        quantile = max(quantile, t_quantile(seed_df))
-        reach = max(reach, t_quantile(seed_df) * math.sqrt(between), t_quantile(both_df) * math.sqrt(total))
-    independent = several == 1 and clusters == n
-    mixed = min(len(np.unique(document[data == end])) for end in (0.0, 1.0))
-    return _Spread(reach, quantile, distinct, clusters, several, independent, mixed)
-
-
-def _codes(labels: Sequence[Hashable], n: int) -> Any:
-    """Labels as 0, 1, 2 ... in the order of their first appearance."""
-    if len(labels) != n:
-        raise ValueError(f"{n} items and {len(labels)} labels")
-    known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(label, len(known)) for label in labels], dtype=int)
-
-
-def jackknife(data: Any, codes: Any) -> tuple[float, float]:
-    """Variance of the mean of `data` when clusters are left out one at a time, and its degrees of freedom.
-
-    V = (G - 1)/G sum_c (mean without c - mean)^2. The degrees of freedom are Satterthwaite's, for cluster means that
-    vary alike: G - 1 for clusters of equal size, fewer where some hold most items.
-    """
-    sizes, totals = np.bincount(codes), np.bincount(codes, weights=data)
-    n, share, clusters = len(data), np.bincount(codes) / len(data), len(sizes)
-    without = (data.sum() - totals) / (n - sizes)
-    variance = (clusters - 1) / clusters * float(((without - data.mean()) ** 2).sum())
-    # V = sum_c d_c (mean_c - mean)^2 with these weights; 2 E(V)^2 / Var(V) in closed form.
-    weight, square = (share / (1 - share)) ** 2, float((share**2).sum())
-    own = 1 + square - 2 * share
-    zero, one, two = (float((weight * share**power).sum()) for power in (0, 1, 2))
-    crossed = square**2 * zero**2 + 2 * zero * two + 2 * one**2 - 4 * square * zero * one
-    trace = crossed + float((weight**2 * (own**2 - (square - 2 * share) ** 2)).sum())
-    return variance, float((weight * own).sum()) ** 2 / trace
-
-
-def t_quantile(df: float) -> float:
-    """Student's t for a two-sided 95 % interval."""
-    return float(stats.t.ppf(0.975, df))
+def _around(data: Any, spread: Spread, reach: float) -> Interval:
+    return _between(data, spread, float(data.mean()) - reach, float(data.mean()) + reach)
 
 
 # ---------------------------------------------------------------- shares
@@ -212,7 +125,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else float(found.low)), (1.0 if successes == n else float(found.high))
 
 
-def _korn_graubard(share: float, items: int, spread: _Spread) -> tuple[float, float]:
+def _korn_graubard(share: float, items: int, spread: Spread) -> tuple[float, float]:
     """Clopper and Pearson's interval of n* items (Korn and Graubard 1998), joined with Wilson's of all items.
 
     n* = share (1 - share) / V, less where the t quantile is large, at most the items that are not repeats. Where
@@ -361,7 +274,7 @@ def ratio_interval(tasks: Sequence[Task]) -> Interval | None:
             return Interval(None, None, None, len(dense), base.clusters, note="dense is at chance: no ratio")
         ratio = (float(pruned.mean()) - chance) / above
         rests = (pruned - chance - ratio * (dense - chance)) / above
-        spread = _spread(rests, documents, None)
+        spread = spread_of(rests, documents, None)
         both = np.isin([pruned, dense], (0.0, 1.0)).all()
         reach = max(spread.reach, spread.floor(pruned, dense) / above if both and not spread.note else 0.0)
         ratios.append(ratio)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.statistics import t_quantile
+from ftp_lightning.evaluation.spread import t_quantile
 from ftp_lightning.report.reading import read_json
 from ftp_lightning.report.wording import MISSING, number, signed
 
