@@ -16,7 +16,7 @@ from wandb_log import read_run
 from ftp_lightning import TokenPruner
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages import inputs
-from ftp_lightning.studies import tables as sweep_table
+from ftp_lightning.studies import study_table as sweep_table
 from ftp_lightning.studies.runner import is_finished, to_do
 from ftp_lightning.studies.sweep import SweepStage
 
