@@ -25,7 +25,8 @@ from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.compensation import fit_compensation
-from ftp_lightning.pruning.request import planned_cut, realised_cut, row_costs
+from ftp_lightning.pruning.flops import row_flops
+from ftp_lightning.pruning.request import planned_cut, realised_cut, row_costs, scout_flops
 from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
 from ftp_lightning.pruning.tokens import Tokens
 from ftp_lightning.routing import HiddenRouter, ProjectedRouter, RoutingContext
@@ -395,6 +396,10 @@ def test_the_costs_of_rows_are_those_of_each_alone(name):
     alone = [costs(rows.batch([i]), [new[i]]) for i in range(3)]
     for column in ("dense_flops", "flops", "dense_kv_bytes", "kv_bytes"):
         assert getattr(together, column) == pytest.approx([getattr(one, column)[0] for one in alone])
+    tokens, looked = len(prompts[2]), pruner.router.scout is not None
+    _, computed = row_flops(MODEL, pruner.trace.prompt, pruner.kv, new[2], 0, pruner.removed)
+    look = scout_flops(MODEL, pruner.router.scout, tokens)
+    assert alone[2].flops == pytest.approx([computed.item() + look]) and (look > 0) == looked
     whole = realised_cut(MODEL, pruner, pruner.trace.prompt, new[2])
     assert whole == pytest.approx(alone[2].cut) and together.cut == pytest.approx(
         1 - sum(together.flops) / sum(together.dense_flops)

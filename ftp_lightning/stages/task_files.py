@@ -124,7 +124,7 @@ def _records(task: str, place: str | None) -> list[Path]:
     return [path] if path.is_file() else list(dict.fromkeys(find_files("squad", path).values()))
 
 
-Maker = Callable[[EvaluateStage, Any, int], list[Item]]
+Maker = Callable[[Any, Any, int], list[Item]]
 """(settings, tokenizer, count) -> at most `count` items, the same ones first whatever the count."""
 
 DRAWN = {"ruler_vt": tracking_items, "ruler_cwe": common_word_items, "ruler_fwe": frequent_word_items}
