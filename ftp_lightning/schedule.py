@@ -6,15 +6,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 
+KV = ("evict", "keep")
+"""What skipped tokens leave in a block: no keys and values, or their own (`TokenPruner`)."""
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
+_DENSE, _LATE, _MOST = 1 / 6, 0.25, 0.9
+"""Of `Schedule.default`: share of blocks that stay dense, share of late blocks, and the level that is filled first."""
 _LARGEST = 1_000_000
 """Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
 
@@ -23,12 +27,24 @@ _LARGEST = 1_000_000
 class Schedule:
     """The sparsity of every block: `sparsity[l]` is the share of tokens, in [0, 1], that skip block l.
 
-    A value: equal and hashed by its numbers. Raises ValueError for an empty list or a number outside [0, 1].
+    A schedule is found for a kv mode and is poor under another one [ours], so it may carry the mode it was found for.
+    It is a value: equal and hashed by its numbers and modes.
+
+    >>> Schedule([0.0, 0.6], kv="keep").kv
+    ('keep', 'keep')
+
+    Args:
+        sparsity: one number per block.
+        kv: "evict", "keep", or one of them per block; None does not say.
+
+    Raises:
+        ValueError: no block, a number outside [0, 1], an unknown mode, or modes for another number of blocks.
     """
 
     sparsity: tuple[float, ...]
+    kv: tuple[str, ...] | None = None
 
-    def __init__(self, sparsity: Sequence[float]):
+    def __init__(self, sparsity: Sequence[float], kv: str | Sequence[str] | None = None):
         values = tuple(float(s) + 0.0 for s in sparsity)  # + 0.0: no negative zero
         if not values:
             raise ValueError("a schedule needs at least one block, got none")
@@ -36,11 +52,57 @@ class Schedule:
             if not 0.0 <= s <= 1.0:  # also catches NaN
                 raise ValueError(f"sparsity of block {block} is {s}, must be in [0, 1]")
         object.__setattr__(self, "sparsity", values)
+        object.__setattr__(self, "kv", None if kv is None else kv_modes(kv, len(values)))
 
     @classmethod
     def uniform(cls, num_blocks: int, budget: float) -> Schedule:
         """The schedule with the same sparsity `budget` in each of `num_blocks` blocks."""
         return cls([budget] * num_blocks)
+
+    @classmethod
+    def default(cls, num_blocks: int, budget: float, kv: str | None = None) -> Schedule:
+        """The schedule for someone who has trained and searched nothing; it holds on real models, unlike `uniform`.
+
+        The first sixth of the blocks is dense. The budget goes to the last quarter first, last block first, up to 0.9
+        (the last block up to 1, which costs the continuation nothing under `keep`). The rest goes evenly to the blocks
+        between. Late blocks `keep` the keys and values of skipped tokens, the others `evict` them. Only what these
+        cannot hold goes further: later blocks up to 1, and above a budget of about 0.8 the first ones. [ours]
+
+        Why: a token that skips the first blocks under `keep` leaves keys and values of a raw embedding in all later
+        ones. Late blocks have read what they need from the prompt. Measured with the static router, float32, on
+        validation books: KL to dense per token of 24 after 144 tokens of prose (5 windows), and "The special magic
+        number for CITY is 7 DIGITS." asked at the end of 220 to 300 tokens, answers kept of those dense gets right:
+
+        | KL on prose; answers kept | 30 %          | 50 %          | `uniform`, `keep`, 10 % |
+        |---------------------------|---------------|---------------|-------------------------|
+        | SmolLM2-135M-Instruct     | 0.11; 7 / 10  | 0.26; 3 / 10  | 8.1; 0 / 7              |
+        | Gemma 3 270M              | 0.05; 6 / 7   | 0.26; 3 / 7   |                         |
+        | embedded (own questions)  | 0.04; 36 / 40 | 0.21; 26 / 40 |                         |
+
+        On test books, once, at 10, 20 and 30 %: SmolLM2 0.006, 0.05, 0.12 and 6 of 6 answers each; embedded 0.00, 0.01,
+        0.03 and 59, 58, 55 of 59. At 50 % text is still text, but facts are lost.
+
+        Tried and worse on SmolLM2: the middle under `keep` from the first third on (at 50 % 0 / 10), a ramp under
+        `keep` (6 / 10 at 30 %), tokens by attention rank (4 / 10 at 30 %). All late blocks at 0.9 under `keep`
+        cost 0.14 on prose, evenly pruned blocks behind a dense sixth under `evict` 0.04, but 0.3 on the answers.
+        The sets are small: the order of near neighbours is not certain.
+
+        Args:
+            num_blocks: blocks of the model.
+            budget: mean sparsity.
+            kv: one mode in all blocks: "keep" spends the budget in late blocks alone, "evict" evenly behind the dense
+                ones.
+        """
+        late = max(1, round(_LATE * num_blocks))
+        dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
+        routed, middle, last = range(dense, num_blocks), range(dense, num_blocks - late), num_blocks - 1
+        steps: list[tuple[Sequence[int], float]] = []
+        if kv != "evict":
+            steps = [([block], 1.0 if block == last else _MOST) for block in reversed(routed)]
+        if kv is None:
+            steps[late:] = [(middle, _MOST)]
+        modes = kv or ["evict"] * (num_blocks - late) + ["keep"] * late
+        return cls(_filled(num_blocks, budget, [*steps, (routed, 1.0), (range(dense), 1.0)]), modes)
 
     @property
     def num_blocks(self) -> int:
@@ -51,14 +113,29 @@ class Schedule:
         """Mean token sparsity over the blocks (method.md, section 2)."""
         return math.fsum(self.sparsity) / self.num_blocks
 
+    def under(self, kv: str | Sequence[str] | None) -> Schedule:
+        """The same numbers, labelled as found for another kv mode; None takes the label off."""
+        return Schedule(self.sparsity, kv)
+
     def key(self) -> str:
-        """16 hex digits of the sha256 of the numbers: the same value gives the same key on every machine."""
-        return hashlib.sha256(json.dumps(self.sparsity).encode()).hexdigest()[:16]
+        """16 hex digits of the sha256 of the value: the same value gives the same key on every machine."""
+        value = self.sparsity if self.kv is None else [self.sparsity, self.kv]
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+    def record(self) -> dict:
+        """The value, JSON-able: `sparsity` and, where it is said, `kv`: one mode, or one per block."""
+        if self.kv is None:
+            return {"sparsity": list(self.sparsity)}
+        return {"sparsity": list(self.sparsity), "kv": self.kv[0] if len(set(self.kv)) == 1 else list(self.kv)}
+
+    @classmethod
+    def from_record(cls, record: dict) -> Schedule:
+        """The schedule that `record` describes. KeyError or ValueError where it describes none."""
+        return cls(finite_numbers(record["sparsity"], "sparsity"), record.get("kv"))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedule as JSON, whole or not at all."""
-        numbers = {"sparsity": list(self.sparsity), "key": self.key()}
-        write_record(Path(path), {"format": FORMAT, "version": VERSION} | numbers)
+        write_record(Path(path), {"format": FORMAT, "version": VERSION} | self.record() | {"key": self.key()})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Schedule:
@@ -67,7 +144,7 @@ class Schedule:
             record = read_json(path, _LARGEST)
             if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            found = cls(finite_numbers(record["sparsity"], "sparsity"))
+            found = cls.from_record(record)
             if record.get("key") not in (None, found.key()):
                 raise ValueError('its numbers are not those it was written with; if you changed them, take "key" out')
             return found
@@ -82,6 +159,22 @@ class Schedule:
         raise UserError(f"{path} is not a schedule: {reason}\nMake one with `ftp-lightning search` or Schedule.save.")
 
 
+def kv_modes(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
+    """One kv mode per block. ValueError for an unknown mode, or a list for another number of blocks."""
+    modes = (kv,) * blocks if isinstance(kv, str) else tuple(kv)
+    for mode in modes:
+        if mode not in KV:
+            raise ValueError(f"kv is {mode!r}; this version knows {', '.join(KV)}.")
+    if len(modes) != blocks:
+        raise ValueError(f"kv lists {len(modes)} blocks, the schedule {blocks}.")
+    return modes
+
+
+def kv_name(modes: Sequence[str]) -> str:
+    """The kv mode of all blocks, or "mixed"."""
+    return modes[0] if len(set(modes)) == 1 else "mixed"
+
+
 def write_record(path: Path, record: dict) -> None:
     """Write JSON whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -90,6 +183,20 @@ def write_record(path: Path, record: dict) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _filled(num_blocks: int, budget: float, steps: Iterable[tuple[Sequence[int], float]]) -> list[float]:
+    """Spend the budget step by step: all blocks of a step rise together up to its level, or as far as the budget goes.
+
+    The last step has to be wide enough for what is left.
+    """
+    sparsity, left = [0.0] * num_blocks, num_blocks * budget
+    for blocks, level in steps:
+        for number, block in enumerate(blocks):
+            more = max(0.0, min(level - sparsity[block], left / (len(blocks) - number)))
+            sparsity[block] += more
+            left = max(0.0, left - more)
+    return [min(1.0, s) for s in sparsity]
 
 
 def kept_tokens(length: int, sparsity: float, reserved: int) -> int:

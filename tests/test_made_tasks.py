@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from ftp_lightning.stages.task_cells import kept_cell
 from ftp_models import ftp_models
 from tiny import random_llama
 
@@ -12,7 +13,6 @@ from ftp_lightning.evaluation.harness import made, results, tasks
 from ftp_lightning.evaluation.harness.task_data import find_files
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.stages.inputs import check_questions
-from ftp_lightning.stages.task_cells import kept_cell
 from ftp_lightning.stages.task_files import MAKERS, TaskFiles
 
 ITEMS = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ftp_lightning.baselines.setting import Profile, Setting
@@ -73,13 +73,14 @@ class Peer:
         return solve_budget(setting.model, cut, profile.prompt_tokens, kv, form, extra=look, **about)
 
     def pruner(
-        self, setting: Setting, router: Router, schedule: Schedule, kv: str | None = None, **more
+        self, setting: Setting, router: Router, schedule: Schedule, kv: str | Sequence[str] | None = None, **more
     ) -> TokenPruner:
         """The pruner of this peer; `more` are arguments of `TokenPruner`."""
         compensation = setting.compensation(self.parts)
         skip = "identity" if compensation is None else "low-rank" if compensation.rank else "mean"
         about: dict[str, Any] = {"parts": self.parts, "window": self.window, "attention": self.attention}
-        return TokenPruner(router, schedule, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
+        own = schedule.under(None)  # the mode is the peer's, whatever a searched schedule was found for
+        return TokenPruner(router, own, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
 
 
 def even(blocks: int) -> Schedule:

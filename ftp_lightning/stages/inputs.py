@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning import models
 from ftp_lightning.cli.option import check_reachable
-from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, holds_family
+from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings, holds_family
+from ftp_lightning.data.prompts import sampled_prompts
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
-from ftp_lightning.data.windows import Windows, calibration_windows
+from ftp_lightning.data.text import prompt_ids
+from ftp_lightning.data.windows import calibration_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.budget import solve_budget
+from ftp_lightning.pruning.budget import default_with_cut, solve_budget
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BUDGET = 0.3
+DEFAULT_KV = "keep"
+"""The kv mode under a schedule that says none, where no flag says one."""
 
 
 def load_model(
@@ -97,8 +102,7 @@ def _question_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) ->
     if "tokens" in row:
         return row["tokens"] + row["new_tokens"]
     text = row["context"] + row["choices"][row["answer"]]
-    bos = int(tokenizer.bos_token_id is not None)
-    return bos + len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    return len(prompt_ids(tokenizer, text))
 
 
 def check_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -118,18 +122,45 @@ def text_named(data: str, split: str) -> Iterator[None]:
         raise UserError("\n".join([first if known else f"{data}, split {split!r}: {first}", *rest])) from None
 
 
-def mixed_windows(
-    settings: ModelSettings,
+def measured_rows(
+    settings: RowsSettings,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     recall_share: float,
     split: str | None = None,
-) -> Windows:
-    """`count` windows of the stage's text, `recall_share` of them with facts to recall."""
+) -> Rows:
+    """`count` rows of the stage's text as --rows says, all with a continuation; fewer where there are fewer prompts."""
+    return answered(settings, model, unanswered_rows(settings, tokenizer, count, recall_share, split))
+
+
+def unanswered_rows(
+    settings: RowsSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    recall_share: float = 0.0,
+    split: str | None = None,
+) -> Rows:
+    """The same before the model has answered prompts that have no continuation. `recall_share` of windows have facts
+    to recall."""
     split, shape = split or settings.chosen_split, (settings.prompt_tokens, settings.continuation_tokens)
     with text_named(settings.data, split):
+        if settings.rows != "windows":
+            return sampled_prompts(settings.data, split, tokenizer, *shape, count, settings.seed)
         documents = load_documents(settings.data, split)
         return calibration_windows(tokenizer, documents, *shape, count, settings.seed, recall_share)
+
+
+def answered(settings: RowsSettings, model: PreTrainedModel, rows: Rows) -> Rows:
+    """The rows with the dense model's own answers: of all under --rows own_answers, else of those without one."""
+    from ftp_lightning.evaluation.own_answers import own_answers
+
+    if settings.rows == "own_answers":
+        rows = rows.prompts()
+    if all(row.continuation for row in rows.rows):
+        return rows
+    folder = Path(settings.own_answers).expanduser()
+    return own_answers(model, rows, settings.continuation_tokens, folder, only_missing=True)
 
 
 def num_blocks(model: PreTrainedModel) -> int:
@@ -161,11 +192,23 @@ def read_schedule(path: str, budget: float | None = None) -> Schedule:
     return family.at(budget)
 
 
-def schedule_or_uniform(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
-    """The schedule in a file, else the uniform one of the budget."""
+def schedule_or_default(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
+    """The schedule in a file, else the default one of the budget."""
     if path:
         return load_schedule(path, model, budget)
-    return Schedule.uniform(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
+    return Schedule.default(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
+
+
+def default_of(settings: PrunedSettings, model: PreTrainedModel) -> Schedule:
+    """`Schedule.default` of --budget for --kv; under --budget_kind flops the one whose FLOPs cut is nearest."""
+    kv = None if settings.kv == "auto" else settings.kv
+    if settings.budget is None or settings.budget_kind == "tokens":
+        budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
+        return Schedule.default(num_blocks(model), budget, kv)
+    check_budget_length(settings, model.config)
+    found = default_with_cut(model, settings.budget, settings.budget_length, kv)
+    check_reachable(found.budget, settings.prompt_tokens)
+    return found
 
 
 def token_budget(
@@ -211,10 +254,13 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
         asked = {"kv": settings.kv, "decode": settings.decode}
         changes = {name: value for name, value in asked.items() if value != "auto"}
         return pruner.changed(schedule=schedule or pruner.schedule, **changes)
-    kv = "keep" if settings.kv == "auto" else settings.kv
-    schedule = schedule_or_uniform(settings.schedule, token_budget(settings, model, kv), model)
+    if settings.schedule:
+        schedule = load_schedule(settings.schedule, model, settings.budget)
+        schedule = schedule.under(schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv)
+    else:
+        schedule = default_of(settings, model)
     decode = "dense" if settings.decode == "auto" else settings.decode
-    return TokenPruner(StaticRouter(), schedule, kv=kv, decode=decode)
+    return TokenPruner(StaticRouter(), schedule, decode=decode)
 
 
 def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:

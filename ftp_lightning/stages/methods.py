@@ -49,6 +49,6 @@ def _setting(settings: EvaluateStage, chosen: TokenPruner, model: Any) -> Settin
 
 
 def _name(settings: EvaluateStage, router: Router) -> str:
-    """A pruner is called by its router; the static router under no schedule of its own is the baseline `uniform`."""
+    """A pruner is called by its router; the static router under the default schedule is `default`."""
     kind = next((name for name, kind in ROUTERS.items() if type(router) is kind), "pruned")
-    return kind if settings.pruned or settings.schedule else "uniform"
+    return kind if settings.pruned or settings.schedule else "default"

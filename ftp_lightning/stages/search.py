@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.option import check_bounds, check_reachable, option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import BUDGET_LENGTH, BudgetSettings, StageSettings, picked
+from ftp_lightning.cli.settings import BUDGET_LENGTH, BudgetSettings, RowsSettings, StageSettings, picked
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchStage(BudgetSettings, StageSettings):
+class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned or a --router that is
     not static also pruned/.
 
@@ -37,7 +37,7 @@ class SearchStage(BudgetSettings, StageSettings):
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     budgets: tuple[float, ...] = option((), "search all of these, in place of --budget; writes schedules.json")
     kv: Literal["auto", "evict", "keep"] = option(
-        "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
+        "auto", "keys and values of skipped tokens; auto is the mode of --pruned or --schedule, or keep"
     )
     router: Literal["static", "random", "untrained"] = option(
         "static", "router to search with, where there is no --pruned; `untrained` looks at position and attention"
@@ -54,9 +54,9 @@ class SearchStage(BudgetSettings, StageSettings):
     )
     task: str | None = option(None, "multiple-choice task of lm-eval for --criterion accuracy; half of it is used")
     task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema", is_file=True)
-    windows: int = option(32, "calibration windows to measure on", least=1)
+    windows: int = option(32, "calibration rows to measure on, at most", least=1)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
-    batch_size: int = option(8, "windows per forward, at most the first of --stage_windows", least=1)
+    batch_size: int = option(8, "rows per forward, at most the first of --stage_windows", least=1)
     step: float = option(0.05, "difference of two levels, taken so that it divides the budget", above=0.0, most=1.0)
     generations: int = option(15, "rounds of children", least=0)
     offspring: int = option(8, "children per generation", least=1)
@@ -155,7 +155,7 @@ def carry_out(
     asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank) or 0.0) for budget in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
-        what = "windows" if settings.task is None else f"items of {settings.task}"
+        what = settings.rows if settings.task is None else f"items of {settings.task}"
         progress.say(f"measuring the allocations on {sum(fitness.sizes)} {what}")
     job = "finetune" if settings.pruned else "search"
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), job) if first else None
@@ -171,10 +171,10 @@ def carry_out(
 
 
 def _fitness(settings: SearchStage, model: Any, tokenizer: Any, start: TokenPruner) -> tuple[MemoFitness, dict]:
-    """What is minimised, and the hash of what it is measured on."""
+    """What is minimised, and for the metrics the hash of what it is measured on."""
     from ftp_lightning.search.criteria import CRITERIA
     from ftp_lightning.search.fitness import ContinuationFitness
-    from ftp_lightning.stages.inputs import mixed_windows
+    from ftp_lightning.stages.inputs import measured_rows
 
     if settings.task is not None:
         from ftp_lightning.search.accuracy import TaskAccuracy, task_items
@@ -183,10 +183,10 @@ def _fitness(settings: SearchStage, model: Any, tokenizer: Any, start: TokenPrun
         items = task_items(settings.task, local_file(settings.task, settings.task_data), settings.windows)
         fitness = TaskAccuracy(model, tokenizer, items, start.with_schedule, settings.chunk, settings.batch_size)
         return fitness, {"items": fitness.identity()["items"]}
-    windows = mixed_windows(settings, tokenizer, settings.windows, settings.recall_share)
+    rows = measured_rows(settings, model, tokenizer, settings.windows, settings.recall_share)
     criterion = CRITERIA[settings.criterion]()
-    on_text = ContinuationFitness(model, windows, start.with_schedule, settings.chunk, criterion)
-    return on_text, {"windows": windows.hash()}
+    on_text = ContinuationFitness(model, rows, start.with_schedule, settings.chunk, criterion)
+    return on_text, {"rows_hash": rows.hash()} | rows.counts()
 
 
 def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
@@ -199,10 +199,20 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
     if not settings.pruned:
         dense = Schedule.uniform(num_blocks(model), 0.0)
         router = make_router(settings.router, dense.num_blocks, hidden_size=1, seed=settings.seed)  # none reads states
-        return TokenPruner(router, dense, kv="keep" if settings.kv == "auto" else settings.kv)
+        return TokenPruner(router, dense, kv=_mode(settings))
     trained = load_pruner(settings.pruned, model)
     changes = {} if settings.kv == "auto" else {"kv": settings.kv}
     return trained.changed(**changes)
+
+
+def _mode(settings: SearchStage) -> Any:
+    """The kv mode to search for: --kv, else that of the schedule to start from, else keep."""
+    from ftp_lightning.stages.inputs import DEFAULT_KV, read_schedule
+
+    if settings.kv != "auto":
+        return settings.kv
+    given = read_schedule(settings.schedule, settings.budget) if settings.schedule else None
+    return given.kv if given is not None and given.kv else DEFAULT_KV
 
 
 class _Listener:
@@ -276,13 +286,15 @@ def _write(
         return numbers | {"stopped": result.stopped}
 
     if settings.budgets:
-        ScheduleFamily([result.schedule for result in found.values()]).save(folder.place("schedules.json"))
+        schedules = [result.schedule.under(start.kv) for result in found.values()]
+        ScheduleFamily(schedules).save(folder.place("schedules.json"))
         folder.write_json("metrics.json", {"budgets": {str(b): metrics(one) for b, one in found.items()}} | more)
         return
     (result,) = found.values()
-    result.schedule.save(folder.place("schedule.json"))
+    schedule = result.schedule.under(start.kv)
+    schedule.save(folder.place("schedule.json"))
     if settings.writes_pruner:
-        start.with_schedule(result.schedule).save(folder.place("pruned"), base=settings.model, model=model)
+        start.with_schedule(schedule).save(folder.place("pruned"), base=settings.model, model=model)
     folder.write_json("metrics.json", metrics(result) | more)
 
 

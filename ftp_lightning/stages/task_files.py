@@ -1,4 +1,4 @@
-"""The embedded tasks as JSONL files, made from the stage's text and its seed; and the windows of its test text."""
+"""The embedded tasks as JSONL files, made from the stage's text and its seed; and the rows of its test text."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.data import choices
 from ftp_lightning.data.last_word import last_word_items
 from ftp_lightning.data.long_tasks import long_items
 from ftp_lightning.data.needles import needle_items
 from ftp_lightning.data.prompt_length import Item, PromptLength
+from ftp_lightning.data.prompts import sampled_prompts, text_windows
 from ftp_lightning.data.reading import read_questions, reading_items
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.ruler import common_word_items, frequent_word_items, tracking_items
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.task_names import LAST_WORD, LONG, NIAH, OURS, READING, TWINNED
-from ftp_lightning.data.windows import Windows, plain_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.harness.declared import DECLARED
 from ftp_lightning.evaluation.harness.task_data import Files, find_files
-from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.inputs import check_chat_template, text_named
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.evaluate import EvaluateStage
 
 RECALL, ENDING, NAME = OURS
 FROM_TEXT = (RECALL, *LONG, *NIAH, LAST_WORD)
@@ -34,11 +37,14 @@ NAMES_PER_STORY = 2
 """Contexts of whole stories are dear, and names of one story say much the same."""
 
 
-def test_windows(settings: EvaluateStage, tokenizer: Any) -> Windows:
-    """Consecutive windows of the test text, all of them or random ones."""
-    shape, rng = (settings.prompt_tokens, settings.continuation_tokens), random.Random(f"{settings.seed}/windows")
-    with text_named(settings.data, settings.chosen_split):
-        return plain_windows(tokenizer, _documents(settings), *shape, settings.windows, rng)
+def test_rows(settings: EvaluateStage, tokenizer: Any) -> Rows:
+    """Consecutive windows of the test text, or prompts, as --rows says: all of them or random ones."""
+    source, split = settings.data, settings.chosen_split
+    shape = (settings.prompt_tokens, settings.continuation_tokens)
+    with text_named(source, split):
+        if settings.rows != "windows":
+            return sampled_prompts(source, split, tokenizer, *shape, settings.windows, settings.seed)
+        return text_windows(source, split, tokenizer, *shape, settings.windows, settings.seed)
 
 
 class TaskFiles:
@@ -118,7 +124,7 @@ def _records(task: str, place: str | None) -> list[Path]:
     return [path] if path.is_file() else list(dict.fromkeys(find_files("squad", path).values()))
 
 
-Maker = Callable[[EvaluateStage, Any, int], list[Item]]
+Maker = Callable[[Any, Any, int], list[Item]]
 """(settings, tokenizer, count) -> at most `count` items, the same ones first whatever the count."""
 
 DRAWN = {"ruler_vt": tracking_items, "ruler_cwe": common_word_items, "ruler_fwe": frequent_word_items}

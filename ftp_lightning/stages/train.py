@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import StageSettings, holds_family, picked
+from ftp_lightning.cli.settings import RowsSettings, StageSettings, holds_family, picked
 from ftp_lightning.device_map import NONE
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from ftp_lightning.data.rows import Rows
     from ftp_lightning.processes import Processes
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.routing import Router
@@ -28,7 +29,7 @@ RouterName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStage(StageSettings):
+class TrainStage(RowsSettings, StageSettings):
     """Train the router under a schedule, the model frozen. Writes pruned/ (router, schedule, settings, --skip).
 
     Stopped by SIGTERM or SIGUSR1 it saves and leaves; after any interruption the same command goes on.
@@ -39,10 +40,12 @@ class TrainStage(StageSettings):
 
     pruned: str | None = option(None, "folder of a pruner to go on from: router, schedule, settings", is_file=True)
     schedule: str | None = option(None, "schedule.json to train under", is_file=True)
-    budget: float | None = option(None, "uniform schedule of this budget, without --schedule", least=0.0, below=1.0)
-    dense: int = option(0, "first blocks that the uniform schedule leaves dense", least=0)
+    budget: float | None = option(None, "default schedule of this budget, without --schedule", least=0.0, below=1.0)
+    dense: int | None = option(None, "train under the uniform schedule behind so many dense blocks", least=0)
     budgets: tuple[float, ...] = option((), "LOW,HIGH: every forward draws a budget; --schedule is a schedules.json")
-    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    kv: Literal["auto", "evict", "keep"] = option(
+        "auto", "keys and values of skipped tokens; auto is the mode that the schedule was found for, or keep"
+    )
     router: RouterName = option("dynamic", "which router; `dynamic` is the global one of 450 parameters")
     width: int | None = option(None, "units of the router's hidden layer; default: the router's own", least=1)
     factors: tuple[str, ...] = option((), "factors that the router sees; default: all it knows")
@@ -50,7 +53,7 @@ class TrainStage(StageSettings):
     window: int = option(32, "queries that the attention score averages over", least=1)
     attention: Literal["window", "exact"] = option("window", "`exact`: it averages over all computed queries")
     steps: int = option(200, "optimiser steps", least=1)
-    batch_size: int = option(4, "windows per forward", least=1)
+    batch_size: int = option(4, "rows per forward", least=1)
     accumulate: int = option(1, "forwards per step", least=1)
     learning_rate: float = option(1e-2, "of Adam, decaying linearly", above=0.0)
     lambda_d: float = option(20.0, "weight of the distillation loss", least=0.0)
@@ -70,17 +73,14 @@ class TrainStage(StageSettings):
     scope: Literal["prompt", "sequence"] = option("prompt", "what is routed: the prompt, or the whole text (paper)")
     random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three")
     recompute: bool = option(False, "activation checkpointing: less memory, more time", passive=True)
-    rows: Literal["windows", "examples"] = option(
-        "windows", "windows of text, or examples: instruction and chat records, the prompt routed, the response scored"
-    )
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     skip: Literal["identity", "mean", "low-rank"] = option(
         "identity", "what a skipped token gets: nothing, the block's mean update, or a fitted linear map of its state"
     )
     skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1)
-    skip_windows: int = option(64, "windows of training text that mean or map are fitted on", least=1)
-    validations: int = option(5, "times the router is measured on validation windows", least=1)
-    validation_windows: int = option(16, "windows it is measured on", least=1)
+    skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1)
+    validations: int = option(5, "times the router is measured on validation rows", least=1)
+    validation_windows: int = option(16, "rows it is measured on, at most", least=1)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
     processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
     shard: bool = option(False, "every process holds a share of the model's blocks (FSDP)", passive=True)
@@ -92,13 +92,13 @@ class TrainStage(StageSettings):
             self._check_pruned()
         if self.schedule and self.budget is not None and not holds_family(self.schedule):
             raise UserError("budget is given beside a schedule that has its own\nLeave --budget or --schedule out.")
-        if self.dense and (self.schedule or self.pruned):
+        if self.dense is not None and (self.schedule or self.pruned):
             raise UserError("dense is about a uniform schedule, and another one is given\nLeave --dense out.")
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
             self._check_budgets()
-        if self.rows == "examples" and self.random_prompt:
-            raise UserError("rows are examples, which have prompts of their own\nLeave --random_prompt out.")
+        if self.rows != "windows" and self.random_prompt:
+            raise UserError(f"rows are {self.rows}, which have lengths of their own\nLeave --random_prompt out.")
 
     def _check_pruned(self) -> None:
         """UserError where something is asked of the router or pruner that the folder says already."""
@@ -130,7 +130,7 @@ def carry_out(
 
     timing: `Progress.place`.
     """
-    from ftp_lightning.data.module import WindowsData
+    from ftp_lightning.data.module import RowsData
     from ftp_lightning.lit.fitting import fit
     from ftp_lightning.lit.router_training import RouterTraining
     from ftp_lightning.lit.training_settings import TrainingSettings
@@ -139,11 +139,11 @@ def carry_out(
     from ftp_lightning.tracking import log_outcome, logging_to
 
     model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
-    family, rows, held_out = _family(settings), *_rows(settings, tokenizer)
+    family, (rows, held_out) = _family(settings), _rows(settings, model, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
     lowest, highest = settings.budgets or (0.0, 0.0)
     system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
-    data = WindowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
+    data = RowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
     def tell(step: int, steps: int) -> None:
@@ -160,8 +160,7 @@ def carry_out(
                 images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
             log_outcome(logger, images=images, pruned=folder.path / "pruned")
     if first:
-        counts = rows.counts() if settings.rows == "examples" else {}
-        folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
+        folder.write_json("metrics.json", found | {"rows_hash": rows.hash()} | rows.counts())
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
     return folder.files
 
@@ -184,7 +183,7 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
     router is trained with them. With --pruned the one that is there."""
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.compensation import fit_compensation
-    from ftp_lightning.stages.inputs import load_pruner, load_schedule, mixed_windows
+    from ftp_lightning.stages.inputs import DEFAULT_KV, load_pruner, load_schedule, measured_rows
 
     if settings.pruned:
         loaded = load_pruner(settings.pruned, model)
@@ -192,21 +191,26 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
             return loaded.with_schedule(family.at(sum(settings.budgets) / 2))
         return loaded.with_schedule(load_schedule(settings.schedule, model)) if settings.schedule else loaded
     budget = sum(settings.budgets) / 2 if family is not None and settings.budget is None else settings.budget
-    about = {name: getattr(settings, name) for name in ("kv", "choice", "attention", "window", "skip")}
+    about = {name: getattr(settings, name) for name in ("choice", "attention", "window", "skip")}
     if settings.skip != "identity":
-        windows = mixed_windows(settings, tokenizer, settings.skip_windows, settings.recall_share)
+        rows = measured_rows(settings, model, tokenizer, settings.skip_windows, settings.recall_share)
         rank = settings.skip_rank if settings.skip == "low-rank" else 0
-        about["compensation"] = fit_compensation(model, windows, rank, batch_size=settings.batch_size)
-    return TokenPruner(new_router(settings, model), _first_schedule(settings, budget, model), **about)
+        about["compensation"] = fit_compensation(model, rows, rank, batch_size=settings.batch_size)
+    schedule = _first_schedule(settings, budget, model)
+    kv = schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv
+    return TokenPruner(new_router(settings, model), schedule.under(kv), **about)
 
 
 def _first_schedule(settings: TrainStage, budget: float | None, model: Any) -> Schedule:
-    """The one that is given, or uniform behind the blocks that are to be dense; UserError where these leave none."""
-    from ftp_lightning.search.allocations import step
-    from ftp_lightning.stages.inputs import num_blocks, schedule_or_uniform
+    """The one that is given, else the default. With --dense it is uniform behind the dense blocks.
 
-    schedule, blocks = schedule_or_uniform(settings.schedule, budget, model), num_blocks(model)
-    if not settings.dense:
+    UserError where these leave no room for the budget.
+    """
+    from ftp_lightning.search.allocations import step
+    from ftp_lightning.stages.inputs import num_blocks, schedule_or_default
+
+    schedule, blocks = schedule_or_default(settings.schedule, budget, model), num_blocks(model)
+    if settings.dense is None:
         return schedule
     if settings.dense >= blocks or schedule.budget * blocks > blocks - settings.dense:
         raise UserError(
@@ -244,20 +248,14 @@ def _family(settings: TrainStage) -> ScheduleFamily | None:
     return family
 
 
-def _rows(settings: TrainStage, tokenizer: Any) -> tuple[Any, Any]:
+def _rows(settings: TrainStage, model: Any, tokenizer: Any) -> tuple[Rows, Rows]:
     """What the router is trained on, and what it is measured on."""
-    from ftp_lightning.data.examples import load_examples
-    from ftp_lightning.stages.inputs import mixed_windows
+    from ftp_lightning.stages.inputs import measured_rows
 
     total = settings.steps * settings.accumulate * settings.batch_size * settings.processes
-    sizes = ((settings.chosen_split, total), ("validation", settings.validation_windows))
-    if settings.rows == "windows":
-        share = settings.recall_share
-        train, held_out = (mixed_windows(settings, tokenizer, count, share, split) for split, count in sizes)
-        return train, held_out
-    limits = (tokenizer, settings.prompt_tokens, settings.continuation_tokens)
-    first, other = (load_examples(settings.data, split, *limits).sample(n, settings.seed) for split, n in sizes)
-    return first, other
+    about = (settings, model, tokenizer)
+    train = measured_rows(*about, total, settings.recall_share)
+    return train, measured_rows(*about, settings.validation_windows, settings.recall_share, "validation")
 
 
 def _random_prompt(settings: TrainStage) -> tuple[int, int] | None:

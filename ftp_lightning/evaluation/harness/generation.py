@@ -80,10 +80,11 @@ def generate(lm, batch: Sequence[Job]) -> list[Answer]:
     ids, mask = pad_rows([job.context for job in batch], "left", lm.device)
     length = ids.shape[1] + new_tokens
     rows = lm._model_generate(context=ids, attention_mask=mask, stop=stop, max_length=length, **options)
-    rows, prompts = rows[:, ids.shape[1] :].tolist(), realised_rows(lm.model, lm.pruner, len(batch))
+    rows = rows[:, ids.shape[1] :].tolist()
+    realised = realised_rows(lm.model, lm.pruner, [[_answer_tokens(lm, row, stop)] for row in rows])
     return [
-        Answer(_text(lm, row, stop), realised.sparsity, None, realised.flops_cut(_answer_tokens(lm, row, stop)))
-        for row, realised in zip(rows, prompts, strict=True)
+        Answer(_text(lm, row, stop), prompt.sparsity, None, prompt.spent[0])
+        for row, prompt in zip(rows, realised, strict=True)
     ]
 
 

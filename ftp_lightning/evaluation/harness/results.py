@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ftp_lightning.evaluation.harness.declared import declared
+from ftp_lightning.evaluation.statistics import chance_of
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
-ACCOUNTED = ("prompt_tokens", "sparsity", "skipped", "flops_cut", "exercised", "truncated")
+ACCOUNTED = ("prompt_tokens", "continuation_tokens", "sparsity", "skipped", "exercised", "truncated")
 COUNTING = (*METRICS, "em", "f1", "string_match", "contains", "score", "qa_f1_score")
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
@@ -58,7 +59,7 @@ def summarize(items: list[dict], metrics: Mapping) -> dict:
         "acc_norm": means["acc_norm"],
         "exact_match": means["exact_match"],
         "n": len(items),
-        "chance": _majority(items) or means["chance"],
+        "chance": _best_constant(items, means["chance"]),
         **{key: means[key] for key in ACCOUNTED[:-1]},
         "truncated": sum(bool(item["truncated"]) for item in items),
         "metrics": _plain_metrics(metrics),
@@ -75,6 +76,7 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
     metric, score = _score(task, sample)
     return {
         "id": doc.get("id", sample["doc_id"]),
+        "subject": task,
         "hash": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         "right": _right(task, sample, score),
         "metric": metric,
@@ -85,6 +87,7 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
         "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
         **{key: doc.get(key) for key in PASSED_ON},
         **{key: getattr(account, key, None) for key in ACCOUNTED},
+        **(account.spent._asdict() if account is not None and account.spent else {}),
     }
 
 
@@ -124,22 +127,21 @@ def _label(sample: Mapping) -> list | None:
     return [choices, place] if len(set(map(str, choices))) > 1 and 0 <= place < len(choices) else None
 
 
-def _majority(items: Sequence[Mapping]) -> float | None:
-    """The share of the most frequent right choice, where all items offer the same choices; else None.
-
-    Who always says "yes" has this score, be the choices two or four.
-    """
-    labels = [item.get("label") for item in items]
-    if len(labels) < 2 or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
-        return None
-    places = [label[1] for label in labels if label]
-    return max(map(places.count, set(places))) / len(places)
-
-
 def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
     """1 / number of choices; 0 of what the model has to write itself, be it one of several choices."""
     choices = len(sample["filtered_resps"])
     return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
+
+
+def _best_constant(items: Sequence[Mapping], mean: float | None) -> float | None:
+    """Mean chance of the items; where all offer the same choices, what always giving one answer scores.
+
+    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`.
+    """
+    labels = [item.get("label") for item in items]
+    if not mean or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
+        return mean
+    return chance_of([label[1] for label in labels if label], len(labels[0][0]))  # type: ignore[index]
 
 
 def _plain_answer(answer: Any) -> Any:
