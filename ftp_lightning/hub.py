@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.artifact import read_provenance
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
 from ftp_lightning.pruning.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, load_pruner, read_settings
@@ -128,12 +128,9 @@ def _api() -> Any:
 
 def _asked(name: str, ask) -> Any:
     """`ask()`, with what the Hub and the network answer told in a sentence, which holds no token."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
         return ask()
-    except (OSError, HFValidationError, HfHubHTTPError, httpx.HTTPError) as error:
+    except hub_errors(OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         remedy = "Check the name, the network, HF_HUB_OFFLINE and `hf auth login`."
         raise UserError(f"{name} on the Hub: {reason}\n{remedy}") from None

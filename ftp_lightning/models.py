@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,7 +222,7 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
             return getattr(transformers, loader).from_pretrained(
                 where, revision=None if local else revision, trust_remote_code=False, **options
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except hub_errors(OSError, ValueError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         if local:
             raise UserError(f"model folder {name} cannot be loaded\n{reason}") from error

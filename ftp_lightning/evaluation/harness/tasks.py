@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.data.task_names import LONG, OURS
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.harness.declared import RECALL, declared
 from ftp_lightning.evaluation.harness.results import METRICS, summaries
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
@@ -173,7 +173,7 @@ def _loaded(lm, tasks: Mapping, cache: str) -> dict:
     metadata = {} if lm is None else _for_makers(lm)
     try:
         return _task_manager(definitions, metadata).load(definitions)
-    except ConnectionError as error:
+    except hub_errors(ConnectionError) as error:
         raise _unreachable(tasks, error) from None
     except ImportError as error:
         raise UserError(
