@@ -178,7 +178,7 @@ def _tensorboard(folder: Path) -> Any:
 
     def begin(step: int | None) -> None:
         """Tell readers that a session starts at this step: they drop what an interrupted one logged from there on."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
         if step is not None:
             started = Event(step=step, session_log=SessionLog(status=SessionLog.START))
