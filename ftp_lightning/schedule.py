@@ -6,15 +6,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 
+KV = ("evict", "keep")
+"""What skipped tokens leave in a block: no keys and values, or their own (`TokenPruner`)."""
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
+_DENSE, _LATE, _MOST = 1 / 6, 0.2, 0.9
+"""Of `Schedule.default`: share of blocks that stay dense, share of late blocks, and the level that is filled first."""
 _LARGEST = 1_000_000
 """Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
 
@@ -23,12 +27,24 @@ _LARGEST = 1_000_000
 class Schedule:
     """The sparsity of every block: `sparsity[l]` is the share of tokens, in [0, 1], that skip block l.
 
-    A value: equal and hashed by its numbers. Raises ValueError for an empty list or a number outside [0, 1].
+    A schedule is found for a kv mode and is poor under another one [ours], so it may carry the mode it was found for.
+    It is a value: equal and hashed by its numbers and modes.
+
+    >>> Schedule([0.0, 0.6], kv="keep").kv
+    ('keep', 'keep')
+
+    Args:
+        sparsity: one number per block.
+        kv: "evict", "keep", or one of them per block; None does not say.
+
+    Raises:
+        ValueError: no block, a number outside [0, 1], an unknown mode, or modes for another number of blocks.
     """
 
     sparsity: tuple[float, ...]
+    kv: tuple[str, ...] | None = None
 
-    def __init__(self, sparsity: Sequence[float]):
+    def __init__(self, sparsity: Sequence[float], kv: str | Sequence[str] | None = None):
         values = tuple(float(s) + 0.0 for s in sparsity)  # + 0.0: no negative zero
         if not values:
             raise ValueError("a schedule needs at least one block, got none")
@@ -36,11 +52,25 @@ class Schedule:
             if not 0.0 <= s <= 1.0:  # also catches NaN
                 raise ValueError(f"sparsity of block {block} is {s}, must be in [0, 1]")
         object.__setattr__(self, "sparsity", values)
+        object.__setattr__(self, "kv", None if kv is None else kv_modes(kv, len(values)))
 
     @classmethod
     def uniform(cls, num_blocks: int, budget: float) -> Schedule:
         """The schedule with the same sparsity `budget` in each of `num_blocks` blocks."""
         return cls([budget] * num_blocks)
+
+    @classmethod
+    def default(cls, num_blocks: int, budget: float, kv: str | None = None) -> Schedule:
+        """PLACEHOLDER"""
+        late = max(1, round(_LATE * num_blocks))
+        dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
+        first, middle = range(dense), range(dense, num_blocks - late)
+        from_the_end = [([block], _MOST) for block in reversed(range(dense, num_blocks))]
+        rest = [(range(dense, num_blocks), 1.0), (first, 1.0)]
+        if kv is None:
+            modes = ["evict"] * (num_blocks - late) + ["keep"] * late
+            return cls(_filled(num_blocks, budget, from_the_end[:late] + [(middle, _MOST)] + rest), modes)
+        return cls(_filled(num_blocks, budget, (from_the_end if kv == "keep" else []) + rest), kv)
 
     @property
     def num_blocks(self) -> int:
@@ -51,14 +81,29 @@ class Schedule:
         """Mean token sparsity over the blocks (method.md, section 2)."""
         return math.fsum(self.sparsity) / self.num_blocks
 
+    def under(self, kv: str | Sequence[str] | None) -> Schedule:
+        """The same numbers, labelled as found for another kv mode; None takes the label off."""
+        return Schedule(self.sparsity, kv)
+
     def key(self) -> str:
-        """16 hex digits of the sha256 of the numbers: the same value gives the same key on every machine."""
-        return hashlib.sha256(json.dumps(self.sparsity).encode()).hexdigest()[:16]
+        """16 hex digits of the sha256 of the value: the same value gives the same key on every machine."""
+        value = self.sparsity if self.kv is None else [self.sparsity, self.kv]
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+    def record(self) -> dict:
+        """The value, JSON-able: `sparsity` and, where it is said, `kv`: one mode, or one per block."""
+        if self.kv is None:
+            return {"sparsity": list(self.sparsity)}
+        return {"sparsity": list(self.sparsity), "kv": self.kv[0] if len(set(self.kv)) == 1 else list(self.kv)}
+
+    @classmethod
+    def from_record(cls, record: dict) -> Schedule:
+        """The schedule that `record` describes. KeyError or ValueError where it describes none."""
+        return cls(finite_numbers(record["sparsity"], "sparsity"), record.get("kv"))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedule as JSON, whole or not at all."""
-        numbers = {"sparsity": list(self.sparsity), "key": self.key()}
-        write_record(Path(path), {"format": FORMAT, "version": VERSION} | numbers)
+        write_record(Path(path), {"format": FORMAT, "version": VERSION} | self.record() | {"key": self.key()})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Schedule:
@@ -67,7 +112,7 @@ class Schedule:
             record = read_json(path, _LARGEST)
             if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            found = cls(finite_numbers(record["sparsity"], "sparsity"))
+            found = cls.from_record(record)
             if record.get("key") not in (None, found.key()):
                 raise ValueError('its numbers are not those it was written with; if you changed them, take "key" out')
             return found
@@ -82,6 +127,22 @@ class Schedule:
         raise UserError(f"{path} is not a schedule: {reason}\nMake one with `ftp-lightning search` or Schedule.save.")
 
 
+def kv_modes(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
+    """One kv mode per block. ValueError for an unknown mode, or a list for another number of blocks."""
+    modes = (kv,) * blocks if isinstance(kv, str) else tuple(kv)
+    for mode in modes:
+        if mode not in KV:
+            raise ValueError(f"kv is {mode!r}; this version knows {', '.join(KV)}.")
+    if len(modes) != blocks:
+        raise ValueError(f"kv lists {len(modes)} blocks, the schedule {blocks}.")
+    return modes
+
+
+def kv_name(modes: Sequence[str]) -> str:
+    """The kv mode of all blocks, or "mixed"."""
+    return modes[0] if len(set(modes)) == 1 else "mixed"
+
+
 def write_record(path: Path, record: dict) -> None:
     """Write JSON whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -90,6 +151,20 @@ def write_record(path: Path, record: dict) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _filled(num_blocks: int, budget: float, steps: Iterable[tuple[Sequence[int], float]]) -> list[float]:
+    """Spend the budget step by step: all blocks of a step rise together up to its level, or as far as the budget goes.
+
+    The last step has to be wide enough for what is left.
+    """
+    sparsity, left = [0.0] * num_blocks, num_blocks * budget
+    for blocks, level in steps:
+        for number, block in enumerate(blocks):
+            more = max(0.0, min(level - sparsity[block], left / (len(blocks) - number)))
+            sparsity[block] += more
+            left = max(0.0, left - more)
+    return [min(1.0, s) for s in sparsity]
 
 
 def kept_tokens(length: int, sparsity: float, reserved: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.json_file import finite_numbers, read_json
+from ftp_lightning.json_file import read_json
 from ftp_lightning.schedule import Schedule, write_record
 
 FORMAT = "ftp-lightning/schedules"
@@ -19,7 +19,7 @@ LARGEST = 64_000_000
 
 @dataclass(frozen=True)
 class ScheduleFamily:
-    """One schedule per budget, ascending. ValueError for none, or schedules of different numbers of blocks.
+    """One schedule per budget, ascending. ValueError for none, or schedules of different numbers of blocks or kv modes.
 
     >>> family = ScheduleFamily([Schedule([0.0, 0.4]), Schedule([0.2, 0.8])])
     >>> family.at(0.35).sparsity
@@ -35,6 +35,8 @@ class ScheduleFamily:
             raise ValueError("a family needs at least one schedule, got none")
         if len({schedule.num_blocks for schedule in found}) > 1:
             raise ValueError(f"schedules of a family have {sorted({s.num_blocks for s in found})} blocks, must agree")
+        if len({schedule.kv for schedule in found}) > 1:
+            raise ValueError("schedules of a family are found for different kv modes, must agree")
         object.__setattr__(self, "schedules", found)
 
     @property
@@ -56,17 +58,18 @@ class ScheduleFamily:
                 f"budget is {budget}; the family was searched for {', '.join(f'{b:.4g}' for b in self.budgets)}\n"
                 f"Give a budget of at most {self.budgets[-1]:.4g}, or search a higher one."
             )
-        known = (Schedule.uniform(self.num_blocks, 0.0), *self.schedules)
+        known = (Schedule([0.0] * self.num_blocks, self.schedules[0].kv), *self.schedules)
         above = next((place for place, one in enumerate(known) if one.budget >= budget - 1e-12), len(known) - 1)
         low, high = known[max(above - 1, 0)], known[above]
         if abs(high.budget - budget) <= 1e-12 or high.budget == low.budget:
             return high
         t = (budget - low.budget) / (high.budget - low.budget)
-        return Schedule([round((1 - t) * a + t * b, 15) for a, b in zip(low.sparsity, high.sparsity)])
+        between = [round((1 - t) * a + t * b, 15) for a, b in zip(low.sparsity, high.sparsity)]
+        return Schedule(between, high.kv)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedules as JSON, whole or not at all."""
-        rows = [{"budget": one.budget, "sparsity": list(one.sparsity)} for one in self.schedules]
+        rows = [{"budget": one.budget} | one.record() for one in self.schedules]
         write_record(Path(path), {"format": FORMAT, "version": VERSION, "schedules": rows})
 
     @classmethod
@@ -76,7 +79,7 @@ class ScheduleFamily:
             record = read_json(path, LARGEST)
             if not is_family(record) or record.get("version") != VERSION:
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            return cls([Schedule(finite_numbers(row["sparsity"], "sparsity")) for row in record["schedules"]])
+            return cls([Schedule.from_record(row) for row in record["schedules"]])
         except OSError as error:
             reason = f"{error.strerror}"
         except KeyError as error:

@@ -23,14 +23,14 @@ def test_a_plain_budget_is_solved_for(stage, kv):
     settings = parse(stage, [*TINY, *FLOPS, "--budget_length", "512", "--kv", kv])
     model = load_model(settings.model)
     pruner = chosen_pruner(settings, model)
-    assert pruner.schedule == solve_budget(model, 0.3, 512, kv)
+    assert pruner.schedule == Schedule.default(3, pruner.schedule.budget, kv) and pruner.schedule.kv == (kv,) * 3
     assert flops_reduction(model, pruner.schedule, 512, kv) == pytest.approx(0.3, abs=2 / 512)
 
 
 def test_tokens_are_the_default_and_taken_as_they_are():
     settings = parse("benchmark", [*TINY, "--budget", "0.3"])
     model = load_model(settings.model)
-    assert chosen_pruner(settings, model).schedule == Schedule.uniform(3, 0.3)
+    assert chosen_pruner(settings, model).schedule == Schedule.default(3, 0.3)
     assert token_budget(parse("benchmark", TINY), model, "keep") is None
 
 

@@ -127,6 +127,25 @@ def test_python_blocks_compile_and_import_what_exists(page: Path):
             assert all(hasattr(import_module(module), name.strip()) for name in names.split(","))
 
 
+def test_the_python_of_the_readme_runs(capsys):
+    from ftp_lightning.errors import UserError
+
+    code, *_ = blocks(ROOT / "README.md", "python")
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+    except UserError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_prune_under_the_default_or_a_schedule_with_its_own_mode(page: Path):
+    for code in blocks(page, "python"):
+        assert "Schedule.uniform(" not in code
+        for arguments in re.findall(r"TokenPruner\((.*)\)", code):
+            assert "kv=" not in arguments, code
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):

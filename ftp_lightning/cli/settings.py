@@ -115,12 +115,12 @@ class ModelSettings(Settings):
 class BudgetSettings(ModelSettings):
     """A stage whose --budget is a share of tokens, or of a prompt's FLOPs.
 
-    A share of FLOPs is translated into the token sparsity of the uniform schedule with this FLOPs cut, which `search`
-    and `run` then spread over the blocks.
+    A share of FLOPs is translated into a token sparsity. For `search` and `run` it is that of the uniform schedule with
+    this FLOPs cut, which they spread over the blocks; elsewhere it is that of the default schedule.
     """
 
     budget_kind: Literal["tokens", "flops"] = option(
-        "tokens", "--budget is a share of tokens, or of a prompt's FLOPs that a uniform schedule saves"
+        "tokens", "--budget is a share of tokens, or of a prompt's FLOPs that is saved"
     )
     budget_length: int = option(BUDGET_LENGTH, "with --budget_kind flops, tokens of that prompt", least=4)
 
@@ -188,9 +188,9 @@ class PrunedSettings(BudgetSettings, StageSettings):
 
     pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it", is_file=True)
     schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
-    budget: float | None = option(None, "uniform schedule of this budget, without the two", least=0.0, below=1.0)
+    budget: float | None = option(None, "default schedule of this budget, without the two", least=0.0, below=1.0)
     kv: Literal["auto", "evict", "keep"] = option(
-        "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
+        "auto", "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or the default schedule"
     )
     decode: Literal["auto", "dense", "threshold", "strict"] = option(
         "auto", "which generated tokens skip blocks; auto is --pruned's, or dense: none"

@@ -53,15 +53,44 @@ def solve_budget(
 
     top = 1.0 / min((s for s in shape.sparsity if s > 0.0), default=1.0)
     if reduction > saved(top):
-        raise OutOfReach(
-            f"a FLOPs reduction of {reduction} cannot be reached with prompts of {length} tokens: at most "
-            f"{saved(top):.3g} can be saved\nGive a smaller --budget, or another --kv or schedule."
-        )
+        raise _out_of_reach(reduction, length, saved(top))
     return _scaled(shape, _nearest(saved, reduction, top))
 
 
+def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | None = None) -> Schedule:
+    """The `Schedule.default` whose FLOPs cut of a prompt of `length` tokens is nearest `reduction`.
+
+    Args:
+        kv: as for `Schedule.default`.
+
+    Raises:
+        UserError: as `solve_budget`.
+    """
+    if not 0.0 <= reduction < 1.0:
+        raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
+    costs, head = block_costs(model), head_flops(model)
+
+    def spent(budget: float) -> float:
+        schedule = Schedule.default(len(costs), budget, kv)
+        return prompt_flops(costs, schedule, length, schedule.kv or (), head)
+
+    def saved(budget: float) -> float:
+        return 1.0 - spent(budget) / spent(0.0)
+
+    if reduction > saved(1.0):
+        raise _out_of_reach(reduction, length, saved(1.0))
+    return Schedule.default(len(costs), _nearest(saved, reduction, 1.0), kv)
+
+
+def _out_of_reach(reduction: float, length: int, most: float) -> OutOfReach:
+    return OutOfReach(
+        f"a FLOPs reduction of {reduction} cannot be reached with prompts of {length} tokens: at most "
+        f"{most:.3g} can be saved\nGive a smaller --budget, or another --kv or schedule."
+    )
+
+
 def _scaled(schedule: Schedule, factor: float) -> Schedule:
-    return Schedule([min(1.0, factor * s) for s in schedule.sparsity])
+    return Schedule([min(1.0, factor * s) for s in schedule.sparsity], schedule.kv)
 
 
 def _nearest(saved: Callable[[float], float], wanted: float, top: float) -> float:

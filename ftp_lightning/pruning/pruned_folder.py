@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ftp_lightning.errors import UserError, unwritable
-from ftp_lightning.json_file import finite_numbers, read_json
+from ftp_lightning.json_file import read_json
 from ftp_lightning.pruning.compensation import Compensation, shapes
 from ftp_lightning.routing import ROUTERS
 from ftp_lightning.routing.base import Router
@@ -61,7 +61,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         "format": FORMAT,
         "version": VERSION,
         "router": router,
-        "sparsity": list(pruner.schedule.sparsity),
+        **pruner.schedule.record(),
         "settings": pruner.settings(),
         "compensation": compensation,
         "base": base,
@@ -145,7 +145,7 @@ def load_pruner(folder):
     record = read_settings(folder)
     try:
         router = _build_router(dict(record["router"]))
-        schedule = Schedule(finite_numbers(record["sparsity"], "sparsity"))
+        schedule = Schedule.from_record(record)
         compensation = _load_compensation(record.get("compensation"), Path(folder) / COMPENSATION)
         pruner = TokenPruner(router, schedule, compensation=compensation, **record["settings"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -16,9 +16,10 @@ from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Router
 from ftp_lightning.routing.fixed import FixedRouter
-from ftp_lightning.schedule import Schedule
+from ftp_lightning.schedule import Schedule, kv_modes, kv_name
 
-KV = ("evict", "keep")
+DEFAULT_KV = "evict"
+"""The kv mode where neither pruner nor schedule says one (paper)."""
 CHOICES = ("topk", "threshold")
 ATTENTION = ("window", "exact")
 
@@ -30,7 +31,9 @@ class TokenPruner:
         router: gives each token of a block a score.
         schedule: sparsity per block; may be None with a FixedRouter, which obeys its list alone.
         kv: "evict" (skipped tokens give no key and value in that block; paper) or "keep" (they do; queries, output
-            projection and MLP are saved), or a list of them, one per block.
+            projection and MLP are saved), or a list of them, one per block. Default: the mode that the schedule was
+            found for, else "evict". Another mode than the schedule's is an error; `schedule.under(kv)` says that it is
+            meant.
         choice: "topk" (exactly the scheduled number of tokens [ours]) or "threshold" (where p_compute > `threshold`;
         paper).
         decode: policy for continuation tokens: "dense" computes all of them, "threshold" skips a block where p_compute
@@ -60,7 +63,7 @@ class TokenPruner:
         self,
         router: Router,
         schedule: Schedule | None,
-        kv: str | Sequence[str] = "evict",
+        kv: str | Sequence[str] | None = None,
         choice: str = "topk",
         threshold: float = 0.5,
         decode: str = "dense",
@@ -81,7 +84,7 @@ class TokenPruner:
         blocks = router.num_blocks if schedule is None else schedule.num_blocks
         self.removed = _removed(removed, blocks)
         self._removed_by_block = {b: frozenset(p for at, p in self.removed if at == b) for b, _ in self.removed}
-        modes = _per_block(kv, blocks)
+        modes = _modes(kv, schedule, blocks)
         self.kv = tuple("evict" if (block, "attention") in self.removed else mode for block, mode in enumerate(modes))
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
@@ -214,10 +217,17 @@ class TokenPruner:
         return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
 
     def changed(self, **changes) -> TokenPruner:
-        """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`."""
+        """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`.
+
+        A changed schedule brings the kv mode that it was found for; a changed kv is meant, and becomes the schedule's.
+        """
         own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
-        own |= {"removed": self.removed}
-        return TokenPruner(**own | self.settings() | changes)
+        own |= {"removed": self.removed} | self.settings() | changes
+        schedule = own["schedule"]
+        if schedule is not None and schedule.kv is not None:
+            own["schedule"] = schedule.under(changes["kv"]) if changes.get("kv") else schedule
+            own["kv"] = None
+        return TokenPruner(**own)
 
     def with_schedule(self, schedule: Schedule) -> TokenPruner:
         """This pruner under another schedule; what it says of its base model goes along."""
@@ -264,10 +274,16 @@ def _removed(removed: Sequence[tuple[int, str]], blocks: int) -> tuple[tuple[int
     return tuple(sorted(found))
 
 
-def _per_block(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
-    modes = (kv,) * blocks if isinstance(kv, str) else tuple(kv)
-    for mode in modes:
-        _one_of("kv", mode, KV)
-    if len(modes) != blocks:
-        raise UserError(f"kv lists {len(modes)} blocks, the schedule {blocks}.")
+def _modes(kv: str | Sequence[str] | None, schedule: Schedule | None, blocks: int) -> tuple[str, ...]:
+    """One mode per block; UserError where the one that is given is not the schedule's."""
+    own = None if schedule is None else schedule.kv
+    try:
+        modes = kv_modes(own or DEFAULT_KV if kv is None else kv, blocks)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if own is not None and own != modes:
+        raise UserError(
+            f"the schedule was found for kv {kv_name(own)}, and kv is {kv_name(modes)}: it is poor under another.\n"
+            "Leave kv out, or pass schedule.under(kv) if you mean it."
+        )
     return modes

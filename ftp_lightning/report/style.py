@@ -19,6 +19,7 @@ PALE = "#9a9a9a"
 METHOD_COLOURS = {
     "random": PALE,
     "uniform": SKY,
+    "default": VERMILLION,
     "block_influence": GREEN,
     "static": ORANGE,
     "dynamic (before fine-tuning)": PURPLE,

@@ -42,6 +42,7 @@ def kept_text(kept: dict[str, Any] | None) -> str:
 NAMES = {
     "random": "random tokens",
     "uniform": "uniform, static",
+    "default": "default, static",
     "block_influence": "Block Influence",
     "static": "searched, static",
 }

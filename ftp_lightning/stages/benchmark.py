@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -154,27 +154,27 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
     """One pruner per budget and kv mode."""
     from ftp_lightning.stages.inputs import chosen_pruner
 
-    base = chosen_pruner(settings, model)
+    shown = [replace(settings, kv=kv, modes=()) for kv in dict.fromkeys(settings.modes)] or [settings]
+    bases = [chosen_pruner(one, model) for one in shown]
+    base = bases[0]
     router = base.router if settings.pruned else untrained_router(settings.router, settings.seed)
     changes = {} if settings.attention == "auto" else {"attention": settings.attention}
-    kvs: list[Any] = list(dict.fromkeys(settings.modes)) or [base.kv]
-    if not settings.budgets and settings.budget_kind == "tokens":
-        return [base.changed(router=router, kv=kv, **changes) for kv in kvs]
-    budgets = dict.fromkeys(settings.budgets or (settings.budget,))
+    if not settings.budgets:
+        return [base.changed(router=router, **changes) for base in bases]
     return [
-        base.changed(router=router, schedule=_uniform(settings, model, budget, kv, base.skip_rank), kv=kv, **changes)
-        for budget in budgets
-        for kv in kvs
+        base.changed(router=router, schedule=_uniform(settings, model, budget, base), **changes)
+        for budget in dict.fromkeys(settings.budgets)
+        for base in bases
     ]
 
 
-def _uniform(
-    settings: BenchmarkStage, model: PreTrainedModel, budget: float | None, kv: str | Sequence[str], rank: int
-) -> Schedule:
+def _uniform(settings: BenchmarkStage, model: PreTrainedModel, budget: float, base: TokenPruner) -> Schedule:
+    """The uniform schedule of one of --budgets, in the kv mode of `base`."""
     from ftp_lightning.schedule import Schedule
     from ftp_lightning.stages.inputs import num_blocks, token_budget
 
-    return Schedule.uniform(num_blocks(model), token_budget(settings, model, kv, budget, rank) or 0.0)
+    tokens = token_budget(settings, model, base.kv, budget, base.skip_rank) or 0.0
+    return Schedule.uniform(num_blocks(model), tokens).under(base.kv)
 
 
 def untrained_router(name: str, seed: int) -> Router:

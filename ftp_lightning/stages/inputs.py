@@ -16,7 +16,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.budget import solve_budget
+from ftp_lightning.pruning.budget import default_with_cut, solve_budget
 from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
@@ -155,11 +155,22 @@ def read_schedule(path: str, budget: float | None = None) -> Schedule:
     return family.at(budget)
 
 
-def schedule_or_uniform(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
-    """The schedule in a file, else the uniform one of the budget."""
+def schedule_or_default(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
+    """The schedule in a file, else the default one of the budget."""
     if path:
         return load_schedule(path, model, budget)
-    return Schedule.uniform(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
+    return Schedule.default(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
+
+
+def default_of(settings: BudgetSettings, model: PreTrainedModel, kv: str | None = None) -> Schedule:
+    """`Schedule.default` of --budget; under --budget_kind flops the one whose FLOPs cut is nearest."""
+    if settings.budget is None or settings.budget_kind == "tokens":
+        budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
+        return Schedule.default(num_blocks(model), budget, kv)
+    check_budget_length(settings, model.config)
+    found = default_with_cut(model, settings.budget, settings.budget_length, kv)
+    check_reachable(found.budget, settings.prompt_tokens)
+    return found
 
 
 def token_budget(
@@ -205,10 +216,14 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
         asked = {"kv": settings.kv, "decode": settings.decode}
         changes = {name: value for name, value in asked.items() if value != "auto"}
         return pruner.changed(schedule=schedule or pruner.schedule, **changes)
-    kv = "keep" if settings.kv == "auto" else settings.kv
-    schedule = schedule_or_uniform(settings.schedule, token_budget(settings, model, kv), model)
+    kv = None if settings.kv == "auto" else settings.kv
+    if settings.schedule:
+        schedule = load_schedule(settings.schedule, model, settings.budget)
+        schedule = schedule.under(kv or schedule.kv or "keep")
+    else:
+        schedule = default_of(settings, model, kv)
     decode = "dense" if settings.decode == "auto" else settings.decode
-    return TokenPruner(StaticRouter(), schedule, kv=kv, decode=decode)
+    return TokenPruner(StaticRouter(), schedule, decode=decode)
 
 
 def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:

@@ -54,14 +54,11 @@ def _baseline(name: str, settings: EvaluateStage, chosen: TokenPruner, model: An
     if name == "block_influence":
         influence = load_sensitivity(str(settings.sensitivity), blocks)["block_influence"]
         return TokenPruner(StaticRouter(), allocations.from_importance(influence, schedule.budget), kv=chosen.kv)
-    return TokenPruner(
-        StaticRouter(),
-        load_schedule(str(settings.static_schedule or settings.schedule), model, schedule.budget),
-        kv=chosen.kv,
-    )
+    searched = load_schedule(str(settings.static_schedule or settings.schedule), model, schedule.budget)
+    return TokenPruner(StaticRouter(), searched if searched.kv else searched.under(chosen.kv))
 
 
 def _name(settings: EvaluateStage, router: Router) -> str:
-    """A pruner is called by its router; the static router under no schedule of its own is the baseline `uniform`."""
+    """A pruner is called by its router; the static router under the default schedule is `default`."""
     kind = next((name for name, kind in ROUTERS.items() if type(router) is kind), "pruned")
-    return kind if settings.pruned or settings.schedule else "uniform"
+    return kind if settings.pruned or settings.schedule else "default"

@@ -37,7 +37,7 @@ class SearchStage(BudgetSettings, StageSettings):
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     budgets: tuple[float, ...] = option((), "search all of these, in place of --budget; writes schedules.json")
     kv: Literal["auto", "evict", "keep"] = option(
-        "auto", "keys and values of skipped tokens; auto is --pruned's, or keep"
+        "auto", "keys and values of skipped tokens; auto is the mode of --pruned or --schedule, or keep"
     )
     router: Literal["static", "random", "untrained"] = option(
         "static", "router to search with, where there is no --pruned; `untrained` looks at position and attention"
@@ -199,10 +199,20 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
     if not settings.pruned:
         dense = Schedule.uniform(num_blocks(model), 0.0)
         router = make_router(settings.router, dense.num_blocks, hidden_size=1, seed=settings.seed)  # none reads states
-        return TokenPruner(router, dense, kv="keep" if settings.kv == "auto" else settings.kv)
+        return TokenPruner(router, dense, kv=_mode(settings))
     trained = load_pruner(settings.pruned, model)
     changes = {} if settings.kv == "auto" else {"kv": settings.kv}
     return trained.changed(**changes)
+
+
+def _mode(settings: SearchStage) -> Any:
+    """The kv mode to search for: --kv, else that of the schedule to start from, else keep."""
+    from ftp_lightning.stages.inputs import read_schedule
+
+    if settings.kv != "auto":
+        return settings.kv
+    given = read_schedule(settings.schedule, settings.budget) if settings.schedule else None
+    return given.kv if given is not None and given.kv else "keep"
 
 
 class _Listener:
@@ -276,13 +286,15 @@ def _write(
         return numbers | {"stopped": result.stopped}
 
     if settings.budgets:
-        ScheduleFamily([result.schedule for result in found.values()]).save(folder.place("schedules.json"))
+        schedules = [result.schedule.under(start.kv) for result in found.values()]
+        ScheduleFamily(schedules).save(folder.place("schedules.json"))
         folder.write_json("metrics.json", {"budgets": {str(b): metrics(one) for b, one in found.items()}} | more)
         return
     (result,) = found.values()
-    result.schedule.save(folder.place("schedule.json"))
+    schedule = result.schedule.under(start.kv)
+    schedule.save(folder.place("schedule.json"))
     if settings.writes_pruner:
-        start.with_schedule(result.schedule).save(folder.place("pruned"), base=settings.model, model=model)
+        start.with_schedule(schedule).save(folder.place("pruned"), base=settings.model, model=model)
     folder.write_json("metrics.json", metrics(result) | more)
 
 

@@ -39,10 +39,12 @@ class TrainStage(StageSettings):
 
     pruned: str | None = option(None, "folder of a pruner to go on from: router, schedule, settings", is_file=True)
     schedule: str | None = option(None, "schedule.json to train under", is_file=True)
-    budget: float | None = option(None, "uniform schedule of this budget, without --schedule", least=0.0, below=1.0)
-    dense: int = option(0, "first blocks that the uniform schedule leaves dense", least=0)
+    budget: float | None = option(None, "default schedule of this budget, without --schedule", least=0.0, below=1.0)
+    dense: int | None = option(None, "train under the uniform schedule behind so many dense blocks", least=0)
     budgets: tuple[float, ...] = option((), "LOW,HIGH: every forward draws a budget; --schedule is a schedules.json")
-    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    kv: Literal["auto", "evict", "keep"] = option(
+        "auto", "keys and values of skipped tokens; auto is the mode that the schedule was found for, or keep"
+    )
     router: RouterName = option("dynamic", "which router; `dynamic` is the global one of 450 parameters")
     width: int | None = option(None, "units of the router's hidden layer; default: the router's own", least=1)
     factors: tuple[str, ...] = option((), "factors that the router sees; default: all it knows")
@@ -92,7 +94,7 @@ class TrainStage(StageSettings):
             self._check_pruned()
         if self.schedule and self.budget is not None and not holds_family(self.schedule):
             raise UserError("budget is given beside a schedule that has its own\nLeave --budget or --schedule out.")
-        if self.dense and (self.schedule or self.pruned):
+        if self.dense is not None and (self.schedule or self.pruned):
             raise UserError("dense is about a uniform schedule, and another one is given\nLeave --dense out.")
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
@@ -192,21 +194,26 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
             return loaded.with_schedule(family.at(sum(settings.budgets) / 2))
         return loaded.with_schedule(load_schedule(settings.schedule, model)) if settings.schedule else loaded
     budget = sum(settings.budgets) / 2 if family is not None and settings.budget is None else settings.budget
-    about = {name: getattr(settings, name) for name in ("kv", "choice", "attention", "window", "skip")}
+    about = {name: getattr(settings, name) for name in ("choice", "attention", "window", "skip")}
     if settings.skip != "identity":
         windows = mixed_windows(settings, tokenizer, settings.skip_windows, settings.recall_share)
         rank = settings.skip_rank if settings.skip == "low-rank" else 0
         about["compensation"] = fit_compensation(model, windows, rank, batch_size=settings.batch_size)
-    return TokenPruner(new_router(settings, model), _first_schedule(settings, budget, model), **about)
+    schedule = _first_schedule(settings, budget, model)
+    kv = schedule.kv or "keep" if settings.kv == "auto" else settings.kv
+    return TokenPruner(new_router(settings, model), schedule.under(kv), **about)
 
 
 def _first_schedule(settings: TrainStage, budget: float | None, model: Any) -> Schedule:
-    """The one that is given, or uniform behind the blocks that are to be dense; UserError where these leave none."""
-    from ftp_lightning.search.allocations import step
-    from ftp_lightning.stages.inputs import num_blocks, schedule_or_uniform
+    """The one that is given, else the default. With --dense it is uniform behind the dense blocks.
 
-    schedule, blocks = schedule_or_uniform(settings.schedule, budget, model), num_blocks(model)
-    if not settings.dense:
+    UserError where these leave no room for the budget.
+    """
+    from ftp_lightning.search.allocations import step
+    from ftp_lightning.stages.inputs import num_blocks, schedule_or_default
+
+    schedule, blocks = schedule_or_default(settings.schedule, budget, model), num_blocks(model)
+    if settings.dense is None:
         return schedule
     if settings.dense >= blocks or schedule.budget * blocks > blocks - settings.dense:
         raise UserError(

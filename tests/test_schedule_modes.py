@@ -1,0 +1,156 @@
+"""A schedule is found for a kv mode: it carries the mode from the search to the pruner that uses it."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftp_lightning import Schedule, ScheduleFamily, StaticRouter, TokenPruner, UserError
+from ftp_lightning.__main__ import parse
+from ftp_lightning.models import load_model
+from ftp_lightning.routing import DynamicRouter
+from ftp_lightning.stages.inputs import chosen_pruner
+
+TINY = ["--model", "random:tiny", "--device", "cpu", "--tracking", "none", "--prompt_tokens", "96"]
+SEARCH = [*TINY, *"--windows 2 --stage_windows 1 --generations 0 --offspring 1 --batch_size 1".split()]
+MIXED = ("evict", "evict", "keep")
+
+
+def test_the_mode_is_part_of_the_value():
+    plain, keep, evict = (Schedule([0.0, 0.5, 1.0], kv) for kv in (None, "keep", "evict"))
+    assert plain.kv is None and keep.kv == ("keep",) * 3
+    assert keep == Schedule([0.0, 0.5, 1.0], ["keep"] * 3) and hash(keep) == hash(plain.under("keep"))
+    assert len({plain, keep, evict}) == len({one.key() for one in (plain, keep, evict)}) == 3
+    assert keep.under(None) == plain and keep.under(MIXED).kv == MIXED
+
+
+@pytest.mark.parametrize(("kv", "reason"), [("kept", "kept"), (["keep"], "1 blocks"), ([], "0 blocks")])
+def test_a_mode_that_is_none_is_refused(kv, reason):
+    with pytest.raises(ValueError, match=reason):
+        Schedule([0.1, 0.2], kv)
+
+
+@pytest.mark.parametrize("kv", [None, "keep", "evict", MIXED])
+def test_the_mode_is_saved_with_the_schedule(tmp_path, kv):
+    schedule = Schedule([0.0, 0.25, 1.0], kv)
+    schedule.save(tmp_path / "one.json")
+    assert Schedule.load(tmp_path / "one.json") == schedule
+    family = ScheduleFamily([schedule, Schedule([0.0, 0.5, 1.0], kv)])
+    family.save(tmp_path / "many.json")
+    assert ScheduleFamily.load(tmp_path / "many.json") == family
+    assert {family.at(budget).kv for budget in (0.0, 0.1, 0.45, 0.5)} == {schedule.kv}
+
+
+def test_a_file_without_a_mode_still_loads(tmp_path):
+    record = {"format": "ftp-lightning/schedule", "version": 1, "sparsity": [0, 0.25, 1], "key": "b30154a6a577e5b6"}
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    assert Schedule.load(tmp_path / "old.json") == Schedule([0, 0.25, 1])
+    (tmp_path / "changed.json").write_text(json.dumps(record | {"kv": "keep"}))
+    with pytest.raises(UserError, match="not those it was written with"):
+        Schedule.load(tmp_path / "changed.json")
+
+
+def test_a_family_has_one_mode():
+    with pytest.raises(ValueError, match="kv modes"):
+        ScheduleFamily([Schedule([0.1], "keep"), Schedule([0.2], "evict")])
+
+
+def test_a_pruner_takes_the_mode_of_its_schedule():
+    router = StaticRouter()
+    assert TokenPruner(router, Schedule([0.1] * 3)).kv == ("evict",) * 3
+    assert TokenPruner(router, Schedule([0.1] * 3, MIXED)).kv == MIXED
+    assert TokenPruner(router, Schedule([0.1] * 3, MIXED), kv=MIXED).kv == MIXED
+    with pytest.raises(UserError, match="found for kv keep") as told:
+        TokenPruner(router, Schedule([0.1] * 3, "keep"), kv="evict")
+    assert str(told.value).count("\n") <= 2
+
+
+def test_a_changed_pruner_has_one_mode():
+    keep, evict = Schedule([0.1] * 3, "keep"), Schedule([0.3] * 3, "evict")
+    pruner = TokenPruner(StaticRouter(), keep)
+    assert pruner.changed(decode="strict").kv == pruner.kv
+    assert pruner.changed(schedule=evict).kv == pruner.with_schedule(evict).kv == ("evict",) * 3
+    assert pruner.changed(schedule=evict.under(None)).kv == ("keep",) * 3
+    assert pruner.changed(kv="evict").schedule == keep.under("evict")
+
+
+@pytest.mark.parametrize("kv", [None, MIXED])
+def test_a_stored_pruner_has_the_same_mode(tmp_path, kv):
+    pruner = TokenPruner(DynamicRouter(), Schedule([0.1] * 3, kv))
+    pruner.save(tmp_path / "pruned", base="tiny")
+    loaded = TokenPruner.load(tmp_path / "pruned")
+    assert (loaded.kv, loaded.schedule) == (pruner.kv, pruner.schedule)
+
+
+@pytest.mark.parametrize("kv", ["keep", "evict"])
+def test_a_searched_schedule_is_used_in_the_mode_it_was_found_for(command, kv):
+    status, _, err = command("search", *SEARCH, "--budget", "0.4", "--kv", kv, "--output", "out")
+    assert status == 0, err
+    found = Schedule.load("out/schedule.json")
+    assert TokenPruner(StaticRouter(), found).kv == found.kv == (kv,) * 3
+    model = load_model("random:tiny")
+    for stage in ("evaluate", "benchmark", "generate"):
+        assert chosen_pruner(parse(stage, [*TINY[:2], "--schedule", "out/schedule.json"]), model).kv == found.kv
+    other = {"keep": "evict", "evict": "keep"}[kv]  # a flag is meant
+    assert chosen_pruner(parse("evaluate", [*TINY, "--schedule", "out/schedule.json", "--kv", other]), model).kv == (
+        (other,) * 3
+    )
+    train = "--steps 1 --batch_size 1 --validations 1 --validation_windows 2 --continuation_tokens 8".split()
+    status, _, err = command("train", *TINY, *train, "--schedule", "out/schedule.json", "--output", "trained")
+    assert status == 0, err
+    trained = TokenPruner.load("trained/pruned")
+    assert (trained.kv, trained.schedule) == (found.kv, found)
+    status, _, err = command("search", *SEARCH, "--budget", "0.4", "--pruned", "trained/pruned", "--output", "tuned")
+    assert status == 0, err
+    assert TokenPruner.load("tuned/pruned").kv == Schedule.load("tuned/schedule.json").kv == found.kv
+
+
+def test_a_searched_family_says_its_mode(command):
+    status, _, err = command("search", *SEARCH, "--budgets", "0.2,0.4", "--kv", "evict", "--output", "out")
+    assert status == 0, err
+    assert ScheduleFamily.load("out/schedules.json").at(0.3).kv == ("evict",) * 3
+
+
+@given(st.integers(1, 90), st.floats(0.0, 1.0), st.sampled_from([None, "keep", "evict"]))
+def test_the_default_meets_its_budget(num_blocks, budget, kv):
+    schedule = Schedule.default(num_blocks, budget, kv)
+    assert abs(schedule.budget - budget) <= 1e-9 and schedule.num_blocks == num_blocks
+    assert kv is None or set(schedule.kv) == {kv}
+
+
+@pytest.mark.parametrize("num_blocks", [12, 18, 30, 32, 80])
+@pytest.mark.parametrize("kv", [None, "keep", "evict"])
+def test_the_default_leaves_early_blocks_dense_and_never_keeps_there(num_blocks, kv):
+    for budget in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        schedule = Schedule.default(num_blocks, budget, kv)
+        assert not any(schedule.sparsity[: round(num_blocks / 6)])
+        higher = Schedule.default(num_blocks, budget + 0.05, kv)
+        assert all(a <= b + 1e-12 for a, b in zip(schedule.sparsity, higher.sparsity))
+
+
+def test_flags_that_say_nothing_give_the_default():
+    model = load_model("random:tiny")
+    for stage in ("generate", "evaluate", "benchmark"):
+        pruner = chosen_pruner(parse(stage, [*TINY[:2], "--budget", "0.4"]), model)
+        assert pruner.schedule == Schedule.default(3, 0.4) and pruner.kv == pruner.schedule.kv
+        for kv in ("keep", "evict"):
+            pruner = chosen_pruner(parse(stage, [*TINY[:2], "--budget", "0.4", "--kv", kv]), model)
+            assert pruner.schedule == Schedule.default(3, 0.4, kv)
+
+
+def test_a_mode_per_block_computes_what_it_says():
+    """A late block that skips everything under keep leaves the continuation as it is; under evict it does not."""
+    model = load_model("random:tiny")
+    prompt, more = torch.arange(5, 37)[None], torch.arange(40, 44)[None]
+
+    def logits(kv):
+        schedule = Schedule([0.0, 0.0, 1.0], kv)
+        with TokenPruner(StaticRouter(), schedule)(model):
+            cache = model(prompt).past_key_values
+            return model(more, past_key_values=cache).logits
+
+    dense = model(more, past_key_values=model(prompt).past_key_values).logits
+    assert torch.allclose(logits(MIXED), dense, atol=1e-5)
+    assert not torch.allclose(logits("evict"), dense, atol=1e-3)
