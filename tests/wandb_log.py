@@ -43,7 +43,7 @@ def _items(items) -> dict:
 
 
 def read_run(folder: Path, patience: float = 20.0) -> dict:
-    """The one offline run under `folder`: id, name, group, job_type, config, history, artifacts (name, type, paths), exit.
+    """The one offline run under `folder`: id, name, group, job_type, config, history, artifacts (name, type, paths).
 
     wandb's own process writes on after `finish` has come back, so this waits for the run's end.
     """

@@ -220,6 +220,7 @@ class TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`.
 
         A changed schedule brings the kv mode that it was found for; a changed kv is meant, and becomes the schedule's.
+        Documents that this pruner's schedule was selected on stay seen.
         """
         own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
         own |= {"removed": self.removed} | self.settings() | changes
@@ -227,6 +228,8 @@ class TokenPruner:
         if schedule is not None and schedule.kv is not None:
             own["schedule"] = schedule.under(changes["kv"]) if changes.get("kv") else schedule
             own["kv"] = None
+        if own["schedule"] is not None and self.schedule is not None:
+            own["schedule"] = own["schedule"].after(self.schedule.seen)
         return TokenPruner(**own)
 
     def with_schedule(self, schedule: Schedule) -> TokenPruner:

@@ -90,6 +90,7 @@ def carry_out(
     the files written."""
     import shutil
 
+    from ftp_lightning.evaluation.harness.seen import furthest
     from ftp_lightning.stages.inputs import check_chat_template, load_model
     from ftp_lightning.stages.measuring import Bench
     from ftp_lightning.stages.methods import choose_methods
@@ -108,11 +109,15 @@ def carry_out(
             progress.step(done, steps, what)
 
     place = Path(settings.answers).expanduser() if settings.answers else folder.path / ANSWERS
-    bench = Bench(settings, model, tokenizer, tell, processes if processes.count > 1 else None, place)
+    seen = furthest(pruner.schedule.seen for _, pruner in methods if pruner.schedule)
+    bench = Bench(settings, model, tokenizer, tell, processes if processes.count > 1 else None, place, seen)
     if first:
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
     results = _measured(settings, bench, methods)
     if first:
+        for task, cell in results["dense"]["tasks"].items():
+            if cell["left_out"]:
+                progress.say(f"{task}: {cell['left_out']} documents that a schedule was searched on are left out")
         tokens = _write(settings, folder, results, bench, methods)
         _track(settings, folder, results["methods"], tokens)
         if not settings.answers:

@@ -28,6 +28,7 @@ class Bench:
 
     `tell(what)` is called before each of the 2 + 2 * methods parts. `processes` share the items of tasks; each measures
     the text on its own. `answers`: folder that answers are kept in, see `evaluation.answers`.
+    `seen`: documents that no method is asked, see `Schedule.seen`.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Bench:
         tell: Callable[[str], None],
         processes: Processes | None = None,
         answers: Path | None = None,
+        seen: dict[str, float] | None = None,
     ):
         self.settings, self.model, self.tokenizer, self.tell = settings, model, tokenizer, tell
-        self.processes, self.answers = processes, answers
+        self.processes, self.answers, self.seen = processes, answers, seen
         self.windows = test_windows(settings, tokenizer)
         self.files = TaskFiles(settings, tokenizer)
         for rows in self.files.with_facts():
@@ -134,7 +136,8 @@ class Bench:
         )  # fmt: skip
         try:
             with self.files.named(with_deleted=pruner is None) as files:
-                found = run_tasks(lm, files, settings.limit, settings.num_fewshot, settings.apply_chat_template)
+                asked = (settings.limit, settings.num_fewshot, settings.apply_chat_template)
+                found = run_tasks(lm, files, *asked, seen=self.seen)
         finally:
             lm.close()
         return found if self.processes is None else self.processes.from_first(found)

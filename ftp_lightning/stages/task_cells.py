@@ -17,7 +17,7 @@ Results = dict[str, dict]
 def dense_cell(summary: dict) -> dict[str, Any]:
     """Score of the dense model under its declared metric, `acc` whatever that is; chance, items, prompt lengths."""
     low, high = _interval(summary)
-    names = ("metric", "stderr", "chance", "n", "prompt_tokens", "truncated", "metrics")
+    names = ("metric", "stderr", "chance", "n", "prompt_tokens", "truncated", "left_out", "metrics")
     return {"acc": summary["score"], "low": low, "high": high} | {name: summary[name] for name in names}
 
 

@@ -17,6 +17,7 @@ from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.harness.declared import RECALL, declared
 from ftp_lightning.evaluation.harness.results import METRICS, summaries
+from ftp_lightning.evaluation.harness.seen import leave_out
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
 
 FEWSHOT_SEED = 1234
@@ -98,6 +99,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     progress: bool = False,
+    seen: Mapping[str, float] | None = None,
 ) -> dict[str, dict]:
     """Run tasks on an lm-eval model; tasks: name -> JSONL file(s), or None for the data lm-eval fetches from the Hub.
 
@@ -106,7 +108,8 @@ def run_tasks(
     (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
     metrics (lm-eval's own numbers) and items. An item: id, right (see `task_results.ASKED`), its metrics, distance,
     kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
-    0. UserError: unknown task, file missing or broken, Hub out of reach.
+    0. seen: documents that a search has looked at (`Schedule.seen`) are left out; `left_out` counts them.
+    UserError: unknown task, file missing or broken, Hub out of reach.
     """
     from lm_eval import evaluate
 
@@ -115,6 +118,7 @@ def run_tasks(
         loaded = _loaded(lm, tasks, cache)
         for name, task in loaded["tasks"].items():
             _set_shots(name, task, num_fewshot)
+        left_out = {name: leave_out(name, task, seen or {}) for name, task in loaded["tasks"].items()}
         try:
             results = evaluate(
                 lm=lm,
@@ -131,7 +135,7 @@ def run_tasks(
             what = str(error).removeprefix("Error: ").rstrip(".")
             raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
-    return summaries(results, list(tasks), accounts) if results else {}
+    return summaries(results, list(tasks), accounts, left_out) if results else {}
 
 
 def _set_shots(name: str, task, num_fewshot: int | None) -> None:
