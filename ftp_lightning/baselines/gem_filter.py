@@ -25,6 +25,9 @@ class GemFilterSelector(ScoutedSelector):
         super().__init__()
         self.scout = Scout("attention", blocks)
 
+    def config(self) -> dict:
+        return {"blocks": self.scout.blocks}
+
     def score(self, context: RoutingContext) -> Tensor:
         if self not in context.memo:
             context.memo[self] = pooled(context.scouted, context.real, self.POOL)

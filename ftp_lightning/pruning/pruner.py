@@ -216,6 +216,13 @@ class TokenPruner:
         names = ("choice", "threshold", "decode", "attention", "window", "skip", "parts")
         return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
 
+    def identity(self) -> dict:
+        """JSON-able: all that decides what the pruner does. Pruners of one identity answer alike on the same model."""
+        schedule = None if self.schedule is None else [self.schedule.sparsity, self.schedule.kv]
+        compensation = None if self.compensation is None else self.compensation.digest()
+        own = {"router": self.router.identity(), "schedule": schedule, "removed": self.removed}
+        return own | {"compensation": compensation} | self.settings()
+
     def changed(self, **changes) -> TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`.
 

@@ -85,7 +85,8 @@ class FtpLM(Ranked, HFLM):
 
     def _open_book(self) -> None:
         """Answers of this model under this very pruner."""
-        who = "" if self._folder is None else asked_identity(self.model, self.pruner, mode=self.mode)
+        about = {"mode": self.mode, "autocast": str(self.mixed_precision_dtype)}
+        who = "" if self._folder is None else asked_identity(self.model, self.pruner, **about)
         self.book = AnswerBook(self._folder, who, self.rank)
 
     def close(self) -> None:
