@@ -11,7 +11,7 @@ from ftp_lightning.baselines.last_block import LastBlockFree
 from ftp_lightning.baselines.lazy_llm import LazyLLM
 from ftp_lightning.baselines.mixture_of_depths import MixtureOfDepths
 from ftp_lightning.baselines.ours import Ftp, FtpProjected, FtpStatic
-from ftp_lightning.baselines.peer import Peer, first_dense
+from ftp_lightning.baselines.peer import Peer, best_form, first_dense
 from ftp_lightning.baselines.random_tokens import RandomTokens
 from ftp_lightning.baselines.recent_sink import RecentSink
 from ftp_lightning.baselines.setting import PROFILES, Profile, Setting
@@ -27,4 +27,4 @@ _ALL = (
 PEERS: dict[str, Peer] = {peer.name: peer() for peer in _ALL}
 """By name, in the order of the tables; the last two are ours."""
 
-__all__ = ["PEERS", "PROFILES", "FtpProjected", "Peer", "Profile", "Setting", "first_dense"]
+__all__ = ["PEERS", "PROFILES", "FtpProjected", "Peer", "Profile", "Setting", "best_form", "first_dense"]
