@@ -36,7 +36,7 @@ def read(folder, name="results.json"):
 def test_the_plan_of_the_papers_tables_and_what_it_costs(monkeypatch, capsys, tmp_path):
     script("reproduce.py", monkeypatch, "--dry", "--output", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "GPU hours" in said and "memory at batch 8: weights 13.5 GB" in said
+    assert "embedded, 30 stages on one A100 of 80 GB:" in said and "  evaluate: 0.0 GPU hours" in said
     places = [line.split(":")[0] for line in said.splitlines() if ": ftp-lightning " in line]
     assert len(places) == len(set(places)) and {"0.22/evaluate", "inputs/hidden/train", "0.4/benchmark"} <= set(places)
     assert places.index("0.3/train") < places.index("allocation/uniform") and not (tmp_path / "out").exists()
