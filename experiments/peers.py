@@ -79,7 +79,7 @@ def arguments():
 
 
 def profile_of(args, name):
-    from ftp_lightning.baselines import PROFILES, Profile
+    from ftp_lightning.baselines.registry import PROFILES, Profile
 
     return Profile(args.prompt_tokens, args.new_tokens if PROFILES[name].new_tokens else 0)
 
@@ -106,7 +106,7 @@ class Bench:
     """The model, what peers are placed with, and the test; made once per process."""
 
     def __init__(self, args):
-        from ftp_lightning.baselines import Setting
+        from ftp_lightning.baselines.registry import Setting
 
         self.args, self.peers, self.trained = args, tables.methods(args.projected, args.least), {}
         source = next(iter(study.tests_of(args).values()))
@@ -166,7 +166,7 @@ class Bench:
 
     def placed(self, name, form, seed, cut, profile):
         """The pruner of one row, its router not yet trained."""
-        from ftp_lightning.baselines import first_dense
+        from ftp_lightning.baselines.registry import first_dense
         from ftp_lightning.schedule import Schedule
 
         peer, self.setting.seed = self.peers[name], seed

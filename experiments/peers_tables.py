@@ -18,7 +18,7 @@ NEAR = {"realised_cut": 0.02, "prefill_speedup": 0.05}
 
 def methods(projected=None, least=0.0):
     """Peers by name, in the order of the tables; the last one is nothing without the folder of its routers."""
-    from ftp_lightning.baselines import PEERS, FtpProjected
+    from ftp_lightning.baselines.registry import PEERS, FtpProjected
 
     return PEERS | {"ftp_projected": FtpProjected(projected, least)}
 

@@ -115,7 +115,7 @@ class Candidates:
         return pruner.changed(skip="low-rank", compensation=self.fitted[seed])
 
     def _deleted(self, name, cut):
-        from ftp_lightning.baselines import PEERS, Profile, Setting
+        from ftp_lightning.baselines.registry import PEERS, Profile, Setting
 
         return PEERS[DELETED[name]].place(Setting(self.model), cut, Profile(192, 0))
 

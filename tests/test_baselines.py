@@ -8,12 +8,14 @@ from oracle import masked_dense, run_row
 from test_engine import BLOCKS, MODEL, TEXT, prefill_and_continue, relative
 
 from ftp_lightning import RandomRouter, Schedule, StaticRouter, TokenPruner
-from ftp_lightning.baselines import PEERS, FtpProjected, Profile, Setting, first_dense
+from ftp_lightning.baselines.beside import beside
 from ftp_lightning.baselines.deletion_random import OneDraw
 from ftp_lightning.baselines.deletion_surprisal import SurprisalSelector
 from ftp_lightning.baselines.fast_kv import PropagatedSelector
 from ftp_lightning.baselines.gem_filter import GemFilterSelector
+from ftp_lightning.baselines.names import EQUAL_FLOPS, EQUAL_TOKENS, NEEDS_SENSITIVITY
 from ftp_lightning.baselines.peer import from_block, ramp, steps
+from ftp_lightning.baselines.registry import METHODS, PEERS, FtpProjected, Profile, Setting, first_dense
 from ftp_lightning.baselines.removal import greedy_order
 from ftp_lightning.baselines.selectors import AttentionSelector, nested, pooled
 from ftp_lightning.baselines.skip_gpt import SkipGPTRouter
@@ -21,6 +23,7 @@ from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.baselines.zero_tprune import PageRankSelector
 from ftp_lightning.data.windows import Windows
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.compensation import fit_compensation
 from ftp_lightning.pruning.request import planned_cut, realised_cut
 from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
 from ftp_lightning.pruning.tokens import Tokens
@@ -401,17 +404,63 @@ def test_compensation_for_all_or_none():
     assert relative(compensated[0], expected) < 1e-5
 
 
-def test_evaluate_names_peers_and_places_them_at_the_flops_of_the_pruner_asked_about():
-    from types import SimpleNamespace
+def compared(name, chosen, **more):
+    return beside(name, chosen, setting(**more), 200)
 
-    from ftp_lightning.stages import evaluate, methods
 
+def test_names_of_flags_are_those_of_the_registry():
+    assert set(EQUAL_TOKENS) <= set(METHODS) and set(EQUAL_FLOPS) <= set(METHODS)
+    assert not set(EQUAL_TOKENS) & set(EQUAL_FLOPS)
+    assert not [name for name in EQUAL_FLOPS if METHODS[name].trained]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(EQUAL_FLOPS) - {"short_gpt", "last_block_free", "deletion_surprisal", "ffn_only"})
+)
+def test_methods_at_equal_flops_cost_what_the_pruner_asked_about_costs(name):
     chosen = TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.3), kv="evict")
-    settings = SimpleNamespace(seed=0, prompt_tokens=200, sensitivity=None)
-    wanted = planned_cut(MODEL, chosen, 200)
-    for name in set(evaluate.PEERS) - {"short_gpt", "last_block_free", "deletion_surprisal", "ffn_only"}:
-        assert not PEERS[name].trained
-        found = methods._baseline(name, settings, chosen, MODEL)
-        assert planned_cut(MODEL, found, 200) == pytest.approx(wanted, abs=0.005), name
-    with pytest.raises(UserError, match="sensitivity FILE"):
-        evaluate.EvaluateStage(compare=("short_gpt",), output="nowhere")
+    found = compared(name, chosen)
+    assert planned_cut(MODEL, found, 200) == pytest.approx(planned_cut(MODEL, chosen, 200), abs=0.005)
+
+
+@pytest.mark.parametrize("name", EQUAL_TOKENS)
+def test_methods_at_equal_tokens_share_budget_and_all_settings(name):
+    compensation = fit_compensation(MODEL, setting().windows, 2)
+    more = {"kv": "keep", "skip": "low-rank", "compensation": compensation, "decode": "strict", "window": 5}
+    chosen = TokenPruner(StaticRouter(), Schedule([0.0, 0.2, 0.5, 0.9]), **more)
+    found = compared(name, chosen)
+    assert found.settings() == chosen.settings() and found.compensation is compensation
+    assert found.scheduled.budget == pytest.approx(chosen.scheduled.budget, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["lazy_llm", "late_blocks", "ffn_only"])
+def test_peers_get_the_compensation_of_the_pruner_where_it_fits(name):
+    compensation = fit_compensation(MODEL, setting().windows, 2)
+    more = {"skip": "low-rank", "compensation": compensation}
+    found = compared(name, TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.1), **more))
+    assert (found.compensation is compensation) is (found.parts == "block")
+    assert found.skip == ("low-rank" if found.parts == "block" else "identity")
+
+
+def test_random_tokens_beside_a_pruner_differ_by_seed():
+    chosen = TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5))
+    assert [compared("random", chosen, seed=seed).router.seed for seed in (0, 7)] == [0, 7]
+
+
+def test_late_blocks_skip_from_the_last_one_down():
+    found = METHODS["late_blocks"].place(setting(), 0.4, PROFILE)
+    assert found.schedule.sparsity[0] == 0.0 and found.schedule.sparsity[-1] == 1.0 and set(found.kv) == {"keep"}
+    assert list(found.schedule.sparsity) == sorted(found.schedule.sparsity)
+    assert sum(0.0 < s < 1.0 for s in found.schedule.sparsity) <= 1
+    with pytest.raises(UserError, match="the first block must stay"):
+        METHODS["late_blocks"].place(setting(), 0.9, PROFILE)
+
+
+def test_evaluate_asks_for_what_a_method_needs():
+    from ftp_lightning.stages.evaluate import EvaluateStage
+
+    for name in NEEDS_SENSITIVITY:
+        with pytest.raises(UserError, match="sensitivity FILE"):
+            EvaluateStage(compare=(name,), output="nowhere")
+    with pytest.raises(UserError, match="none of random"):
+        EvaluateStage(compare=("nonesuch",), output="nowhere")

@@ -5,7 +5,7 @@ import torch
 from ftp_models import ftp_models
 from tiny import random_llama
 
-from ftp_lightning.baselines import PEERS, Setting
+from ftp_lightning.baselines.registry import PEERS, Setting
 from ftp_lightning.evaluation.harness.answers import asked_identity
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner

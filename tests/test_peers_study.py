@@ -30,7 +30,7 @@ def call(study, monkeypatch, folder, *more):
 
 @pytest.mark.slow
 def test_every_peer_is_measured_once_at_the_cut(study, monkeypatch, tmp_path, capsys):
-    from ftp_lightning.baselines import PEERS
+    from ftp_lightning.baselines.registry import PEERS
 
     call(study, monkeypatch, tmp_path)
     rows, written = rows_in(tmp_path)

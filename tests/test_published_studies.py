@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ftp_lightning.report.study import read_study
-from ftp_lightning.studies.tables import table
+from ftp_lightning.studies.study_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = sorted(path.parent for path in (ROOT / "experiments" / "found" / "studies").glob("*/study.json"))

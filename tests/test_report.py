@@ -25,9 +25,9 @@ from ftp_lightning.report.block_figures import runs
 from ftp_lightning.report.reading import read_run
 from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
-from ftp_lightning.report.tables import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
 from ftp_lightning.report.training_figures import running_mean
 from ftp_lightning.report.verdict import cautions, speed_row, verdict
+from ftp_lightning.report.wording import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
 
 
 @pytest.fixture(scope="module")

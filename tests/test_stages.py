@@ -17,7 +17,7 @@ from ftp_lightning.stages.task_cells import with_retention
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()
-METHODS = ["random", "uniform", "block_influence", "static", "dynamic (before fine-tuning)", "dynamic"]
+METHODS = ["random", "uniform", "first_dense", "block_influence", "static", "dynamic (before fine-tuning)", "dynamic"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ftp_lightning import TokenPruner
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages import inputs
 from ftp_lightning.studies import runner
-from ftp_lightning.studies import tables as sweep_table
+from ftp_lightning.studies import study_table as sweep_table
 from ftp_lightning.studies.runner import is_finished, to_do
 from ftp_lightning.studies.sweep import SweepStage
 

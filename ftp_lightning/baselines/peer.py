@@ -66,7 +66,11 @@ class Peer:
         self, setting: Setting, cut: float, profile: Profile, router: Router, form: Schedule, kv: str
     ) -> Schedule:
         look = scout_flops(setting.model, router.scout, profile.prompt_tokens)
-        about: dict[str, Any] = {"parts": self.parts, "rank": setting.rank, "new_tokens": profile.new_tokens}
+        about: dict[str, Any] = {
+            "parts": self.parts,
+            "rank": setting.skip_rank(self.parts),
+            "new_tokens": profile.new_tokens,
+        }
         return solve_budget(setting.model, cut, profile.prompt_tokens, kv, form, extra=look, **about)
 
     def pruner(
@@ -74,7 +78,7 @@ class Peer:
     ) -> TokenPruner:
         """The pruner of this peer; `more` are arguments of `TokenPruner`."""
         compensation = setting.compensation(self.parts)
-        skip = "identity" if compensation is None else "low-rank"
+        skip = "identity" if compensation is None else "low-rank" if compensation.rank else "mean"
         about: dict[str, Any] = {"parts": self.parts, "window": self.window, "attention": self.attention}
         return TokenPruner(router, schedule, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
 

@@ -34,6 +34,7 @@ class Setting:
         influence: Block Influence of every block, as `sensitivity` measures it; empty: not known.
         searched: the schedule that was searched for; its form alone counts, it is scaled to the budget.
         rank: of the compensation that every peer gets; 0: none gets one.
+        given, given_parts: a compensation fitted before, and the parts that it is about; it goes before `rank`.
         memo: what was found once and serves all budgets (compensations, removal orders).
     """
 
@@ -43,6 +44,8 @@ class Setting:
     influence: tuple[float, ...] = ()
     searched: Schedule | None = None
     rank: int = 0
+    given: Compensation | None = None
+    given_parts: str = "block"
     memo: dict = field(default_factory=dict)
 
     @property
@@ -53,6 +56,12 @@ class Setting:
     def hidden_size(self) -> int:
         return self.model.config.get_text_config().hidden_size
 
+    def skip_rank(self, parts: str) -> int:
+        """Rank of what skipped tokens of these parts are multiplied with."""
+        if self.given is None:
+            return self.rank
+        return self.given.rank if parts == self.given_parts else 0
+
     def needed(self, name: str, peer: str) -> Any:
         """UserError where something that a peer needs is not there."""
         found = getattr(self, name)
@@ -61,7 +70,9 @@ class Setting:
         return found
 
     def compensation(self, parts: str) -> Compensation | None:
-        """What skipped tokens of these parts get, fitted once; None for all or for none."""
+        """What skipped tokens of these parts get, given or fitted once; None: they keep their state."""
+        if self.given is not None:
+            return self.given if parts == self.given_parts else None
         if not self.rank:
             return None
         if ("compensation", parts) not in self.memo:

@@ -1,11 +1,18 @@
-"""Progress on the terminal: what, how far, how long still."""
+"""Progress of a stage on the terminal: what is done, how far it is, and how long it still takes."""
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+EVERY = 10.0
+"""Seconds between two lines where the output is no terminal [ours]."""
 
 
 def clock(seconds: float) -> str:
@@ -18,7 +25,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Lines about one stage: redrawn in place on a terminal, every ten seconds otherwise.
+    """Progress of one stage: a bar of rich on a terminal, a line every ten seconds otherwise.
 
     `before` and `share`: which part of a whole chain lay before this stage and which part it is (both in [0, 1]);
     from them and the chain's start the time left for all of it is estimated.
@@ -36,42 +43,59 @@ class Progress:
         self.label, self.before, self.share = label, before, share
         self.stream, self.now = stream or sys.stderr, now
         self.started = now() if started is None else started
-        self._last_shown, self._drawn = -float("inf"), 0
+        self._last_shown = -float("inf")
+        self._bar: Bar | None = None
 
     def place(self) -> dict:
-        """What another process needs to go on telling: `Progress(**place)`."""
+        """What another process needs to continue this progress: `Progress(**place)`."""
         return {"label": self.label, "before": self.before, "share": self.share, "started": self.started}
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._clear()
+        """Print a line that stays."""
+        self._close()
         print(f"{self.label}: {text}", file=self.stream, flush=True)
 
     def step(self, done: float, total: float, what: str) -> None:
-        """`done` of `total` steps; `what` says of what."""
+        """Show that `done` of `total` steps are done; `what` names the current one."""
         now, terminal = self.now(), self.stream.isatty()
-        if now - self._last_shown < (0.2 if terminal else 10.0):
+        if now - self._last_shown < (0.2 if terminal else EVERY):
             return
         self._last_shown = now
-        line = f"{self.label}: {what}, {self._time(now, done / max(total, 1e-9))}"
-        if not terminal:
-            print(line, file=self.stream, flush=True)
-            return
-        self._clear()
-        self._drawn = len(line)
-        self.stream.write(line)
-        self.stream.flush()
+        fraction = min(1.0, done / max(total, 1e-9))
+        text = f"{self.label}: {what}, {self._time(now, fraction)}"
+        if terminal:
+            self._draw(text, self.before + self.share * fraction)
+        else:
+            print(text, file=self.stream, flush=True)
 
     def done(self, text: str) -> None:
-        """The stage has ended."""
+        """Print the last line of the stage, with the time it took."""
         self.say(f"{text} ({clock(self.now() - self.started)})")
 
     def _time(self, now: float, fraction: float) -> str:
-        elapsed, part = now - self.started, self.before + self.share * min(1.0, fraction)
+        elapsed, part = now - self.started, self.before + self.share * fraction
         left = f", about {clock(elapsed * (1 - part) / part)} left" if part > 0.01 and elapsed > 1 else ""
         return f"{clock(elapsed)}{left}"
 
-    def _clear(self) -> None:
-        if self._drawn:
-            self.stream.write("\r" + " " * self._drawn + "\r")
-            self._drawn = 0
+    def _draw(self, text: str, part: float) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        if self._bar is None:
+            columns, console = (
+                (TextColumn("{task.description}", markup=False), BarColumn(20)),
+                Console(file=self.stream),
+            )
+            self._bar = Bar(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._bar.add_task("", total=1.0)
+            self._bar.start()
+            console.show_cursor(True)  # a killed process must not leave the terminal without one
+            atexit.register(self._close)
+        self._bar.update(self._bar.task_ids[0], description=text, completed=part)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            atexit.unregister(self._close)

@@ -1,19 +1,18 @@
-"""Tables as Markdown, CSV and LaTeX: one list of records, shown in three ways. CSV holds the plain numbers."""
+"""Tables as Markdown, CSV and LaTeX, by pandas: one list of records, shown in three ways. CSV holds plain numbers."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Record = Mapping[str, Any]
 MISSING = "–"
-_LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-          "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
-          "<": "$<$", ">": "$>$", "§": r"\S{}", "†": r"$\dagger$"}  # fmt: skip
+_LATEX: dict[str, str | int | None] = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
+    "§": r"\S{}", "†": r"$\dagger$",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,41 +25,41 @@ class Table:
     records: Sequence[Record]
     notes: Sequence[str] = field(default=())
 
-    def cells(self) -> list[list[str]]:
-        """The rows as text, without the headings."""
-        return [[show(record) for show in self.columns.values()] for record in self.records]
+    def shown(self) -> Any:
+        """The rows as text, a pandas.DataFrame with the headings as columns."""
+        import pandas
+
+        rows = [[show(record) for show in self.columns.values()] for record in self.records]
+        return pandas.DataFrame(rows, columns=list(self.columns), dtype=str)
 
     def markdown(self) -> str:
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in [list(self.columns), *self.cells()]]
-        head, *rows = ("| " + " | ".join(row) + " |" for row in escaped)
-        rule = "|" + "---|" * len(self.columns)
+        shown = self.shown().map(_markdown_text).rename(columns=_markdown_text)
+        rows = shown.to_markdown(index=False, tablefmt="github", disable_numparse=True)
         notes = ["", *(f"{note}  " for note in self.notes)] if self.notes else []
-        return "\n".join([f"### {self.title}", "", head, rule, *rows, *notes]) + "\n"
+        return "\n".join([f"### {self.title}", "", rows, *notes]) + "\n"
 
     def csv(self) -> str:
         """Every field of the records; numbers in full, nothing where there is none."""
-        names = list(dict.fromkeys(name for record in self.records for name in record))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in self.records)
-        return text.getvalue()
+        import pandas
+
+        return pandas.DataFrame(list(self.records), dtype=object).to_csv(index=False, lineterminator="\n")
 
     def latex(self) -> str:
         """A booktabs table with caption and label."""
-        lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in [list(self.columns), *self.cells()]]
         spec = "l" + "r" * (len(self.columns) - 1)
-        notes = "".join(rf"\par\footnotesize {escape_latex(note)}" + "\n" for note in self.notes)
-        return (
-            "\\begin{table}\n\\centering\n"
-            f"\\caption{{{escape_latex(self.title)}}}\\label{{tab:{self.name}}}\n"
-            f"\\begin{{tabular}}{{{spec}}}\n\\toprule\n{lines[0]}\n\\midrule\n" + "\n".join(lines[1:]) + "\n"
-            f"\\bottomrule\n\\end{{tabular}}\n{notes}\\end{{table}}\n"
-        )
+        about = {"column_format": spec, "caption": latex_text(self.title), "label": f"tab:{self.name}"}
+        shown = self.shown().map(latex_text).rename(columns=latex_text)
+        notes = "".join(rf"\par\footnotesize {latex_text(note)}" + "\n" for note in self.notes)
+        return shown.to_latex(index=False, position="ht", **about).replace("\\end{table}", notes + "\\end{table}")
 
 
-def escape_latex(text: str) -> str:
-    return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match.group()], text)
+def _markdown_text(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def latex_text(text: str) -> str:
+    """`text` with all characters escaped that LaTeX reads as its own."""
+    return text.translate(str.maketrans(_LATEX))
 
 
 def written(tables: Sequence[Table]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.report.outcome_series import with_best
 from ftp_lightning.report.reading import STAGES, Run, read_config, read_run, read_text
 from ftp_lightning.report.series import Rows
-from ftp_lightning.report.tables import MISSING, headline_method, kept_text, number, percent
 from ftp_lightning.report.verdict import speed_row
+from ftp_lightning.report.wording import MISSING, headline_method, kept_text, number, percent
 
 PATHS = {"output", "overwrite", "tracking", "pruned", "before", "static_schedule", "schedule", "sensitivity"}
 """Settings that say where something lies, not what is done."""

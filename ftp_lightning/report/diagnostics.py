@@ -8,7 +8,7 @@ from typing import Any
 
 from ftp_lightning.report import failure_rules as rules
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.tables import percent
+from ftp_lightning.report.wording import percent
 
 
 @dataclass(frozen=True)

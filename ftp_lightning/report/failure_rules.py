@@ -9,7 +9,7 @@ from typing import Any
 
 from ftp_lightning.report.outcome_series import realised
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.tables import headline_method, number, percent
+from ftp_lightning.report.wording import headline_method, number, percent
 
 KEPT_ENOUGH = 0.9
 FEW_ITEMS = 30

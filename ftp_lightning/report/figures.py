@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.report.series import OTHER_START, START, Rows
 from ftp_lightning.report.style import BLUE, CYCLE, INK, LINES, ORANGE, PALE, canvas, plain_log
-from ftp_lightning.report.tables import number
+from ftp_lightning.report.wording import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

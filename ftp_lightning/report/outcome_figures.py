@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ftp_lightning.report.figures import LOG, column, top_legend, whiskers
 from ftp_lightning.report.series import Rows
 from ftp_lightning.report.style import CYCLE, INK, METHOD_COLOURS, canvas, method_colour, plain_log
-from ftp_lightning.report.tables import floor_kl_text, number, percent
+from ftp_lightning.report.wording import floor_kl_text, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from typing import Any
 
 from ftp_lightning.report.reading import Run
 from ftp_lightning.report.series import Rows, by_block
-from ftp_lightning.report.tables import headline_method, method_labels
+from ftp_lightning.report.wording import headline_method, method_labels
 
 
 def realised(run: Run) -> Rows:

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.report import tables
+from ftp_lightning.report import wording
 from ftp_lightning.report.comparing import read_runs
 from ftp_lightning.report.comparison_page import PLOTS, comparison_context
 from ftp_lightning.report.diagnostics import diagnose
@@ -85,7 +85,7 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
     results, origins = run["evaluate"], read_origins(folder)
     return {
         "name": folder.resolve().name,
-        "facts": facts(read_settings(folder), tables.headline_method(results)),
+        "facts": facts(read_settings(folder), wording.headline_method(results)),
         "verdict": verdict(run),
         "cautions": cautions(run),
         "cards": cards(run),
@@ -95,15 +95,15 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "headline_columns": headline_columns(run),
         "headline": headline_table(run),
         "headline_label": headline_label(results),
-        "noise_floor": tables.noise_floor_text(results),
-        "method_labels": [label for _, label in tables.method_labels(results)],
-        "tasks": tables.task_rows(results) if results else [],
+        "noise_floor": wording.noise_floor_text(results),
+        "method_labels": [label for _, label in wording.method_labels(results)],
+        "tasks": wording.task_rows(results) if results else [],
         "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune") if run[stage]},
         "training": run["train"],
         "story": story(run["tokens"]),
         "origins": origins,
         "commands": [o["provenance"]["command"] for o in origins if o["provenance"].get("command")],
-        "number": tables.number,
+        "number": wording.number,
     }
 
 
@@ -120,25 +120,25 @@ CONTENTS = (("diagnostics", "Diagnostics"),)
 def headline_columns(run: Run) -> tuple[str, ...]:
     """Columns of the headline table; the last one is measured time, where the run measured it."""
     row = speed_row(run)
-    return tables.HEADLINE + ((f"prefill, {row['length']:,} tokens",) if row else ())
+    return wording.HEADLINE + ((f"prefill, {row['length']:,} tokens",) if row else ())
 
 
 def headline_table(run: Run) -> list[tuple[str, ...]]:
     """The headline rows, with the time of the two methods that the benchmark clocked: dense, and the headline's."""
     if not run["evaluate"]:
         return []
-    rows, row, label = tables.headline_rows(run["evaluate"]), speed_row(run), headline_label(run["evaluate"])
+    rows, row, label = wording.headline_rows(run["evaluate"]), speed_row(run), headline_label(run["evaluate"])
     if not row:
         return rows
     pace = f"{row['pruned_ms']:.0f} ms ({row['speedup']:.2f}x)"
     times = {"dense": f"{row['dense_ms']:.0f} ms", label: pace}
-    return [(*cells, times.get(cells[0], tables.MISSING)) for cells in rows]
+    return [(*cells, times.get(cells[0], wording.MISSING)) for cells in rows]
 
 
 def headline_label(results: dict[str, Any] | None) -> str | None:
     """The label of the row the verdict speaks about."""
-    chosen = tables.headline_method(results)
-    return next((label for method, label in tables.method_labels(results) if method is chosen), None)
+    chosen = wording.headline_method(results)
+    return next((label for method, label in wording.method_labels(results) if method is chosen), None)
 
 
 def search_summary(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ untouched.
 from typing import Any
 
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.tables import headline_method
+from ftp_lightning.report.wording import headline_method
 
 Rows = list[dict[str, Any]]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.report.reading import read_json
-from ftp_lightning.report.tables import MISSING, number, signed
+from ftp_lightning.report.wording import MISSING, number, signed
 
 STUDY = "study.json"
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

@@ -20,6 +20,7 @@ METHOD_COLOURS = {
     "random": PALE,
     "uniform": SKY,
     "default": VERMILLION,
+    "first_dense": VERMILLION,
     "block_influence": GREEN,
     "static": ORANGE,
     "dynamic (before fine-tuning)": PURPLE,

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.tables import floor_kl_text, headline_method, kept_text, number, percent
+from ftp_lightning.report.wording import floor_kl_text, headline_method, kept_text, number, percent
 
 ENOUGH_ITEMS = 2000  # [ours] fewer answers than this are a quick look (method, section 8)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.baselines.names import EQUAL_FLOPS, EQUAL_TOKENS, NEEDS_SENSITIVITY
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import PrunedSettings
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from ftp_lightning.stages.methods import Methods
 
 OUR_TASKS = OURS
-BASELINES = ("random", "uniform", "block_influence", "static")
-PEERS = (
-    "last_block_free", "deletion_recent", "deletion_random", "deletion_surprisal", "short_gpt", "lazy_llm", "fast_kv",
-    "gem_filter", "ffn_only", "spatten", "zero_tprune",
-)  # fmt: skip
-"""Those of `ftp_lightning.baselines` that need no training and no calibration but a sensitivity.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +32,7 @@ class EvaluateStage(PrunedSettings):
     stage: ClassVar[str] = "evaluate"
 
     compare: tuple[str, ...] = option(
-        (), f"baselines of the same budget: {', '.join(BASELINES)}; peers of the same FLOPs: {', '.join(PEERS)}"
+        (), f"methods at the same tokens: {', '.join(EQUAL_TOKENS)}; at the same FLOPs: {', '.join(EQUAL_FLOPS)}"
     )
     before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
     static_schedule: str | None = option(None, "schedule of the baseline `static`; else --schedule", is_file=True)
@@ -64,10 +59,10 @@ class EvaluateStage(PrunedSettings):
     def check(self) -> None:
         super().check()
         for name in self.compare:
-            if name not in BASELINES + PEERS:
-                known = ", ".join(BASELINES + PEERS)
+            if name not in EQUAL_TOKENS + EQUAL_FLOPS:
+                known = ", ".join(EQUAL_TOKENS + EQUAL_FLOPS)
                 raise UserError(f"compare names {name!r}, which is none of {known}\nChange --compare.")
-        for name in {"block_influence", "short_gpt"} & set(self.compare):
+        for name in set(NEEDS_SENSITIVITY) & set(self.compare):
             if not self.sensitivity:
                 raise UserError(f"the baseline {name} needs what `sensitivity` measured\nGive --sensitivity FILE.")
         if "static" in self.compare and not (self.static_schedule or self.schedule):

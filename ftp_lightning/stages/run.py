@@ -15,7 +15,7 @@ from ftp_lightning.cli.settings import BudgetSettings, StageSettings
 from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.benchmark import BenchmarkStage
-from ftp_lightning.stages.evaluate import BASELINES, OUR_TASKS, EvaluateStage
+from ftp_lightning.stages.evaluate import OUR_TASKS, EvaluateStage
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
@@ -23,6 +23,7 @@ from ftp_lightning.stages.train import RouterName, TrainStage
 SHARES = {"sensitivity": 3, "search": 16, "train": 19, "finetune": 11, "evaluate": 49, "benchmark": 2}
 """Rough shares of the time at the default sizes, for the time left."""
 ROUND = ("train", "finetune")
+COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class RunStage(BudgetSettings):
     train_data: str | None = option(None, "text to train the router on, where it is another than --data")
     test_data: str | None = option(None, "text to evaluate on, where it is another than --data")
     test_split: str = option("auto", "split of the text to evaluate on; `auto` is test")
-    compare: tuple[str, ...] = option(BASELINES, "baselines to evaluate beside the trained router")
+    compare: tuple[str, ...] = option(COMPARED, "baselines to evaluate beside the trained router")
     tasks: tuple[str, ...] = option(OUR_TASKS, "tasks to evaluate")
     items: int = option(300, "questions with facts to recall", least=1)
     limit: int | None = option(None, "items per task at most", least=1)

@@ -47,7 +47,7 @@ class SweepStage(Settings):
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.artifact import make_folder
         from ftp_lightning.studies.runner import carry_out, is_finished, to_do
-        from ftp_lightning.studies.tables import TABLE, write_study
+        from ftp_lightning.studies.study_table import TABLE, write_study
 
         progress = progress or Progress(f"study {self.name}")
         trials, question = self.trials(), self.question()

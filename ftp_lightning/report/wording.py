@@ -1,4 +1,4 @@
-"""The tables of the report as text: one set of rows for the terminal and for the page."""
+"""How the report words its values: numbers, shares, names of methods; one set of rows for terminal and page."""
 
 import math
 from typing import Any
@@ -43,6 +43,7 @@ NAMES = {
     "random": "random tokens",
     "uniform": "uniform, static",
     "default": "default, static",
+    "first_dense": "first block dense, static",
     "block_influence": "Block Influence",
     "static": "searched, static",
 }

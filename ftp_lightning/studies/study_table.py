@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import write_bytes, write_text
-from ftp_lightning.report.tables import number, percent, signed
+from ftp_lightning.report.wording import number, percent, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,84 @@
+"""A router without training under a plain way to spread a budget: what every search and training has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ftp_lightning.baselines.peer import Peer
+from ftp_lightning.baselines.setting import Setting
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.routing import Router, StaticRouter
+from ftp_lightning.schedule import Schedule
+
+FORM_BUDGET = 0.3
+"""The budget at which a spread is formed before one factor scales it to a FLOPs cut [ours]."""
+
+
+class Allocated(Peer):
+    """Spreads a budget over the blocks by a rule, so that it can be compared at equal tokens as well as at equal FLOPs.
+
+    The static router decides unless a subclass names another one.
+    """
+
+    def spread(self, setting: Setting, budget: float) -> Schedule:
+        """The schedule of this budget."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it spreads a budget")
+
+    def router(self, setting: Setting) -> Router:
+        return StaticRouter()
+
+    def tries(self, setting: Setting) -> Iterator[tuple[Router, Schedule]]:
+        yield self.router(setting), self.spread(setting, FORM_BUDGET)
+
+    def equal_tokens(self, setting: Setting, chosen: TokenPruner) -> TokenPruner:
+        """This method at the budget of `chosen`, with its other settings: kv, skip, parts, decode, window."""
+        return chosen.changed(router=self.router(setting), schedule=self.spread(setting, chosen.scheduled.budget))
+
+
+class Uniform(Allocated):
+    """The same sparsity in all blocks, static router (FTP, arXiv 2412.11494)."""
+
+    name, title, paper = "uniform", "static router, uniform", "FTP, arXiv 2412.11494"
+
+    def spread(self, setting: Setting, budget: float) -> Schedule:
+        return Schedule.uniform(setting.blocks, budget)
+
+
+class FirstDense(Allocated):
+    """The first block dense, the same sparsity in all others, static router [ours].
+
+    The plainest schedule that does not prune raw embeddings.
+    """
+
+    name, title, paper = "first_dense", "static router, first block dense", "ours"
+
+    def spread(self, setting: Setting, budget: float) -> Schedule:
+        from ftp_lightning.search.allocations import step
+
+        return step(setting.blocks, budget, 1)
+
+
+class BlockInfluence(Allocated):
+    """Less sparsity where Block Influence, 1 - cos(input, output), is high; static router.
+
+    After ShortGPT (arXiv 2403.03853), which removes whole blocks by it."""
+
+    name, title, paper = "block_influence", "static router, Block Influence", "ShortGPT, arXiv 2403.03853"
+
+    def spread(self, setting: Setting, budget: float) -> Schedule:
+        from ftp_lightning.search.allocations import from_importance
+
+        return from_importance(setting.needed("influence", self.name), budget)
+
+
+class Static(Allocated):
+    """The schedule that was searched with the static router (FTP, arXiv 2412.11494, Section 3.3)."""
+
+    name, title, paper = "static", "static router, searched", "FTP, arXiv 2412.11494"
+    kv = "keep"
+
+    def spread(self, setting: Setting, budget: float) -> Schedule:
+        if setting.searched is None:
+            raise UserError(f"{self.name} needs a searched schedule.\nGive one, or search it.")
+        return setting.searched

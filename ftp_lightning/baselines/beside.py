@@ -1,0 +1,30 @@
+"""Methods to compare a pruner with, each at its tokens or at its FLOPs, and with its own settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftp_lightning.baselines.allocated import Allocated
+from ftp_lightning.baselines.names import EQUAL_TOKENS
+from ftp_lightning.baselines.registry import METHODS
+from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.request import planned_cut
+
+
+def beside(name: str, chosen: TokenPruner, setting: Setting, prompt_tokens: int) -> TokenPruner:
+    """The method `name`, made comparable with `chosen`.
+
+    Methods of `EQUAL_TOKENS` get the budget and all other settings of `chosen`; the others get the FLOPs that `chosen`
+    needs for a prompt of `prompt_tokens`. Compensation goes to every method whose decisions address the same parts, and
+    the decode policy to every method whose scores are probabilities.
+    """
+    method = METHODS[name]
+    if name in EQUAL_TOKENS and isinstance(method, Allocated):
+        return method.equal_tokens(setting, chosen)
+    setting = replace(setting, given=chosen.compensation, given_parts=chosen.parts)
+    cut = planned_cut(setting.model, chosen, prompt_tokens)
+    pruner = method.place(setting, cut, Profile(prompt_tokens))
+    if pruner.router.ranks_only:
+        return pruner
+    return pruner.changed(decode=chosen.decode, threshold=chosen.threshold)

@@ -1,0 +1,81 @@
+"""An experiment is a grid of cells and one function that measures a cell; what is finished is not measured again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ftp_lightning.artifact import Lock, make_folder, write_text
+from ftp_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement of a grid; subclasses add fields. `name` is its file's name, made of the fields' values."""
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value).replace("/", "_").replace(" ", "_") for value in asdict(self).values())
+
+
+AnyCell = TypeVar("AnyCell", bound=Cell)
+
+
+def run_grid(
+    cells: Iterable[AnyCell],
+    measure: Callable[[AnyCell], DataFrame | None],
+    folder: Path,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Measure each cell that has no file yet, and write its items to `folder`/NAME.jsonl, whole or not at all.
+
+    Several processes may run the same grid at once: each cell is locked while it is measured, and the others go on
+    with the next one. After a kill the same command goes on; the kernel frees the lock. `measure` returns a record
+    (see `evaluation.record`), or None where there is nothing to measure, which is written as an empty file. A cell that
+    a UserError refuses is said and left out.
+    """
+    make_folder(folder)
+    for cell in cells:
+        path = folder / f"{cell.name}.jsonl"
+        lock = Lock(folder / f".{cell.name}.lock")
+        if path.exists() or not lock.take():
+            continue
+        try:
+            if not path.exists():
+                found = measure(cell)
+                write_text(path, "" if found is None else found.to_json(orient="records", lines=True))
+                say(f"{cell.name}: {0 if found is None else len(found)} items")
+        except UserError as error:
+            say(f"{cell.name}: left out: {str(error).splitlines()[0]}")
+        finally:
+            lock.free()
+
+
+def read_grid(cells: Sequence[AnyCell], folder: Path) -> DataFrame:
+    """The items of all finished cells in one table, each with the fields of its cell as columns."""
+    import pandas
+
+    parts = []
+    for cell in cells:
+        path = folder / f"{cell.name}.jsonl"
+        if path.exists() and path.stat().st_size:
+            parts.append(pandas.read_json(path, orient="records", lines=True).assign(**asdict(cell)))
+    if not parts:
+        raise UserError(f"{folder} holds no finished cell of this grid\nRun the experiment without --tables first.")
+    return pandas.concat(parts, ignore_index=True)
+
+
+def arguments(doc: str | None, output: str, **more: Any) -> argparse.Namespace:
+    """The flags that every experiment has: where to write, and whether to show tables alone; `more`: name=default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the measured cells")
+    parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of what is finished")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
+    return parser.parse_args()

@@ -1,0 +1,70 @@
+"""A grid of cells: finished cells stay, a refused one is left out, two processes share the work."""
+
+import multiprocessing
+from dataclasses import dataclass
+
+import pandas
+import pytest
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.studies.grid import Cell, read_grid, run_grid
+
+
+@dataclass(frozen=True)
+class Measured(Cell):
+    method: str
+    cut: float
+
+
+CELLS = [Measured(method, cut) for method in ("static", "a/b c") for cut in (0.1, 0.2)]
+
+
+def record(cell):
+    return pandas.DataFrame([{"item": "x", "score": cell.cut}, {"item": "y", "score": None}])
+
+
+def test_finished_cells_are_not_measured_again(tmp_path):
+    seen = []
+    for _ in range(2):
+        run_grid(CELLS, lambda cell: seen.append(cell) or record(cell), tmp_path, say=lambda _: None)
+    assert seen == CELLS
+    found = read_grid(CELLS, tmp_path)
+    assert len(found) == 2 * len(CELLS) and set(found.method) == {"static", "a/b c"}
+    assert found[(found.method == "static") & (found.cut == 0.2)].score.tolist()[0] == 0.2
+    assert {path.name for path in tmp_path.iterdir()} == {f"{cell.name}.jsonl" for cell in CELLS}
+
+
+def test_a_refused_cell_is_said_and_left_out(tmp_path):
+    said = []
+
+    def measure(cell):
+        if cell.cut == 0.2:
+            raise UserError("out of reach\nGive less.")
+        return record(cell)
+
+    run_grid(CELLS, measure, tmp_path, said.append)
+    assert sum("left out: out of reach" in line for line in said) == 2 and len(read_grid(CELLS, tmp_path)) == 4
+    with pytest.raises(UserError, match="no finished cell"):
+        read_grid(CELLS, tmp_path / "other")
+
+
+def test_an_interrupted_cell_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(CELLS, lambda cell: (_ for _ in ()).throw(KeyboardInterrupt), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def work(folder, seen):
+    run_grid(CELLS * 5, lambda cell: seen.append(cell.name) or record(cell), folder, say=lambda _: None)
+
+
+def test_two_processes_measure_each_cell_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    with context.Manager() as manager:
+        seen = manager.list()
+        workers = [context.Process(target=work, args=(tmp_path, seen)) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert sorted(seen) == sorted(cell.name for cell in CELLS)
