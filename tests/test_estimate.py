@@ -174,7 +174,9 @@ def test_the_command_line_says_it_and_does_nothing(command, tmp_path):
     wanted = ["--model", "random:tiny", "--estimate", "8x80"]
     status, out, err = command("run", *wanted)
     assert status == 0, err
-    assert [line.split(":")[0] for line in out.splitlines()] == "sensitivity search train search evaluate".split()
+    assert [
+        line.split(":")[0] for line in out.splitlines()
+    ] == "sensitivity search train search search evaluate".split()
     assert all("fits 80 GB" in line for line in out.splitlines()) and list(tmp_path.iterdir()) == []
     status, out, err = command("benchmark", *wanted)
     assert status == 2 and "has no estimate" in err
