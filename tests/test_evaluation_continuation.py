@@ -158,3 +158,13 @@ def test_wrong_requests_are_refused(model, windows):
         evaluate_windows(model, windows, teacher=torch.zeros(4, CONTINUATION, 48))
     with pytest.raises(ValueError, match="no windows"):
         evaluate_windows(model, SimpleNamespace(input_ids=windows.input_ids[:0], prompt_tokens=PROMPT))
+
+
+@pytest.mark.parametrize(("own", "other"), [("sdpa", "eager"), ("eager", "sdpa")])
+def test_the_noise_floor_runs_another_attention_kernel(windows, own, other):
+    model = random_llama(48, num_key_value_heads=2, attn_implementation=own)
+    ran = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda module, _: ran.append(module.config._attn_implementation))
+    noise_floor(model, windows, batch_size=5)
+    assert list(dict.fromkeys(ran)) == [own, other] and model.config._attn_implementation == own

@@ -118,3 +118,12 @@ def test_paired_bootstrap_stays_within_the_documents(differences, seed):
 def test_one_document_has_no_spread():
     with pytest.raises(ValueError, match="at least 2"):
         paired_bootstrap([1.0, 2.0], ["a", "a"], random.Random(0))
+
+
+def test_a_task_is_near_chance_by_the_dense_models_error():
+    """A pruned model that guesses has the larger error; it does not decide whether the task measures something."""
+    from ftp_lightning.stages.task_cells import _skill
+
+    dense, pruned = ({"score": s, "chance": 0.5, "stderr": e} for s, e in ((0.6, 0.02), (0.55, 0.2)))
+    assert _skill(dense, pruned) == (pytest.approx(0.5), True)
+    assert _skill(dense | {"stderr": 0.06}, pruned | {"stderr": 0.0}) == (None, True)

@@ -81,8 +81,8 @@ SEARCH = (
     Plot("finetune", "Fine-tuning with the trained router", "The same search, from the schedule found (start), with "
          "the router that will be deployed. Other lines: allocations that need no search.",
          partial(series.convergence, stage="finetune"), figures.convergence),
-    Plot("static", "Search with the static router, continued", "From the schedule found, for as many generations as the "
-         "fine-tuning: the static router that the evaluation compares with has searched as long as the trained one.",
+    Plot("static", "Search with the static router, continued", "From the schedule found, for as many generations as "
+         "the fine-tuning: the static router that the evaluation compares with has searched as long.",
          partial(series.convergence, stage="static"), figures.convergence),
 )  # fmt: skip
 
