@@ -262,7 +262,7 @@ class TokenPruner:
         """Read what `save` wrote. See `pruned_folder.load_pruner`."""
         from ftp_lightning.pruning.pruned_folder import load_pruner
 
-        return load_pruner(folder)
+        return load_pruner(folder, TokenPruner)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

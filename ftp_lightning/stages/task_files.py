@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.data import choices
 from ftp_lightning.data.long_tasks import long_items
@@ -19,8 +19,10 @@ from ftp_lightning.data.windows import Windows, plain_windows
 from ftp_lightning.evaluation.harness.declared import DECLARED
 from ftp_lightning.evaluation.harness.declared import RECALL as FACTS
 from ftp_lightning.evaluation.harness.task_data import Files, find_files
-from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.inputs import text_named
+
+if TYPE_CHECKING:
+    from ftp_lightning.stages.evaluate import EvaluateStage
 
 RECALL, ENDING, _ = OURS
 MADE = (*OURS, *LONG)
