@@ -17,7 +17,7 @@ KV = ("evict", "keep")
 """What skipped tokens leave in a block: no keys and values, or their own (`TokenPruner`)."""
 FORMAT = "ftp-lightning/schedule"
 VERSION = 1
-_DENSE, _LATE, _MOST = 1 / 6, 0.2, 0.9
+_DENSE, _LATE, _MOST = 1 / 6, 0.25, 0.9
 """Of `Schedule.default`: share of blocks that stay dense, share of late blocks, and the level that is filled first."""
 _LARGEST = 1_000_000
 """Bytes a schedule may have [ours]: 1000 blocks take 25 kB."""
@@ -68,16 +68,48 @@ class Schedule:
 
     @classmethod
     def default(cls, num_blocks: int, budget: float, kv: str | None = None) -> Schedule:
-        """PLACEHOLDER"""
+        """The schedule for someone who has trained and searched nothing; it holds on real models, unlike `uniform`.
+
+        The first sixth of the blocks is dense. The budget goes to the last quarter first, last block first, up to 0.9
+        (the last block up to 1, which costs the continuation nothing under `keep`). The rest goes evenly to the blocks
+        between. Late blocks `keep` the keys and values of skipped tokens, the others `evict` them. Only what these
+        cannot hold goes further: later blocks up to 1, and above a budget of about 0.8 the first ones. [ours]
+
+        Why: a token that skips the first blocks under `keep` leaves keys and values of a raw embedding in all later
+        ones. Late blocks have read what they need from the prompt. Measured with the static router, float32, on
+        validation books: KL to dense per token of 24 after 144 tokens of prose (5 windows), and "The special magic
+        number for CITY is 7 DIGITS." asked at the end of 220 to 300 tokens, answers kept of those dense gets right:
+
+        | KL on prose; answers kept | 30 %          | 50 %          | `uniform`, `keep`, 10 % |
+        |---------------------------|---------------|---------------|-------------------------|
+        | SmolLM2-135M-Instruct     | 0.11; 7 / 10  | 0.26; 3 / 10  | 8.1; 0 / 7              |
+        | Gemma 3 270M              | 0.05; 6 / 7   | 0.26; 3 / 7   |                         |
+        | embedded (own questions)  | 0.04; 36 / 40 | 0.21; 26 / 40 |                         |
+
+        On test books, once, at 10, 20 and 30 %: SmolLM2 0.006, 0.05, 0.12 and 6 of 6 answers each; embedded 0.00, 0.01,
+        0.03 and 59, 58, 55 of 59. At 50 % text is still text, but facts are lost.
+
+        Tried and worse on SmolLM2: the middle under `keep` from the first third on (at 50 % 0 / 10), a ramp under
+        `keep` (6 / 10 at 30 %), tokens by attention rank (4 / 10 at 30 %). All late blocks at 0.9 under `keep`
+        cost 0.14 on prose, evenly pruned blocks behind a dense sixth under `evict` 0.04, but 0.3 on the answers.
+        The sets are small: the order of near neighbours is not certain.
+
+        Args:
+            num_blocks: blocks of the model.
+            budget: mean sparsity.
+            kv: one mode in all blocks: "keep" spends the budget in late blocks alone, "evict" evenly behind the dense
+                ones.
+        """
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
-        first, middle = range(dense), range(dense, num_blocks - late)
-        from_the_end = [([block], _MOST) for block in reversed(range(dense, num_blocks))]
-        rest = [(range(dense, num_blocks), 1.0), (first, 1.0)]
+        routed, middle, last = range(dense, num_blocks), range(dense, num_blocks - late), num_blocks - 1
+        steps: list[tuple[Sequence[int], float]] = []
+        if kv != "evict":
+            steps = [([block], 1.0 if block == last else _MOST) for block in reversed(routed)]
         if kv is None:
-            modes = ["evict"] * (num_blocks - late) + ["keep"] * late
-            return cls(_filled(num_blocks, budget, from_the_end[:late] + [(middle, _MOST)] + rest), modes)
-        return cls(_filled(num_blocks, budget, (from_the_end if kv == "keep" else []) + rest), kv)
+            steps[late:] = [(middle, _MOST)]
+        modes = kv or ["evict"] * (num_blocks - late) + ["keep"] * late
+        return cls(_filled(num_blocks, budget, [*steps, (routed, 1.0), (range(dense), 1.0)]), modes)
 
     @property
     def num_blocks(self) -> int:

@@ -39,7 +39,7 @@ def test_many_budgets_make_a_family(command, tmp_path):
     train = "--steps 1 --batch_size 1 --validations 1 --validation_windows 2 --continuation_tokens 8".split()
     status, _, err = command("train", *arguments, *train, "--budget", "0.35")
     assert status == 0, err
-    assert Schedule(read("next/pruned/pruner.json")["sparsity"]) == family.at(0.35)
+    assert Schedule.from_record(read("next/pruned/pruner.json")) == family.at(0.35)
 
 
 def test_an_allocation_alone_is_what_is_found(command):

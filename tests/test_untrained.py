@@ -52,7 +52,7 @@ def test_one_command_gives_a_pruner_that_the_other_stages_take(command):
     assert status == 0, err
     pruner = TokenPruner.load("none/pruned")
     assert type(pruner.router) is UntrainedRouter and pruner.router.names == ("position", "rank")
-    assert pruner.schedule == Schedule([0.0, 0.3, 0.6]) and set(pruner.kv) == {"keep"}
+    assert pruner.schedule == Schedule([0.0, 0.3, 0.6], "keep") and set(pruner.kv) == {"keep"}
     assert json.loads(open("none/pruned/pruner.json").read())["sparsity"] == [0.0, 0.3, 0.6]
     short = ["--prompt", "The old man walked to the river and looked at it for a while.", "--max_new_tokens", "2"]
     status, _, err = command(

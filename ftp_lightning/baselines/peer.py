@@ -80,7 +80,8 @@ class Peer:
         compensation = setting.compensation(self.parts)
         skip = "identity" if compensation is None else "low-rank" if compensation.rank else "mean"
         about: dict[str, Any] = {"parts": self.parts, "window": self.window, "attention": self.attention}
-        return TokenPruner(router, schedule, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
+        own = schedule.under(None)  # the mode is the peer's, whatever a searched schedule was found for
+        return TokenPruner(router, own, kv=kv or self.kv, skip=skip, compensation=compensation, **about | more)
 
 
 def even(blocks: int) -> Schedule:

@@ -19,7 +19,7 @@ PALE = "#9a9a9a"
 METHOD_COLOURS = {
     "random": PALE,
     "uniform": SKY,
-    "default": VERMILLION,
+    "default": PURPLE,
     "first_dense": VERMILLION,
     "block_influence": GREEN,
     "static": ORANGE,

@@ -154,8 +154,8 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
     """One pruner per budget and kv mode."""
     from ftp_lightning.stages.inputs import chosen_pruner
 
-    shown = [replace(settings, kv=kv, modes=()) for kv in dict.fromkeys(settings.modes)] or [settings]
-    bases = [chosen_pruner(one, model) for one in shown]
+    modes: list[Any] = list(dict.fromkeys(settings.modes)) or [settings.kv]
+    bases = [chosen_pruner(replace(settings, kv=kv, modes=()), model) for kv in modes]
     base = bases[0]
     router = base.router if settings.pruned else untrained_router(settings.router, settings.seed)
     changes = {} if settings.attention == "auto" else {"attention": settings.attention}

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BUDGET = 0.3
+DEFAULT_KV = "keep"
+"""The kv mode under a schedule that says none, where no flag says one."""
 
 
 def load_model(
@@ -162,8 +164,9 @@ def schedule_or_default(path: str | None, budget: float | None, model: PreTraine
     return Schedule.default(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
 
 
-def default_of(settings: BudgetSettings, model: PreTrainedModel, kv: str | None = None) -> Schedule:
-    """`Schedule.default` of --budget; under --budget_kind flops the one whose FLOPs cut is nearest."""
+def default_of(settings: PrunedSettings, model: PreTrainedModel) -> Schedule:
+    """`Schedule.default` of --budget for --kv; under --budget_kind flops the one whose FLOPs cut is nearest."""
+    kv = None if settings.kv == "auto" else settings.kv
     if settings.budget is None or settings.budget_kind == "tokens":
         budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
         return Schedule.default(num_blocks(model), budget, kv)
@@ -216,12 +219,11 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
         asked = {"kv": settings.kv, "decode": settings.decode}
         changes = {name: value for name, value in asked.items() if value != "auto"}
         return pruner.changed(schedule=schedule or pruner.schedule, **changes)
-    kv = None if settings.kv == "auto" else settings.kv
     if settings.schedule:
         schedule = load_schedule(settings.schedule, model, settings.budget)
-        schedule = schedule.under(kv or schedule.kv or "keep")
+        schedule = schedule.under(schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv)
     else:
-        schedule = default_of(settings, model, kv)
+        schedule = default_of(settings, model)
     decode = "dense" if settings.decode == "auto" else settings.decode
     return TokenPruner(StaticRouter(), schedule, decode=decode)
 

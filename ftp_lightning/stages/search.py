@@ -210,12 +210,12 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
 
 def _mode(settings: SearchStage) -> Any:
     """The kv mode to search for: --kv, else that of the schedule to start from, else keep."""
-    from ftp_lightning.stages.inputs import read_schedule
+    from ftp_lightning.stages.inputs import DEFAULT_KV, read_schedule
 
     if settings.kv != "auto":
         return settings.kv
     given = read_schedule(settings.schedule, settings.budget) if settings.schedule else None
-    return given.kv if given is not None and given.kv else "keep"
+    return given.kv if given is not None and given.kv else DEFAULT_KV
 
 
 class _Listener:

@@ -186,7 +186,7 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
     router is trained with them. With --pruned the one that is there."""
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.compensation import fit_compensation
-    from ftp_lightning.stages.inputs import load_pruner, load_schedule, mixed_windows
+    from ftp_lightning.stages.inputs import DEFAULT_KV, load_pruner, load_schedule, mixed_windows
 
     if settings.pruned:
         loaded = load_pruner(settings.pruned, model)
@@ -200,7 +200,7 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
         rank = settings.skip_rank if settings.skip == "low-rank" else 0
         about["compensation"] = fit_compensation(model, windows, rank, batch_size=settings.batch_size)
     schedule = _first_schedule(settings, budget, model)
-    kv = schedule.kv or "keep" if settings.kv == "auto" else settings.kv
+    kv = schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv
     return TokenPruner(new_router(settings, model), schedule.under(kv), **about)
 
 
