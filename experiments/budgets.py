@@ -212,11 +212,11 @@ class Test:
     def measure(self, pruner):
         from dataclasses import asdict
 
-        from ftp_lightning.evaluation.continuation import evaluate_windows
+        from ftp_lightning.evaluation.continuation import evaluate_rows
         from ftp_lightning.evaluation.statistics import kept
         from ftp_lightning.pruning.flops import realised_flops_reduction
 
-        text = evaluate_windows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
+        text = evaluate_rows(self.model, self.windows, pruner, batch_size=16, teacher=self.teacher)
         found = {"kl": text.kl_mean, "ppl": text.ppl, "kl_rows": text.kl_rows, "realised": text.mean_sparsity}
         cut = realised_flops_reduction(self.model, pruner.trace.prompt, pruner.kv, rank=pruner.skip_rank)
         found["flops_cut"] = cut  # of the last batch
@@ -297,11 +297,28 @@ PAIRS = (
 )
 
 
-def comparisons(args, kv):
-    """Markdown rows: difference of kept answers in points, paired bootstrap over passages, all finished seeds
-    together."""
-    from ftp_lightning.evaluation.statistics import paired_bootstrap
+def answers(pairs):
+    """(A, B, item, seed) of the questions that need the passage, of (A's row, B's row) of each seed. Every seed asks
+    questions of its own."""
+    return [
+        (float(a), float(b), (seed, item), seed)
+        for seed, (one, two) in enumerate(pairs)
+        for item, (a, b, need) in enumerate(zip(one["right"], two["right"], one["need"]))
+        if need
+    ]
 
+
+def interval(rows, digits, scale=1.0):
+    """ "+1.2 [-0.3, +2.7]": A minus B of (A, B, item, seed), with its 95 % interval over items and seeds."""
+    from ftp_lightning.evaluation.statistics import paired
+
+    found = paired(*map(list, zip(*rows))).scaled(scale)
+    ends = "" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"{found.value:+.{digits}f}{ends}"
+
+
+def comparisons(args, kv):
+    """Markdown rows: difference of kept answers in points, paired, with an interval over the finished seeds."""
     first, shown = next(iter(tests_of(args))), dict(zip(METHODS, SHOWN))
     budgets = sorted(map(float, args.budgets.split(",")))
     print(f"\n### Kept answers compared, `{kv}`: points, [95 % interval]\n")
@@ -311,11 +328,8 @@ def comparisons(args, kv):
         for budget in budgets:
             paths = sorted(args.output.glob(f"{kv}-seed*-{budget}/test-{first}.json"))
             found = [json.loads(path.read_text()) for path in paths]
-            rows = [zip(r[a]["right"], r[b]["right"], r[a]["need"]) for r in found]
-            differences = [100.0 * (x - y) for row in rows for x, y, needed in row if needed]
-            if differences:
-                mean, low, high = paired_bootstrap(differences, range(len(differences)), random.Random(0))
-            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if differences else "")
+            rows = answers([(r[a], r[b]) for r in found])
+            cells.append(interval(rows, 1, 100.0) if rows else "")
         print(f"| {shown[a]} - {shown[b]} | {' | '.join(cells)} |")
 
 

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -76,10 +75,12 @@ def windows_of(args, tokenizer, kind, part, count, seed):
         return windows
     import torch
 
+    from ftp_lightning.data.rows import Rows
+
     noise = torch.Generator().manual_seed(2 * seed + (part == "test"))
     ids = torch.randint(len(tokenizer), windows.input_ids.shape, generator=noise)
     ids[:, 0] = windows.input_ids[:, 0]
-    return replace(windows, input_ids=ids)
+    return Rows.even(ids, PROMPT, windows.kinds, windows.documents)
 
 
 def make_pruner(kv):
@@ -106,7 +107,7 @@ def search(args, model, tokenizer, kv, kind, seed):
 def run_cell(args, kv, seed):
     """Search on every kind what was not yet, measure everywhere."""
     from ftp_lightning import Schedule
-    from ftp_lightning.evaluation.continuation import evaluate_windows, teacher_logprobs
+    from ftp_lightning.evaluation.continuation import evaluate_rows, teacher_logprobs
 
     target, known = study.cell_file(args, kv, args.budget, seed)
     missing = [kind for kind in ["uniform", *kinds(args)] if kind not in known]
@@ -124,7 +125,7 @@ def run_cell(args, kv, seed):
             row = search(args, model, tokenizer, kv, kind, seed)
         pruner = make_pruner(kv)(Schedule(row["sparsity"]))
         row |= {
-            name: evaluate_windows(model, windows, pruner, batch_size=8, teacher=teachers[name]).kl_mean
+            name: evaluate_rows(model, windows, pruner, batch_size=8, teacher=teachers[name]).kl_mean
             for name, windows in held.items()
         }
         known[kind] = row | {"kept": questions.measure(pruner)["kept"]["share"]}

@@ -22,10 +22,10 @@ def policies(pruner, thresholds):
 
 def measure(bench, name, pruner):
     """One row per task; text and its perplexity stand in each."""
-    from ftp_lightning.evaluation.continuation import evaluate_windows
+    from ftp_lightning.evaluation.continuation import evaluate_rows
 
     found = bench.measure(name, pruner)
-    evaluate_windows(bench.model, bench.windows, pruner, "prompt", bench.settings.batch_size, bench.teacher)
+    evaluate_rows(bench.model, bench.windows, pruner, "prompt", bench.settings.batch_size, bench.teacher)
     shares = pruner.trace.sparsity  # of the last batch's continuation
     text = {"kl": found["kl"]["mean"], "ppl": found["ppl"]["prompt"], "skipped_text": sum(shares) / len(shares)}
     cells = found["tasks"].items()
@@ -58,11 +58,12 @@ def table(rows):
 def run(thresholds, rest):
     from pathlib import Path
 
+    from ftp_lightning.stages.measuring import Bench
+
     from ftp_lightning.__main__ import parse
     from ftp_lightning.artifact import make_folder, write_text
     from ftp_lightning.evaluation.tables import written
     from ftp_lightning.stages.inputs import load_model
-    from ftp_lightning.stages.measuring import Bench
     from ftp_lightning.stages.methods import choose_methods
 
     settings = parse("evaluate", ["--output", "runs/decode_sensitivity", *rest])

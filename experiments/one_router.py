@@ -133,7 +133,7 @@ class Cell(routers.Cell):
         import torch
 
         from ftp_lightning import TokenPruner, make_router
-        from ftp_lightning.data.module import WindowsData
+        from ftp_lightning.data.module import RowsData
         from ftp_lightning.lit.fitting import fit
         from ftp_lightning.lit.router_training import RouterTraining
         from ftp_lightning.lit.training_settings import TrainingSettings
@@ -146,7 +146,7 @@ class Cell(routers.Cell):
         pruner = TokenPruner(router, self.family.at(self.budget), kv=self.kv)
         system = RouterTraining(self.model, pruner, settings, None if how == "own" else self.family, self.args.range)
         began = time.process_time()
-        found = fit(system, WindowsData(rows, self.validation, settings.batch_size, self.seed), place)
+        found = fit(system, RowsData(rows, self.validation, settings.batch_size, self.seed), place)
         seconds = time.process_time() - began
         pruner.save(place / "pruned")
         study.write(place / "training.json", {"validation": found["validation_kl"], "seconds": seconds})

@@ -6,7 +6,6 @@ import json
 import statistics
 
 import budgets as study
-import schedules
 
 FORMS = ("own", "uniform", "searched")
 OURS = ("ftp_static", "ftp", "ftp_projected")
@@ -58,18 +57,31 @@ def own_rows(rows, profile, cut=None):
 # ---------------------------------------------------------------- comparisons, paired
 
 
-def per_item(rows, what):
-    """Mean over the rows (seeds) of each item's value: "kept" in points over the questions, "kl" over the windows."""
+def items_of(row, what):
+    """Each item's value under one seed: "kept" 0 or 1 over the questions that need the passage, "kl" over windows."""
     if what == "kl":
-        return [statistics.mean(values) for values in zip(*(row["kl_rows"] for row in rows))]
-    asked = [[100.0 * a for a, need in zip(row["right"], row["need"]) if need] for row in rows]
-    return [statistics.mean(values) for values in zip(*asked)]
+        return row["kl_rows"]
+    return [float(right) for right, need in zip(row["right"], row["need"]) if need]
 
 
 def difference(ours, others, what):
-    """Text: ours - others over the same items, with its interval."""
-    pairs = zip(per_item(ours, what), per_item(others, what), strict=True)
-    return schedules.interval([a - b for a, b in pairs], 1 if what == "kept" else 4)
+    """Text: ours - others, with its interval over items and seeds; the items are the same under every seed."""
+    seeds = range(max(len(ours), len(others)))
+    pairs = [(ours[seed % len(ours)], others[seed % len(others)]) for seed in seeds]
+    rows = [
+        (a, b, item, seed)
+        for seed, (one, two) in enumerate(pairs)
+        for item, (a, b) in enumerate(zip(items_of(one, what), items_of(two, what), strict=True))
+    ]
+    return study.interval(rows, 1, 100.0) if what == "kept" else study.interval(rows, 4)
+
+
+def share(rows):
+    """`Interval` of the answers kept, over questions and seeds."""
+    from ftp_lightning.evaluation.statistics import clustered
+
+    items = [(right, item, seed) for seed, row in enumerate(rows) for item, right in enumerate(items_of(row, "kept"))]
+    return clustered(*map(list, zip(*items)))
 
 
 def main_table(args, rows, profile, cut):
@@ -97,8 +109,9 @@ def main_table(args, rows, profile, cut):
 
 
 def table_row(found, paired):
-    low, high = (100 * statistics.mean(row["kept"][side] for row in found) for side in ("low", "high"))
-    cells = [f"{kept_of(found)} [{low:.1f}, {high:.1f}]", study.mean_std([row["kl"] for row in found], 4), *paired]
+    kept = share(found).scaled(100)
+    shown = f"{kept_of(found)} [{kept.low:.1f}, {kept.high:.1f}]"
+    cells = [shown, study.mean_std([row["kl"] for row in found], 4), *paired]
     cells.append(", ".join(f"{mean(found, name):.1%}" for name in ("planned_cut", "realised_cut")))
     cells.append(f"{mean(found, 'flops_cut'):.1%}")
     cells.append(", ".join(f"{mean(found, name):.1%}" for name in ("nominal", "realised")))

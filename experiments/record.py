@@ -139,11 +139,17 @@ def measured(args, part, name, cut, seed, test):
 
 
 def together(rows):
-    """`Kept` of all seeds' answers."""
+    """`Kept` of all seeds' answers, with an interval over seeds; each seed asks questions of its own."""
     from ftp_lightning.evaluation.statistics import kept
 
-    needed = [right for row in rows for right, need in zip(row["right"], row["need"]) if need]
-    return kept([True] * len(needed), [False] * len(needed), needed)
+    items = [
+        (right, (seed, place), seed)
+        for seed, row in enumerate(rows)
+        for place, (right, need) in enumerate(zip(row["right"], row["need"]))
+        if need
+    ]
+    right, places, seeds = map(list, zip(*items))
+    return kept([True] * len(right), [False] * len(right), right, places, seeds)
 
 
 def choose(args, name):

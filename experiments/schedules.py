@@ -240,10 +240,10 @@ class Held:
         return {name: (windows, teacher_logprobs(test.model, windows, 8)) for name, windows in zip(HELD, sets)}
 
     def measure(self, name, pruner):
-        from ftp_lightning.evaluation.continuation import evaluate_windows
+        from ftp_lightning.evaluation.continuation import evaluate_rows
 
         windows, teacher = self.sets[name]
-        text = evaluate_windows(self.model, windows, pruner, batch_size=8, teacher=teacher)
+        text = evaluate_rows(self.model, windows, pruner, batch_size=8, teacher=teacher)
         return {"kl": text.kl_mean, "kl_rows": text.kl_rows}
 
 
@@ -352,19 +352,14 @@ def table_row(cells, name):
 
 
 def paired(cells, name, other):
-    """`name` minus `other` with its interval: held-out KL over windows, kept answers in points over questions."""
+    """`name` minus `other` with its interval over seeds: held-out KL over windows, kept answers in points."""
     pairs = [(cell[name], cell[other]) for cell in cells]
-    kl = [a - b for one, two in pairs for a, b in zip(one["held"]["kl_rows"], two["held"]["kl_rows"])]
-    answers = [answer for one, two in pairs for answer in zip(one["right"], two["right"], two["need"])]
-    kept = [100.0 * (a - b) for a, b, need in answers if need]
-    return [interval(kl, 4), interval(kept, 1)]
-
-
-def interval(differences, digits):
-    from ftp_lightning.evaluation.statistics import paired_bootstrap
-
-    mean, low, high = paired_bootstrap(differences, range(len(differences)), random.Random(0))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    kl = [
+        (a, b, (seed, item), seed)
+        for seed, (one, two) in enumerate(pairs)
+        for item, (a, b) in enumerate(zip(one["held"]["kl_rows"], two["held"]["kl_rows"]))
+    ]
+    return [study.interval(kl, 4), study.interval(study.answers(pairs), 1, 100.0)]
 
 
 def share_of_tokens(ours, rival):

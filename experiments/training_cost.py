@@ -66,7 +66,7 @@ class Bench:
     def train(self, name):
         """Processor seconds of a step, and the router's number of parameters."""
         from ftp_lightning import TokenPruner, make_router
-        from ftp_lightning.data.module import WindowsData
+        from ftp_lightning.data.module import RowsData
         from ftp_lightning.lit.fitting import fit
         from ftp_lightning.lit.router_training import RouterTraining
         from ftp_lightning.lit.training_settings import TrainingSettings
@@ -75,7 +75,7 @@ class Bench:
         router = make_router(kind, self.blocks, self.model.config.hidden_size)
         settings = TrainingSettings(steps=self.args.steps, batch_size=self.batch, validations=1, **more)
         system = RouterTraining(self.model, TokenPruner(router, self.schedule, self.args.kv), settings)
-        data, ends = WindowsData(self.rows, self.rows.subset(range(1)), self.batch, 0), []
+        data, ends = RowsData(self.rows, self.rows.subset(range(1)), self.batch, 0), []
         with TemporaryDirectory() as folder:
             fit(system, data, Path(folder), progress=lambda *step: ends.append(time.process_time()))
         return (ends[-1] - ends[0]) / (len(ends) - 1), router.parameter_count  # the first step follows a validation

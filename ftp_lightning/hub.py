@@ -106,8 +106,9 @@ def _measured(folder: Path, results: Path) -> list[str]:
         }
         kept = ours["kept"]
         if kept:
-            low, high = 100 * kept["low"], 100 * kept["high"]
-            rows["answers kept"] = f"{100 * kept['share']:.1f} % ({low:.1f} to {high:.1f}, {kept['items']} items)"
+            known = kept["low"] is not None
+            ends = f"{100 * kept['low']:.1f} to {100 * kept['high']:.1f}" if known else kept["note"]
+            rows["answers kept"] = f"{100 * kept['share']:.1f} % ({ends}, {kept['items']} items)"
         for task, cell in ours["tasks"].items():
             if cell["acc"] is not None and task in found["dense"]["tasks"]:
                 rows[f"accuracy, {task}, dense and pruned"] = (

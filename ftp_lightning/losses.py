@@ -46,6 +46,11 @@ def kl_per_token(teacher_logprobs: Tensor, logits: Tensor) -> Tensor:
     return (teacher_logprobs.exp() * difference).sum(dim=-1)
 
 
+def nll_per_token(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood -log softmax(logits)[target] of each token, in nats; (B, C, V), (B, C) -> (B, C)."""
+    return logits.logsumexp(dim=-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+
+
 def kl_rows(student: Tensor, teacher: Tensor, scored: Tensor | None = None) -> Tensor:
     """Mean KL(teacher || student) of each row's scored tokens, in nats [ours: an option of L_d, its mean over rows].
 

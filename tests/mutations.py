@@ -21,7 +21,7 @@ MUTATIONS = {
         P + "search/accuracy.py", "if place(made[0].doc) < SEARCHED:", "if True:",
         "test_searched_documents.py::test_a_search_looks_at_the_documents_of_lowest_place_alone"),
     "evaluation asks what was searched": (
-        P + "stages/measuring.py", "seen=self.seen)", "seen=None)",
+        P + "stages/evaluate.py", 'run["seen"] = seen', 'run["seen"] = None',
         "test_searched_documents.py::test_evaluate_leaves_out_what_search_has_seen_for_every_method"),
     "training forgets what its schedule was searched on": (
         P + "pruning/pruner.py", '["schedule"].after(self.schedule.seen)', '["schedule"]',
@@ -40,8 +40,8 @@ MUTATIONS = {
         P + "studies/bench.py", "OTHER_SEED = 1_000_003", "OTHER_SEED = 0",
         "test_stage_windows.py::test_a_study_measures_on_other_windows_than_its_training_was_validated_on"),
     "a task is near chance by the pruned model's error": (
-        P + "stages/task_cells.py", 'dense["chance"], dense["stderr"])', 'dense["chance"], pruned["stderr"])',
-        "test_evaluation_statistics.py::test_a_task_is_near_chance_by_the_dense_models_error"),
+        P + "evaluation/cells.py", 'base["chance"], base["stderr"])', 'base["chance"], standard_error(items))',
+        "test_stage_windows.py::test_a_task_is_near_chance_by_the_dense_models_error"),
     "crossover never happens": (
         P + "search/genetic.py", "rng.random() < self.settings.crossover:", "False:",
         "test_search_genetic.py::test_children_are_mixed_as_often_as_asked"),

@@ -8,8 +8,8 @@ import torch
 from families import family
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
-from ftp_lightning.data.windows import Windows
-from ftp_lightning.evaluation.continuation import evaluate_windows
+from ftp_lightning.data.rows import Rows, moved
+from ftp_lightning.evaluation.continuation import evaluate_rows
 from ftp_lightning.lit.block_sensitivity import BlockSensitivity
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
@@ -25,7 +25,7 @@ SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
 GENERATOR = torch.Generator().manual_seed(5)
 IDS = torch.randint(3, 64, (2, 24), generator=GENERATOR)
 PADDED = torch.ones_like(IDS).index_fill(1, torch.arange(3), 0)
-WINDOWS = Windows(torch.randint(3, 64, (4, 20), generator=GENERATOR), 14, ["plain"] * 4, [0] * 4)
+WINDOWS = Rows.even(torch.randint(3, 64, (4, 20), generator=GENERATOR), 14, ["plain"] * 4, [0] * 4)
 PLAIN = {"kv": "evict"}
 WAYS = [
     PLAIN,
@@ -96,13 +96,13 @@ def search(model, place):
     fitted = fit_compensation(model, WINDOWS, rank=2)
     yield from fitted.tensors.values()
     pruner = TokenPruner(make_router("random", 4, 32), SCHEDULE, kv="keep", skip="low-rank", compensation=fitted)
-    yield torch.tensor(evaluate_windows(model, WINDOWS, pruner, batch_size=2).kl_rows)
+    yield torch.tensor(evaluate_rows(model, WINDOWS, pruner, batch_size=2).kl_rows)
 
 
 def sensitivity(model, place):
     makers = {kv: lambda s, kv=kv: TokenPruner(StaticRouter(), s, kv=kv) for kv in ("keep", "evict")}
     system = BlockSensitivity(model, makers, 4, (0.3, 0.6), prompt_tokens=14).to(place)
-    system._measure(WINDOWS.input_ids.to(place), 14)
+    system._measure(moved(WINDOWS.batch(range(4)), place))
     yield system.kl.compute()
     yield from (system.cosine.compute(), system.saliency.compute())
 

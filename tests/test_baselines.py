@@ -21,10 +21,12 @@ from ftp_lightning.baselines.selectors import AttentionSelector, nested, pooled
 from ftp_lightning.baselines.skip_gpt import SkipGPTRouter
 from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.baselines.zero_tprune import PageRankSelector
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.compensation import fit_compensation
-from ftp_lightning.pruning.request import planned_cut, realised_cut
+from ftp_lightning.pruning.flops import row_flops
+from ftp_lightning.pruning.request import planned_cut, realised_cut, row_costs, scout_flops
 from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
 from ftp_lightning.pruning.tokens import Tokens
 from ftp_lightning.routing import HiddenRouter, ProjectedRouter, RoutingContext
@@ -39,7 +41,7 @@ SELECTORS = {
 
 
 def setting(**more):
-    windows = Windows(TEXT, PROMPT, ["plain"] * len(TEXT), list(range(len(TEXT))))
+    windows = Rows.even(TEXT, PROMPT, ["plain"] * len(TEXT), list(range(len(TEXT))))
     about = {"windows": windows, "influence": (0.4, 0.1, 0.3, 0.2), "searched": Schedule([0.0, 0.2, 0.5, 0.9])}
     return Setting(MODEL, **about | more)
 
@@ -359,7 +361,7 @@ def test_a_trained_router_is_taken_from_the_nearest_folder_that_reaches_the_cut(
 # ---------------------------------------------------------------- equal cost
 
 COARSE = {"short_gpt", "block_pruner"}
-SCALED = [name for name in PEERS if name not in {"last_block_free", "deletion_surprisal", *COARSE}]
+SCALED = [name for name in PEERS if name not in {"last_block_free", "deletion_surprisal", "default", *COARSE}]
 
 
 @pytest.mark.parametrize("new_tokens", [0, 6])
@@ -372,6 +374,36 @@ def test_every_peer_is_placed_at_the_cut_and_realises_it(name, new_tokens):
     assert abs(planned - cut) < (0.15 if name in COARSE else 0.04)
     prefill_and_continue(MODEL, pruner, TEXT, PROMPT)
     assert realised_cut(MODEL, pruner, pruner.trace.prompt, new_tokens) == pytest.approx(planned, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["static", "threshold", "short_gpt", "gem_filter", "deletion_surprisal"])
+def test_the_costs_of_rows_are_those_of_each_alone(name):
+    """Of padded prompts too, with as many new tokens as each row has; looks and removed parts are in them."""
+    prompts, new = [row[:n].tolist() for row, n in zip(TEXT, (18, 9, 13))], [0, 6, 3]
+    rows = Rows([Row(ids, [1] * 4) for ids in prompts])
+    pruner = TokenPruner(
+        StaticRouter(), Schedule.uniform(4, 0.5), choice="threshold" if name == "threshold" else "topk"
+    )
+    if name in PEERS:
+        pruner = PEERS[name].place(setting(), 0.1, PROFILE)
+
+    def costs(batch, new_tokens):
+        with torch.no_grad(), pruner(MODEL):
+            continuation_logits(MODEL, **batch)
+        return row_costs(MODEL, pruner, pruner.trace.prompt, new_tokens)
+
+    together = costs(rows.batch(range(3)), new)
+    alone = [costs(rows.batch([i]), [new[i]]) for i in range(3)]
+    for column in ("dense_flops", "flops", "dense_kv_bytes", "kv_bytes"):
+        assert getattr(together, column) == pytest.approx([getattr(one, column)[0] for one in alone])
+    tokens, looked = len(prompts[2]), pruner.router.scout is not None
+    _, computed = row_flops(MODEL, pruner.trace.prompt, pruner.kv, new[2], 0, pruner.removed)
+    look = scout_flops(MODEL, pruner.router.scout, tokens)
+    assert alone[2].flops == pytest.approx([computed.item() + look]) and (look > 0) == looked
+    whole = realised_cut(MODEL, pruner, pruner.trace.prompt, new[2])
+    assert whole == pytest.approx(alone[2].cut) and together.cut == pytest.approx(
+        1 - sum(together.flops) / sum(together.dense_flops)
+    )
 
 
 def test_a_look_is_charged():

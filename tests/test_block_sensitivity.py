@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token, nll_per_token
 from ftp_lightning.evaluation.redundancy import pooled_jaccard
 from ftp_lightning.lit.block_sensitivity import BlockSensitivity, Share
@@ -188,7 +189,7 @@ def test_several_kv_modes_in_one_run_are_those_of_several_runs():
 
 def test_prompts_of_another_length_are_refused():
     system = BlockSensitivity(llama(), {"only": maker("static", "keep")}, BLOCKS, LEVELS, prompt_tokens=PROMPT - 1)
-    with pytest.raises(ValueError, match="prompts of 16 tokens, not 15"):
+    with pytest.raises(ValueError, match="prompts that are not of 15 tokens"):
         predict(system)
 
 
@@ -294,3 +295,30 @@ def test_processes_add_up():
 def test_impossible_levels_are_refused(levels):
     with pytest.raises(ValueError, match="levels must|must be in"):
         BlockSensitivity(llama(), {"only": maker("static", "evict")}, BLOCKS, levels, prompt_tokens=PROMPT)
+
+
+LENGTHS = ((16, 5), (6, 2), (11, 5), (6, 1), (9, 3))
+
+
+def test_rows_of_any_length_are_what_they_are_alone():
+    """Influence, redundancy and gradient weigh by prompt tokens, KL by continuation tokens; padding is nowhere."""
+    rows = Rows([Row(row[:p], row[PROMPT : PROMPT + c]) for row, (p, c) in zip(IDS.tolist(), LENGTHS)])
+    model, about = llama(), {"only": maker("static", "keep")}
+
+    def summary(batches):
+        system = BlockSensitivity(model, about, BLOCKS, LEVELS, prompt_tokens=None)
+        for batch in batches:
+            system._measure(batch)
+        return system.summary()
+
+    together = summary(batch for _, batch in rows.batches(3))
+    alone = [summary([rows.batch([i])]) for i in range(5)]
+    for name, part in (("block_influence", 0), ("gradient", 0), ("kl", 1)):
+        weights = torch.tensor([lengths[part] for lengths in LENGTHS], dtype=torch.float64)
+        each = torch.stack([torch.tensor(one[name], dtype=torch.float64).flatten() for one in alone])
+        expected = (weights[:, None] * each).sum(0) / weights.sum()
+        assert torch.tensor(together[name]).flatten().tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    shares = [[p * one["redundancy"]["0.8"][block] for (p, _), one in zip(LENGTHS, alone)] for block in range(BLOCKS)]
+    assert together["redundancy"]["0.8"] == pytest.approx([sum(row) / 48 for row in shares])
+    assert together["tokens"] == {"prompt": 48, "continuation": 16} and "position" not in together
+    assert together["forward_tokens"]["dense"] == 64

@@ -27,7 +27,7 @@ from ftp_lightning import (
     UserError,
     fit_compensation,
 )  # fmt: skip
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import compensation, flops
@@ -44,7 +44,7 @@ KV = ["evict", "keep", ("evict", "keep", "keep", "evict")]
 
 def windows(count=8, seed=0, prompt=20):
     ids = torch.randint(3, 64, (count, 24), generator=torch.Generator().manual_seed(seed))
-    return Windows(ids, prompt, ["plain"] * count, list(range(count)))
+    return Rows.even(ids, prompt, ["plain"] * count, list(range(count)))
 
 
 FITTED = {skip: fit_compensation(MODEL, windows(), rank) for skip, rank in RANKS.items()}
@@ -152,17 +152,18 @@ def test_batches_of_a_loader_are_windows():
 
 def test_continuations_have_no_say():
     rows = windows()
-    other = dataclasses.replace(rows, input_ids=torch.cat([rows.input_ids[:, :20], rows.input_ids[:, :4]], 1))
+    other = Rows([dataclasses.replace(row, continuation=row.prompt[:4]) for row in rows.rows])
     a, b = (gather_moments(MODEL, one)["block"][3] for one in (rows, other))
     assert torch.equal(a.xx, b.xx) and torch.equal(a.yx, b.yx)
 
 
 def test_massive_tokens_are_left_out():
     """A token far larger than its row's others would be fitted instead of them."""
-    model, rows = tiny_llama(), windows()
+    model, ids = tiny_llama(), windows().input_ids
     rare = torch.tensor([5, 9])
-    rows.input_ids[rows.input_ids == 9] = 11
-    rows.input_ids[:, 4] = 9
+    ids[ids == 9] = 11
+    ids[:, 4] = 9
+    rows = Rows.even(ids, 20, ["plain"] * 8, list(range(8)))
     with torch.no_grad():
         model.model.embed_tokens.weight[rare[1]] *= 1e3
     counts = [one.count for one in gather_moments(model, rows)["block"]]
@@ -173,7 +174,7 @@ def test_massive_tokens_are_left_out():
 def test_parts_are_fitted_on_what_enters_and_leaves_them(name):
     """At full rank, and nearly no penalty, a map of few tokens finds every update again; whichever family it is."""
     model = family(name, finest(name))
-    few = Windows(windows().input_ids[:1], 12, ["plain"], [0])
+    few = Rows.even(windows().input_ids[:1], 12, ["plain"], [0])
     fitted = fit_compensation(model, few, WIDTH, 1e-12, parts="attention+mlp").to(dtype=finest(name))
     assert fitted.parts == ("attention", "mlp") and set(fitted.tensors) == set(compensation.shapes(**fitted.sizes()))
     seen = {}
@@ -188,7 +189,7 @@ def test_parts_are_fitted_on_what_enters_and_leaves_them(name):
     for part in fitted.parts:
         out = seen[part + ".out"]
         x, y = (t.view(1, 12, WIDTH) for t in (seen[part], out[0] if isinstance(out, tuple) else out))
-        usual = compensation._usual(x) & compensation._usual(x + y)
+        usual = compensation._usual(x, None) & compensation._usual(x + y, None)
         usual[:, 0] = usual[:, -1] = False
         assert usual.sum() > 5 and relative(fitted.update(x, 2, part)[usual], y[usual]) < 1e-3
 
@@ -539,3 +540,18 @@ def test_train_fits_and_stores_it_and_a_search_carries_it(command):
     tuned = TokenPruner.load("tuned/pruned").compensation.tensors
     assert all(torch.equal(tuned[name], t) for name, t in trained.compensation.tensors.items())
     assert load_file(Path("tuned/pruned/compensation.safetensors")).keys() == tuned.keys()
+
+
+@pytest.mark.parametrize("parts", ["block", "attention+mlp"])
+def test_rows_of_any_length_add_up(parts):
+    """Padding is in no sum: a batch of rows has the moments of each row alone, added up."""
+    ids = [row.prompt + row.continuation for row in windows(5).rows]
+    rows = Rows([Row(row[:p], row[p : p + c]) for row, (p, c) in zip(ids, ((20, 4), (9, 2), (13, 1), (9, 4), (5, 3)))])
+    together = gather_moments(MODEL, rows, 3, parts)
+    alone = [gather_moments(MODEL, rows.subset([i]), 1, parts) for i in range(5)]
+    for part, blocks in together.items():
+        for block, found in enumerate(blocks):
+            expected = sum((one[part][block] for one in alone[1:]), start=alone[0][part][block])
+            assert found.count == expected.count == sum(p - 2 for p in (20, 9, 13, 9, 5))
+            for name in ("x", "y", "xx", "yx"):
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)

@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
-from ftp_lightning.data.module import WindowsData
+from ftp_lightning.data.module import RowsData
 from ftp_lightning.data.recall import draw_facts
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
-from ftp_lightning.data.windows import Windows, calibration_windows, plain_windows, recall_windows
+from ftp_lightning.data.windows import calibration_windows, plain_windows, recall_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.models import load_tokenizer
 
@@ -117,15 +118,15 @@ def test_calibration_windows_follow_seed_and_keep_their_prefix():
 
 def test_windows_are_checked_and_hashed():
     ids = torch.arange(12).reshape(2, 6)
-    windows = Windows(ids, 4, ["plain", "recall"], [3, 5])
+    windows = Rows.even(ids, 4, ["plain", "recall"], [3, 5])
     assert len(windows) == 2 and windows.continuation_tokens == 2
     swapped = windows.subset([1, 0])
     assert swapped.input_ids.tolist() == ids.flip(0).tolist()
     assert (swapped.kinds, swapped.documents) == (["recall", "plain"], [5, 3])
-    assert len({windows.hash(), swapped.hash(), Windows(ids, 3, windows.kinds, windows.documents).hash()}) == 3
+    assert len({windows.hash(), swapped.hash(), Rows.even(ids, 3, windows.kinds, windows.documents).hash()}) == 3
     for bad in ((ids.int(), 4, windows.kinds, [3, 5]), (ids, 6, windows.kinds, [3, 5]), (ids, 4, ["plain"], [3, 5])):
         with pytest.raises(ValueError):
-            Windows(*bad)
+            Rows.even(*bad)
 
 
 def rows_of(loader):
@@ -133,8 +134,8 @@ def rows_of(loader):
 
 
 def test_module_shuffles_by_seed_and_pass_and_keeps_order_elsewhere():
-    windows = Windows(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
-    data = WindowsData(windows, windows.subset([2, 1]), batch_size=4, seed=7)
+    windows = Rows.even(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
+    data = RowsData(windows, windows.subset([2, 1]), batch_size=4, seed=7)
     rows = rows_of(itertools.islice(data.train_dataloader(), 5))  # two passes over ten rows
     assert sorted(rows[:10]) == sorted(rows[10:]) == windows.input_ids.tolist()
     assert rows[:10] != rows[10:]
@@ -143,9 +144,9 @@ def test_module_shuffles_by_seed_and_pass_and_keeps_order_elsewhere():
     batches = list(data.predict_dataloader())
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 6), (4, 6), (2, 6)]
     assert all(batch["prompt_tokens"] == 4 for batch in batches)
-    assert WindowsData(windows).val_dataloader() == []
+    assert RowsData(windows).val_dataloader() == []
     with pytest.raises(ValueError, match="batch_size 0"):
-        WindowsData(windows, batch_size=0)
+        RowsData(windows, batch_size=0)
 
 
 def test_a_trainer_sees_pass_after_pass():
@@ -163,7 +164,7 @@ def test_a_trainer_sees_pass_after_pass():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    windows = Windows(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
+    windows = Rows.even(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -171,15 +172,15 @@ def test_a_trainer_sees_pass_after_pass():
         "enable_model_summary": False,
     }
     watch = Watch()
-    Trainer(max_steps=20, accelerator="cpu", **quiet).fit(watch, WindowsData(windows, seed=3))
+    Trainer(max_steps=20, accelerator="cpu", **quiet).fit(watch, RowsData(windows, seed=3))
     assert sorted(watch.seen[:10]) == sorted(watch.seen[10:]) and watch.seen[:10] != watch.seen[10:]
 
 
 def test_processes_and_a_resumed_training_see_the_batches_of_one():
-    windows = Windows(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
+    windows = Rows.even(torch.arange(60).reshape(10, 6), 4, ["plain"] * 10, list(range(10)))
 
     def batches(count, **changes):
-        loader = WindowsData(windows, batch_size=3, seed=7, random_prompt=(2, 5)).train_dataloader()
+        loader = RowsData(windows, batch_size=3, seed=7, random_prompt=(2, 5)).train_dataloader()
         loader.__dict__.update(changes)
         found = itertools.islice(loader, count)
         return [(batch["number"], batch["prompt_tokens"], batch["input_ids"].tolist()) for batch in found]

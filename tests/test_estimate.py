@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner, UserError
 from ftp_lightning.__main__ import parse
 from ftp_lightning.cli.estimate import devices
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.estimate import Need, Shape, evaluate_need, forward_bytes, search_need, train_need, training_bytes
-from ftp_lightning.evaluation.continuation import continuation_logits, evaluate_windows
+from ftp_lightning.evaluation.continuation import continuation_logits, evaluate_rows
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.search.criteria import KLDivergence, entering_head
@@ -104,13 +105,10 @@ def test_the_sum_of_a_search_forward_holds(name, dtype):
 
 @pytest.mark.parametrize(("words", "dtype"), [(4000, torch.float32), (16000, torch.bfloat16)])
 def test_the_sum_of_an_evaluation_holds(words, dtype):
-    class Windows:
-        prompt_tokens = PROMPT
-
-    model, windows = model_of(dtype, words=words), Windows()
-    windows.input_ids = ids_of(model)
+    model = model_of(dtype, words=words)
+    rows = Rows.even(ids_of(model), PROMPT, ["plain"] * ROWS, [0] * ROWS)
     with LiveBytes() as live:
-        evaluate_windows(model, windows, pruner_of(model, StaticRouter()), batch_size=ROWS)
+        evaluate_rows(model, rows, pruner_of(model, StaticRouter()), batch_size=ROWS)
     stated = forward_bytes(Shape.of(model), ROWS, PROMPT, CONTINUATION, comparing=True)
     assert stated == pytest.approx(live.peak, rel=0.15)
 

@@ -1,15 +1,14 @@
 """Continuation scores: equal to the plain forward where nothing is pruned, causal where something is."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny import random_llama
 from transformers import LlamaForCausalLM
 
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import (
     continuation_logits,
-    evaluate_windows,
+    evaluate_rows,
     kl_per_token,
     nll_per_token,
     noise_floor,
@@ -17,6 +16,9 @@ from ftp_lightning.evaluation.continuation import (
     teacher_logprobs,
 )
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.flops import realised_flops
+from ftp_lightning.pruning.request import kept_bytes
+from ftp_lightning.routing import make_router
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.static import StaticRouter
 from ftp_lightning.schedule import Schedule
@@ -32,7 +34,7 @@ def model():
 @pytest.fixture
 def windows():
     ids = torch.randint(48, (5, PROMPT + CONTINUATION), generator=torch.Generator().manual_seed(1))
-    return SimpleNamespace(input_ids=ids, prompt_tokens=PROMPT)
+    return Rows.even(ids, PROMPT, ["plain"] * 5, [0, 0, 1, 1, 2])
 
 
 def half(router=None):
@@ -86,7 +88,7 @@ def test_kl_and_nll_by_hand():
 @pytest.mark.parametrize("mode", ["prompt", "sequence"])
 def test_scores_equal_their_definitions(model, windows, mode):
     pruner = half()
-    scores = evaluate_windows(model, windows, pruner, mode=mode, batch_size=2)
+    scores = evaluate_rows(model, windows, pruner, mode=mode, batch_size=2)
     with torch.no_grad():
         dense = model(windows.input_ids).logits[:, PROMPT - 1 : -1]
         with pruner(model):
@@ -108,9 +110,9 @@ def test_scores_equal_their_definitions(model, windows, mode):
 
 @pytest.mark.parametrize("router", [StaticRouter(), RandomRouter(seed=3)])
 def test_batch_size_and_a_shared_teacher_change_nothing(model, windows, router):
-    alone = evaluate_windows(model, windows, half(router), batch_size=1)
+    alone = evaluate_rows(model, windows, half(router), batch_size=1)
     teacher = teacher_logprobs(model, windows, batch_size=4)
-    together = evaluate_windows(model, windows, half(router), batch_size=5, teacher=teacher)
+    together = evaluate_rows(model, windows, half(router), batch_size=5, teacher=teacher)
     assert together.kl_rows == pytest.approx(alone.kl_rows, abs=1e-5)
     assert together.nll_rows == pytest.approx(alone.nll_rows, abs=1e-4)
     assert together.sparsity == pytest.approx(alone.sparsity)
@@ -119,7 +121,7 @@ def test_batch_size_and_a_shared_teacher_change_nothing(model, windows, router):
 def test_the_model_is_dense_again_afterwards(model, windows):
     with torch.no_grad():
         before = model(windows.input_ids).logits
-        evaluate_windows(model, windows, half())
+        evaluate_rows(model, windows, half())
         assert torch.equal(before, model(windows.input_ids).logits)
 
 
@@ -153,11 +155,93 @@ def test_a_noise_floor_that_fails_puts_the_attention_back(model, windows, monkey
 
 def test_wrong_requests_are_refused(model, windows):
     with pytest.raises(ValueError, match="mode is 'both'"):
-        evaluate_windows(model, windows, mode="both")
-    with pytest.raises(ValueError, match="teacher has shape"):
-        evaluate_windows(model, windows, teacher=torch.zeros(4, CONTINUATION, 48))
-    with pytest.raises(ValueError, match="no windows"):
-        evaluate_windows(model, SimpleNamespace(input_ids=windows.input_ids[:0], prompt_tokens=PROMPT))
+        evaluate_rows(model, windows, mode="both")
+    with pytest.raises(ValueError, match="teacher has 4 rows of other lengths"):
+        evaluate_rows(model, windows, teacher=torch.zeros(4, CONTINUATION, 48))
+    with pytest.raises(ValueError, match="no rows"):
+        evaluate_rows(model, windows.subset([]))
+    with pytest.raises(ValueError, match="no continuation to evaluate"):
+        evaluate_rows(model, windows.prompts())
+
+
+LENGTHS = [(9, 4), (4, 1), (12, 5), (9, 4), (6, 5), (12, 2)]
+"""(prompt, continuation) tokens: some rows alike, none in order."""
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(48, (p + c,), generator=generator).tolist() for p, c in LENGTHS]
+    return Rows([Row(row[:p], row[p:], "chat", i) for i, (row, (p, c)) in enumerate(zip(ids, LENGTHS))])
+
+
+def attention_router():
+    return make_router("untrained", 3, hidden_size=1, seed=0)
+
+
+PRUNERS = {
+    "dense": lambda: None,
+    "static evict": lambda: TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.75]), kv="evict"),
+    "static keep": lambda: TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.75]), kv="keep"),
+    "attention evict": lambda: TokenPruner(attention_router(), Schedule([0.0, 0.5, 0.75]), kv="evict", window=4),
+    "attention keep": lambda: TokenPruner(attention_router(), Schedule([0.0, 0.5, 0.75]), kv="keep", window=4),
+    "threshold": lambda: TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.75]), kv="evict", choice="threshold"),
+}
+
+
+@pytest.mark.parametrize("mode", ["prompt", "sequence"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_row_among_others_is_what_it_is_alone(model, ragged, name, mode):
+    together = evaluate_rows(model, ragged, PRUNERS[name](), mode, 4, teacher_logprobs(model, ragged, 3))
+    alone = [evaluate_rows(model, ragged.subset([i]), PRUNERS[name](), mode) for i in range(len(ragged))]
+    for column in ("kl_rows", "nll_rows", "dense_nll_rows", "sparsity_rows"):
+        expected = [value for one in alone for value in getattr(one, column)]
+        assert getattr(together, column) == pytest.approx(expected, abs=1e-5)
+    for column in ("first_rows", "agreed_rows", "right_rows", "prompt_tokens", "continuation_tokens", "documents"):
+        assert getattr(together, column) == [value for one in alone for value in getattr(one, column)]
+    tokens = [c for _, c in LENGTHS]
+    by_token = sum(c * kl for c, kl in zip(tokens, together.kl_rows)) / sum(tokens)
+    assert together.kl_mean == pytest.approx(by_token, abs=1e-9)
+    routed = [p + (mode == "sequence") * c for p, c in LENGTHS]
+    if name == "dense":
+        assert together.sparsity == together.sparsity_rows == [] and together.costs is None
+        return
+    weighted = sum(n * s for n, s in zip(routed, together.sparsity_rows)) / sum(routed)
+    assert together.mean_sparsity == pytest.approx(weighted, abs=1e-6) and weighted > 0.2
+
+
+@pytest.mark.parametrize("name", ["static evict", "attention keep", "threshold"])
+def test_costs_are_those_of_all_batches(model, ragged, name):
+    pruner, dense, pruned, stored = PRUNERS[name](), [], [], []
+    scores = evaluate_rows(model, ragged, pruner, batch_size=2)
+    for row in ragged.rows:
+        with torch.no_grad(), pruner(model):
+            model(torch.tensor([row.prompt]))
+        found = realised_flops(model, pruner.trace.prompt, pruner.kv)
+        dense.append(found[0])
+        pruned.append(found[1])
+        stored.append(kept_bytes(model, pruner, pruner.trace.prompt))
+    assert scores.costs.dense_flops == pytest.approx(dense) and scores.costs.flops == pytest.approx(pruned)
+    assert scores.costs.kv_bytes == pytest.approx(stored)
+    assert scores.flops_cut == pytest.approx(1 - sum(pruned) / sum(dense))
+    last = evaluate_rows(model, ragged.subset(ragged.order[-2:]), pruner)
+    assert abs(last.flops_cut - scores.flops_cut) > 1e-3  # the last batch alone says something else
+
+
+def test_items_have_one_record_per_row(model, ragged):
+    scores = evaluate_rows(model, ragged, half())
+    items = scores.items()
+    assert len(items) == len(ragged) and [item["kl"] for item in items] == scores.kl_rows
+    assert {"document", "kind", "prompt_tokens", "first", "agreed", "right", "sparsity", "flops", "kv_bytes"} <= set(
+        items[0]
+    )
+    assert "flops" not in evaluate_rows(model, ragged).items()[0]
+
+
+def test_the_noise_floor_of_rows_is_that_of_each_alone(model, ragged):
+    floor = noise_floor(model, ragged, batch_size=4)
+    alone = [noise_floor(model, ragged.subset([i])).kl_mean for i in range(len(ragged))]
+    assert floor.kl_rows == pytest.approx(alone, abs=1e-9) and max(floor.kl_rows) < 1e-6
 
 
 @pytest.mark.parametrize(("own", "other"), [("sdpa", "eager"), ("eager", "sdpa")])

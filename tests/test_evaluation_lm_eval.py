@@ -13,8 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.harness import made, tasks
 from ftp_lightning.evaluation.harness import results as task_results
-from ftp_lightning.evaluation.harness import tasks
 from ftp_lightning.evaluation.harness.model import FtpLM
 from ftp_lightning.evaluation.scoring import rolling_windows
 from ftp_lightning.models import load_tokenizer
@@ -236,7 +236,7 @@ def test_lm_eval_describes_neither_checkout_nor_machine(ftp, recall, tmp_path, m
 def test_half_a_character_is_named_with_its_line(recall):
     recall.write_text(recall.read_text() + '{"context": "\\ud800", "choices": [], "answer": 0}\n')
     with pytest.raises(UserError, match="line 6 holds half a character"):
-        tasks.embedded_task("story_recall", recall)
+        made.made_task("story_recall", recall)
 
 
 def test_limit(ftp, recall):
@@ -246,14 +246,14 @@ def test_limit(ftp, recall):
 def test_broken_rows_are_named(recall):
     recall.write_text(recall.read_text() + '{"context": "no choices", "answer": 0}\n')
     with pytest.raises(UserError, match="line 6 has no choices"):
-        tasks.embedded_task("story_recall", recall)
+        made.made_task("story_recall", recall)
     recall.write_text("[1]\nnonsense\n")
     with pytest.raises(UserError, match="line 1 is not a JSON object"):
-        tasks.embedded_task("story_recall", recall)
+        made.made_task("story_recall", recall)
     with pytest.raises(UserError, match="cannot read"):
-        tasks.embedded_task("story_recall", recall.with_name("absent"))
+        made.made_task("story_recall", recall.with_name("absent"))
     with pytest.raises(UserError, match="Did you mean story_recall"):
-        tasks.embedded_task("story_recal", recall)
+        made.made_task("story_recal", recall)
 
 
 def test_group_of_one_overrides_the_data_of_a_known_task(recall):

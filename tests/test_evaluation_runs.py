@@ -82,7 +82,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "results.json").exists()
     assert main(["evaluate", *SMALL, "--output", str(tmp_path / "killed")]) == 0
-    for name in ("results.json", "samples.jsonl", "tables.md"):
+    for name in ("results.json", "record.jsonl", "tables.md"):
         assert read(tmp_path / "killed", name) == read(tmp_path / "whole", name)
     assert not answers.exists()
 
@@ -178,9 +178,10 @@ def test_two_runs_are_compared_item_by_item(monkeypatch, capsys, tmp_path):
     for name, right in (("a", 1.0), ("b", 0.0)):
         (tmp_path / name).mkdir()
         rows = [
-            {"task": "t", "id": i, "hash": str(i), "score": {"m": right}, "right": {"m": bool(right)}} for i in range(6)
+            {"method": "m", "seed": 0, "task": "t", "item": i, "hash": str(i), "score": right, "right": bool(right)}
+            for i in range(6)
         ]
-        (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script("compare_runs.py", monkeypatch, tmp_path / "a", tmp_path / "b", "--show", 2)
     said = capsys.readouterr().out
     assert "6 items in both, 0 in one only" in said and "| t | A | B | 6 | +100.0" in said and "0.031" in said

@@ -1,16 +1,20 @@
 """Statistics against values worked out by hand or published."""
 
-import random
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from ftp_lightning.evaluation.spread import jackknife
 from ftp_lightning.evaluation.statistics import (
+    Interval,
+    chance_of,
+    clustered,
     kept,
     kept_by,
     mcnemar_p,
-    paired_bootstrap,
+    paired,
     retention,
     skill,
     wilson_interval,
@@ -38,7 +42,7 @@ def test_wilson_interval_holds_the_share_and_stays_in_bounds(trial):
 
 def test_mcnemar_by_hand():
     assert mcnemar_p(0, 0) == 1.0
-    assert mcnemar_p(5, 0) == 2 / 32
+    assert mcnemar_p(5, 0) == pytest.approx(2 / 32)
     assert mcnemar_p(1, 3) == pytest.approx(2 * (1 + 4) / 16)
     assert mcnemar_p(2, 2) == 1.0
     assert mcnemar_p(3, 9) == mcnemar_p(9, 3) == pytest.approx(2 * (1 + 12 + 66 + 220) / 4096)
@@ -59,7 +63,8 @@ def test_kept_counts_only_items_that_need_the_passage():
 
 def test_kept_of_nothing_is_unknown():
     result = kept([0, 1], [0, 1], [1, 1])
-    assert (result.share, result.low, result.high, result.items) == (None, 0.0, 1.0, 0)
+    assert (result.share, result.low, result.high, result.items) == (None, None, None, 0)
+    assert result.note == "no items"
     with pytest.raises(ValueError):
         kept([True], [False], [True, False])
 
@@ -83,47 +88,107 @@ def test_retention_and_skill():
         retention([0.1, 0.2], [0.5])
 
 
-def test_paired_bootstrap_resamples_documents_not_items():
-    # 2 documents of 50 identical items: over items the interval would be narrow, over documents it is all or nothing.
-    differences, documents = [1.0] * 50 + [-1.0] * 50, ["a"] * 50 + ["b"] * 50
-    mean, low, high = paired_bootstrap(differences, documents, random.Random(0))
-    assert (mean, low, high) == (0.0, -1.0, 1.0)
+def test_documents_not_items_are_what_varies():
+    # 2 documents of 50 identical items each: half the spread of the two is known from one difference alone.
+    found = clustered([1.0] * 50 + [-1.0] * 50, ["a"] * 50 + ["b"] * 50)
+    reach = stats.t.ppf(0.975, 1)  # standard error 1, one degree of freedom
+    assert (found.value, found.items, found.clusters) == (0.0, 100, 2)
+    assert (found.low, found.high) == (pytest.approx(-reach), pytest.approx(reach))
 
 
-def test_paired_bootstrap_weighs_documents_by_their_items():
-    mean, low, high = paired_bootstrap([3.0, 0.0, 0.0], ["a", "b", "b"], random.Random(0))
-    assert (mean, low, high) == (1.0, 0.0, 3.0)
+def test_documents_of_one_item_each_get_students_interval():
+    values = [0.3, 0.5, 0.4, 1.9, 0.1]
+    found = clustered(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert found == clustered(values, "abcde")
 
 
-def test_paired_bootstrap_agrees_with_the_normal_interval_and_its_seed():
-    rng = random.Random(1)
-    differences = [rng.gauss(0.5, 1.0) for _ in range(400)]
-    result = paired_bootstrap(differences, range(400), random.Random(2))
-    mean = sum(differences) / 400
-    error = (sum((d - mean) ** 2 for d in differences) / 400 / 400) ** 0.5
-    assert result[0] == pytest.approx(mean)
-    assert result[1:] == (pytest.approx(mean - 1.96 * error, abs=0.015), pytest.approx(mean + 1.96 * error, abs=0.015))
-    assert result == paired_bootstrap(differences, range(400), random.Random(2))
-    assert result != paired_bootstrap(differences, range(400), random.Random(3))
+def test_documents_weigh_by_their_items():
+    found = clustered([3.0, 0.0, 0.0], ["a", "b", "b"])
+    # Left out in turn: mean 0 without a, 3 without b, both around 1: V = 1/2 (1 + 4).
+    assert found.value == 1.0 and found.high - found.value == pytest.approx(stats.t.ppf(0.975, 1) * 2.5**0.5)
 
 
-@given(st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.integers(0, 99))
-def test_paired_bootstrap_stays_within_the_documents(differences, seed):
-    mean, low, high = paired_bootstrap(differences, range(len(differences)), random.Random(seed), samples=50)
-    slack = 1e-9
-    assert min(differences) - slack <= low <= high <= max(differences) + slack
-    assert mean == pytest.approx(sum(differences) / len(differences), abs=1e-9)
+def test_degrees_of_freedom_fall_where_one_document_holds_most_items():
+    even = jackknife(np.zeros(40), np.repeat(np.arange(4), 10))[1]
+    uneven = jackknife(np.zeros(40), np.repeat(np.arange(4), [37, 1, 1, 1]))[1]
+    assert even == pytest.approx(3) and 1 <= uneven < 1.2
 
 
-def test_one_document_has_no_spread():
-    with pytest.raises(ValueError, match="at least 2"):
-        paired_bootstrap([1.0, 2.0], ["a", "a"], random.Random(0))
+def test_seeds_are_students_interval_where_each_has_documents_of_its_own():
+    seeds, documents = [0, 0, 1, 1, 2, 2], "abcdef"
+    values = [0.0, 1.0, 10.0, 11.0, -8.0, -7.0]
+    low, high = stats.ttest_1samp([0.5, 10.5, -7.5], 0).confidence_interval(0.95)
+    found = clustered(values, documents, seeds)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high)) and found.seeds == 3
+    assert found.high - found.low > 2 * (clustered(values, documents).high - found.value)
 
 
-def test_a_task_is_near_chance_by_the_dense_models_error():
-    """A pruned model that guesses has the larger error; it does not decide whether the task measures something."""
-    from ftp_lightning.stages.task_cells import _skill
+def test_seeds_that_agree_by_luck_do_not_narrow_what_documents_say():
+    values, documents = [1.0, -1.0, -1.0, 1.0], "abcd"
+    assert clustered(values, documents, [0, 0, 1, 1]).high >= clustered(values, documents).high
 
-    dense, pruned = ({"score": s, "chance": 0.5, "stderr": e} for s, e in ((0.6, 0.02), (0.55, 0.2)))
-    assert _skill(dense, pruned) == (pytest.approx(0.5), True)
-    assert _skill(dense | {"stderr": 0.06}, pruned | {"stderr": 0.0}) == (None, True)
+
+def test_documents_that_come_back_under_every_seed_add_to_the_seeds():
+    # value = seed effect + document effect, no noise: V = var(seeds)/6 + var(documents)/12 - var(cells)/72.
+    seed_effect, document_effect = range(6), range(12)
+    rows = [(float(s + d), d, s) for s in seed_effect for d in document_effect]
+    found = clustered(*zip(*rows, strict=True))
+    between, across = np.var(seed_effect, ddof=1) / 6, np.var(document_effect, ddof=1) / 12
+    df = (between + across) ** 2 / (between**2 / 5 + across**2 / 11)
+    inside = np.var([row[0] for row in rows], ddof=1) / 72
+    wanted = stats.t.ppf(0.975, df) * (between + across - inside) ** 0.5
+    assert found.high - found.value == pytest.approx(wanted)
+    assert wanted > max(stats.t.ppf(0.975, 5) * between**0.5, stats.t.ppf(0.975, 11) * across**0.5)
+
+
+@pytest.mark.parametrize("documents", [["a"] * 3, [None] * 3])
+def test_one_document_has_no_interval(documents):
+    found = clustered([1.0, 2.0, 4.0], documents)
+    assert (found.low, found.high, found.note, found.sign) == (None, None, "one document: no interval", 0)
+    assert found.scaled(3).value == pytest.approx(7) and found.scaled(3).low is None
+    pair = paired([1, 1, 0], [0, 1, 0], documents)
+    assert pair.value == pytest.approx(1 / 3) and pair.low is None
+
+
+def test_nothing_and_lengths():
+    assert clustered([]) == Interval(None, None, None, 0, 0, 0, "no items")
+    with pytest.raises(ValueError):
+        clustered([1.0, 2.0], ["a"])
+    with pytest.raises(ValueError):
+        paired([1.0, 2.0], [1.0])
+
+
+@given(st.integers(2, 12), st.integers(1, 30), st.integers(0, 10_000))
+def test_a_share_is_never_surer_than_wilson_of_all_items(documents, size, seed):
+    rng = np.random.default_rng(seed)
+    right = rng.random(documents * size) < rng.choice([0.5, 0.95, 1.0])
+    found = clustered(right, np.repeat(np.arange(documents), size).tolist())
+    low, high = wilson_interval(int(right.sum()), len(right))
+    assert 0 <= found.low <= low <= found.value <= high <= found.high <= 1
+
+
+def test_all_kept_is_not_beyond_doubt():
+    few, many = (clustered([1.0] * 120, [i % n for i in range(120)]) for n in (3, 40))
+    assert few.high == many.high == 1.0
+    assert few.low < many.low < 1.0 and few.low < 0.9 < many.low
+    seeds = clustered([1.0] * 120, [i % 40 for i in range(120)], [i // 40 for i in range(120)])
+    assert seeds.low < many.low
+
+
+def test_methods_that_never_differ_are_not_equal_beyond_doubt():
+    right = [1.0, 0.0] * 50
+    found = paired(right, right)
+    reach = stats.t.ppf(0.975, 99) / 102  # Agresti and Min's of 0 and 0 changed among 100
+    assert (found.low, found.high) == (pytest.approx(-reach), pytest.approx(reach))
+    few = paired(right, right, [i % 3 for i in range(100)])
+    assert few.high > 2 * found.high
+
+
+def test_chance_is_the_best_constant_answer_where_labels_are_unbalanced():
+    assert chance_of([1] * 622 + [0] * 378, 2) == 0.622
+    assert chance_of([0, 1] * 50 + [0] * 5, 2) == 0.5  # 55 of 105: no more than luck
+    assert chance_of([0, 1, 2, 3, 3], 4) == 0.25
+    assert chance_of([], 4) == 0.25
+    assert chance_of([3] * 40, 4) == 1.0

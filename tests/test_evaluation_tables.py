@@ -12,6 +12,8 @@ from ftp_lightning.data.task_names import LONG
 from ftp_lightning.data.words import KINDS
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import pairing, quoted, statistics
+from ftp_lightning.evaluation.harness.results import ACCOUNTED, METRICS, summaries, summarize
+from ftp_lightning.evaluation.record import difference, joined, record
 from ftp_lightning.evaluation.tables import Table, latex_text, percent, text, with_error, with_interval, written
 from ftp_lightning.models import load_tokenizer
 
@@ -19,43 +21,90 @@ TOKENIZER = load_tokenizer("embedded")
 STORIES = load_documents("embedded", "calibration")
 
 
-def row(task, i, a, b, document=None):
-    score = {"A": None if a is None else float(a), "B": None if b is None else float(b)}
-    return {"task": task, "id": f"{i}", "hash": f"h{i}", "document": document, "score": score, "right": score}
+def items(method, scores, task="t", **labels):
+    rows = [{"score": score, "right": bool(score), "hash": f"h{n}", **labels} for n, score in enumerate(scores)]
+    return record(rows, method, task)
 
 
 def test_pairs_count_what_was_lost_and_gained():
-    rows = [row("t", i, a, b) for i, (a, b) in enumerate([(0, 1), (0, 1), (1, 0), (1, 1), (0, 0)])]
-    (pair,) = pairing.compare([*rows, row("other", 0, None, 1)], "A", "B")
-    assert (pair.task, pair.items, pair.lost, pair.gained) == ("t", 5, 2, 1)
-    assert pair.difference == pytest.approx(-0.2) and pair.low < -0.2 < pair.high and pair.p == 1.0
-    (alone,) = pairing.compare([row("t", i, 1, 0, "one story") for i in range(3)], "A", "B")
-    assert (alone.difference, alone.low, alone.high) == (1.0, None, None)  # one document shows no spread
+    a, b = items("A", [0.0, 0.0, 1.0, 1.0, 0.0]), items("B", [1.0, 1.0, 0.0, 1.0, 0.0])
+    (pair,) = pairing.compare(joined([a, b, items("B", [1.0], "other")]), "A", "B")
+    assert (pair["task"], pair["items"], pair["lost"], pair["gained"]) == ("t", 5, 2, 1)
+    assert pair["difference"] == pytest.approx(-0.2) and pair["low"] < -0.2 < pair["high"] and pair["p"] == 1.0
+    story = joined([items(name, [score] * 3, document="one story") for name, score in (("A", 1.0), ("B", 0.0))])
+    (alone,) = pairing.compare(story, "A", "B")
+    assert (alone["difference"], alone["low"], alone["high"]) == (1.0, None, None)  # one document shows no spread
 
 
 def test_runs_are_joined_by_what_was_asked(tmp_path):
-    first = [row("t", i, 1, None) for i in (0, 1, 1, 2)]
-    second = [row("t", i, 0, None) for i in (2, 1, 7)]
-    rows, alone = pairing.joined(first, second, "A", "A")
-    assert [r["hash"] for r in rows] == ["h1", "h2"] and alone == 3
-    assert [r["score"] for r in rows] == [{"A": 1.0, "B": 0.0}] * 2
-    with pytest.raises(UserError, match=r"holds no samples.jsonl that can be compared\nMake one with `evaluate`"):
-        pairing.read_samples(tmp_path)
+    first, second = items("m", [1.0] * 4), items("m", [0.0] * 3)
+    first["hash"], second["hash"] = ["h0", "h1", "h1", "h2"], ["h2", "h1", "h7"]
+    found, alone = pairing.side_by_side(first, second, "m", "m")
+    assert sorted(found[found.method == "A"].hash) == ["h1", "h2"] and alone == 3
+    assert [pair["difference"] for pair in pairing.compare(found, "A", "B")] == [1.0]
+    with pytest.raises(UserError, match=r"holds no record.*\nMake one with `ftp-lightning evaluate`"):
+        pairing.record_of(tmp_path)
 
 
 def test_interval_of_a_ratio_holds_it_and_says_when_it_is_not_known():
     dense, pruned = [1.0] * 60 + [0.0] * 40, [1.0] * 54 + [0.0] * 46
-    low, high = statistics.ratio_interval([(pruned, dense, 0.0)], random.Random(0))
-    assert low < 0.9 < high and high <= 1.0 and high - low < 0.2
-    assert statistics.ratio_interval([(dense, dense, 0.25)], random.Random(0)) == (1.0, 1.0)
-    assert statistics.ratio_interval([(pruned, [1.0, 0.0] * 50, 0.5)], random.Random(0)) is None
-    assert statistics.ratio_interval([], random.Random(0)) is None
+    found = statistics.ratio_interval([(pruned, dense, 0.0, None)])
+    assert found.value == pytest.approx(0.9) and 0.8 < found.low < 0.9 < found.high <= 1.0
+    same = statistics.ratio_interval([(dense, dense, 0.25, None)])
+    assert same.value == 1 and 0.9 < same.low < 1 < same.high < 1.1  # equal on 100 items is not equal beyond doubt
+    unknown = statistics.ratio_interval([(pruned, [1.0, 0.0] * 50, 0.5, None)])
+    assert (unknown.low, unknown.note) == (None, "dense is at chance: no ratio")
+    alone = statistics.ratio_interval([(pruned, dense, 0.0, None), (pruned, dense, 0.0, ["a"] * 100)])
+    assert (alone.value, alone.low, alone.note) == (pytest.approx(0.9), None, "one document: no interval")
+    assert statistics.ratio_interval([]) is None
+
+
+def test_few_documents_widen_a_ratio():
+    rng = random.Random(0)
+    dense = [float(rng.random() < 0.8) for _ in range(200)]
+    pruned = [one * (rng.random() < 0.9) for one in dense]
+    many, few = (
+        statistics.ratio_interval([(pruned, dense, 0.0, [i * n // 200 for i in range(200)])]) for n in (100, 4)
+    )
+    assert many.value == few.value and few.high - few.low > 1.2 * (many.high - many.low)
+
+
+def test_a_pooled_group_pairs_by_subject_and_id():
+    """Ids start anew in every subject of a group: 20 subjects of 10 items are 200 items, not 10 documents."""
+
+    def sample(subject, i):
+        asked = [[f"{subject} {i}", choice] for choice in "abcd"]
+        about = {"filtered_resps": [[0.0, False]] * 4, "filter": "none", "target": i % 4}
+        return {"doc_id": i, "doc": {"question": f"{subject} {i}"}, "arguments": asked, "acc": 1.0, **about}
+
+    subjects = [f"mmlu_s{k}" for k in range(20)]
+    log = {name: [sample(name, i) for i in range(10)] for name in subjects}
+    found = summaries({"samples": log, "results": {}, "group_subtasks": {"mmlu": subjects}}, ["mmlu"], [])
+    told = found["mmlu"]["items"]
+    a = record([one | {"score": float(n % 3 > 0)} for n, one in enumerate(told)], "x", "mmlu")
+    b = record([one | {"score": float(n % 2)} for n, one in enumerate(told)], "dense", "mmlu")
+    (pair,) = pairing.compare(joined([a, b]), "x", "dense")
+    assert pair["items"] == 200 and difference(joined([a, b]), "x", "dense", "score").clusters == 200
+
+
+def test_chance_of_a_task_is_its_best_constant_answer():
+    def item(label, choices=("no", "yes")):
+        told = None if label is None else [list(choices), label]
+        return {"metric": "acc", "score": 1.0, "label": told, "chance": 0.5} | dict.fromkeys([*METRICS, *ACCOUNTED])
+
+    labels = [1] * 622 + [0] * 378  # BoolQ's validation split
+    assert summarize([item(label) for label in labels], {})["chance"] == 0.622
+    assert summarize([item(label) for label in [0, 1, 1]], {})["chance"] == 0.5
+    assert summarize([item(None) for _ in labels], {})["chance"] == 0.5  # labels that are not known
+    other = [item(label, (f"a{n}", f"b{n}")) for n, label in enumerate(labels)]  # no answer fits all items
+    assert summarize(other, {})["chance"] == 0.5
 
 
 def test_interval_of_a_score():
-    assert statistics.score_interval([1.0, 0.0, 1.0]) == statistics.wilson_interval(2, 3)
-    low, high = statistics.score_interval([0.5, 0.7, 0.9])
-    assert (low + high) / 2 == pytest.approx(0.7) and statistics.score_interval([0.5]) == (0.0, 1.0)
+    found = statistics.clustered([1.0, 0.0, 1.0])
+    assert (found.low, found.high) == statistics.wilson_interval(2, 3)
+    scores = statistics.clustered([0.5, 0.7, 0.9])
+    assert (scores.low + scores.high) / 2 == pytest.approx(0.7) and statistics.clustered([0.5]).low is None
 
 
 COLUMNS = {"who": text("who"), "share, %": with_error("share", "error"), "in": with_interval("share", "low", "high")}

@@ -6,19 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ftp_models import ftp_models
+from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_token, sequence_logits
-from ftp_lightning.evaluation.harness import task_data, tasks
+from ftp_lightning.evaluation.harness import accounts, results, task_data, tasks
 from ftp_lightning.evaluation.harness.accounts import Answer
 from ftp_lightning.evaluation.harness.answers import AnswerBook
 from ftp_lightning.evaluation.harness.model import FtpLM
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.flops import block_costs, continuation_flops, head_flops
+from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing import RandomRouter, StaticRouter
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.search.accuracy import task_items
 
 SCHEDULE = Schedule([0.0, 0.5, 0.7])
 WORDS = "the old man walked to river and looked for his boat it was gone so little dog that ran away".split()
@@ -77,7 +81,7 @@ def data(tmp_path):
     write(tmp_path / "winogrande_validation.jsonl", wino)
     for split, count in (("test", 3), ("dev", 5)):
         rows = [
-            {"subject": s, "question": text(i, 9), "choices": ["w\u2028", "x", "y", "z"], "answer": i % 4}
+            {"subject": s, "question": f"{split} {text(i, 9)}", "choices": ["w\u2028", "x", "y", "z"], "answer": i % 4}
             for s in ("anatomy", "virology")
             for i in range(count)
         ]
@@ -100,7 +104,10 @@ def test_five_official_tasks_on_local_files_equal_hf_on_every_item(ftp, model, t
             assert a["answers"] == pytest.approx(b["answers"], abs=1e-4)
             assert (a["score"], a["hash"]) == (b["score"], b["hash"])
     assert ours["mmlu"]["prompt_tokens"] > 4 * ours["arc_easy"]["prompt_tokens"]  # five examples before each item
-    assert (ours["mmlu"]["truncated"], ours["mmlu"]["chance"]) == (0, 0.25)
+    assert (ours["mmlu"]["truncated"], ours["mmlu"]["chance"]) == (
+        0,
+        1 / 4,
+    )  # few items show no favourite letter
 
 
 def test_files_that_are_missing_or_wrong_are_told_of(ftp, data):
@@ -110,12 +117,142 @@ def test_files_that_are_missing_or_wrong_are_told_of(ftp, data):
         tasks.local_task("mmlu_history", task_data.find_files("mmlu_history", data))
     with pytest.raises(UserError, match="takes its 2 examples from the split train, which has no file"):
         tasks.run_tasks(ftp(), {"hellaswag": task_data.find_files("hellaswag", data)}, num_fewshot=2)
-    with pytest.raises(UserError, match="mmlu_anatomy: .*exceeds the 5 that are available\nGive a smaller"):
+    with pytest.raises(
+        UserError, match="mmlu_anatomy: 6 examples are asked for, and 5 rows differ from the asked one\nGive"
+    ):
         tasks.run_tasks(ftp(), {"mmlu_anatomy": task_data.find_files("mmlu_anatomy", data)}, num_fewshot=6)
     with pytest.raises(UserError, match="Did you mean .*arc_easy"):
         tasks.run_tasks(ftp(), {"arc_eazy": None})
     with pytest.raises(UserError, match=r"out of reach for the tasks piqa(.|\n)*--task_data DIR"):
         tasks.run_tasks(ftp(), {"piqa": None})
+
+
+# ---------------------------------------------------------------- few-shot examples
+
+
+def contexts(files, count=None):
+    """Per request of each task: the asked question, and the text before it."""
+    found = []
+    for task in tasks.load_tasks(files, count):
+        task.build_all_requests()
+        found += [(i.doc["question"], i.args[0]) for i in task.instances]
+    return found
+
+
+def test_examples_never_hold_the_asked_row_where_one_file_serves_all_splits(tmp_path):
+    rows = [
+        {"question": f"Is {i} odd?", "subject": "anatomy", "choices": list("wxyz"), "answer": i % 4} for i in range(8)
+    ]
+    write(tmp_path / "mmlu.jsonl", rows)
+    arc = [
+        {
+            "id": str(i),
+            "question": f"What is ball {i}?",
+            "choices": {"text": list("wxyz"), "label": list("ABCD")},
+            "answerKey": "A",
+        }
+        for i in range(8)
+    ]
+    write(tmp_path / "arc_easy.jsonl", arc)
+    for name, count in (("mmlu", None), ("arc_easy", 5)):
+        asked = contexts({name: task_data.find_files(name, tmp_path)}, count)
+        assert len(asked) == 32
+        for question, text_before in asked:
+            assert text_before.count("Answer:") == 6 and text_before.count(question) == 1
+    with pytest.raises(UserError, match="arc_easy: 8 examples are asked for, and 7 rows differ"):
+        contexts({"arc_easy": task_data.find_files("arc_easy", tmp_path)}, 8)
+
+
+def test_a_row_that_differs_in_its_id_alone_is_no_example(tmp_path):
+    row = {"question": "Is it odd?", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "A"}
+    write(tmp_path / "arc_easy_test.jsonl", [row | {"id": "test"}])
+    write(
+        tmp_path / "arc_easy_train.jsonl",
+        [row | {"id": f"train{i}"} for i in range(5)] + [row | {"question": "Why?", "id": "other"}],
+    )
+    for _, text_before in contexts({"arc_easy": task_data.find_files("arc_easy", tmp_path)}, 1):
+        assert text_before.startswith("Question: Why?") and text_before.count("Is it odd?") == 1
+
+
+def test_examples_are_those_that_lm_eval_draws_by_default(ftp, model, tokenizer, tmp_path):
+    for split, count in (("test", 2), ("train", 40)):
+        arc = [
+            {
+                "id": f"{split}{i}",
+                "question": f"{split} {i}?",
+                "choices": {"text": list("wxyz"), "label": list("ABCD")},
+                "answerKey": "A",
+            }
+            for i in range(count)
+        ]
+        write(tmp_path / f"arc_easy_{split}.jsonl", arc)
+    files = task_data.find_files("arc_easy", tmp_path)
+    theirs = simple_evaluate(
+        ftp(), tasks=[tasks.local_task("arc_easy", files, tmp_path)], num_fewshot=3, bootstrap_iters=0
+    )
+    seen = [sample["arguments"][0][0] for sample in theirs["samples"]["arc_easy"]]
+    assert [text_before for _, text_before in contexts({"arc_easy": files}, 3)][::4] == seen
+
+
+def test_a_search_asks_with_the_examples_of_the_evaluation(data):
+    items = task_items("mmlu", task_data.find_files("mmlu", data))
+    assert items and all(item.requests[0].args[0].count("Answer:") == 6 for item in items)
+
+
+# ---------------------------------------------------------------- what a score stands on
+
+
+def sample(doc_id, choices, gold, right):
+    arguments = [[f"question {doc_id}", choice] for choice in choices]
+    answers = [[0.0, False]] * len(choices)
+    return {
+        "doc_id": doc_id,
+        "doc": {},
+        "arguments": arguments,
+        "filtered_resps": answers,
+        "target": gold,
+        "acc": right,
+    }
+
+
+def test_chance_is_the_share_of_the_most_frequent_label_where_all_choose_between_the_same():
+    same = [sample(i, [" no", " yes"], int(i < 30), 1.0) for i in range(40)]
+    other = [sample(i, [f" a{i}", f" b{i}"], 0, 1.0) for i in range(40)]
+    found = results.summaries({"samples": {"boolq": same, "piqa": other}, "results": {}}, ["boolq", "piqa"], [])
+    assert (found["boolq"]["chance"], found["piqa"]["chance"]) == (0.75, 0.5)
+
+
+def test_items_and_documents_of_a_group_have_ids_of_their_own():
+    logs = {name: [sample(i, [" a", " b"], 0, 1.0) for i in range(3)] for name in ("mmlu_x", "mmlu_y")}
+    for log in logs.values():
+        log[0]["doc"] = {"document": 7}
+    tree = {"samples": logs, "results": {}, "group_subtasks": {"mmlu": list(logs)}}
+    items = results.summaries(tree, ["mmlu"], [])["mmlu"]["items"]
+    assert [item["id"] for item in items] == [f"{name}/{i}" for name in logs for i in range(3)]
+    assert [item["document"] for item in items] == ["mmlu_x/7", None, None, "mmlu_y/7", None, None]
+
+
+def test_a_request_is_exercised_where_half_the_budget_was_realised(ftp):
+    lm = ftp(pruner=TokenPruner(StaticRouter(), SCHEDULE))  # a budget of 0.4
+    for sparsity in (0.0, 0.11, 0.19, 0.21, 0.4):
+        lm._account(None, 10, 1, 0, Answer("x", sparsity))
+    assert [account.exercised for account in lm.accounts] == [False, False, False, True, True]
+
+
+def test_evict_is_charged_for_the_entries_it_keeps_in_the_cache(model):
+    """Kept entries counted by hand: 6, 3 and 2 of 6 tokens; under `keep` all of them."""
+    real = torch.ones(1, 6, dtype=torch.bool)
+    masks = [torch.tensor([[True] * kept + [False] * (6 - kept)]) for kept in (6, 3, 2)]
+    parts = {"keep": masks, "keep_attention": masks, "keep_mlp": masks, "real": real}
+    costs = block_costs(model)
+    for kv, held in (("evict", (6, 3, 2)), ("keep", (6, 6, 6))):
+        pruner = TokenPruner(StaticRouter(), SCHEDULE, kv=kv)
+        pruner.trace = SimpleNamespace(routed=Trace(**parts))
+        [prompt] = accounts.realised_rows(model, pruner, [[0, 5]])
+        alone, longer = prompt.spent
+        after = continuation_flops(costs, 6, 5, held, head_flops(model))
+        assert longer.flops - alone.flops == pytest.approx(after) and longer.kv_bytes == alone.kv_bytes
+        assert alone.kv_bytes / alone.dense_kv_bytes == pytest.approx(sum(held) / 18)
 
 
 # ---------------------------------------------------------------- generation
@@ -148,6 +285,23 @@ def test_pruned_generation_is_the_same_in_any_batch_and_has_accounts(ftp):
     assert all(account.sparsity > 0.2 and 0 < account.flops_cut < account.sparsity for account in lm.accounts)
     with pytest.raises(UserError, match="300 tokens are to be generated, the model takes 256"):
         lm.generate_until([SimpleNamespace(args=("a", {"max_gen_toks": 300}))], True)
+
+
+def test_an_answer_costs_the_same_alone_and_beside_a_longer_one(ftp):
+    lm = ftp(pruner=TokenPruner(StaticRouter(), SCHEDULE))
+    generate = lm._model_generate
+    texts = [text(0, 30), text(1, 29)]
+    first = lm.tok_decode(
+        generate(context=torch.tensor([lm.tok_encode(texts[0])]), max_length=60, stop=[])[0, -20:].tolist()
+    )
+    options = {"until": [first.split()[1]], "do_sample": False, "max_gen_toks": 20}
+    requests = [SimpleNamespace(args=(one, options)) for one in texts]
+    for request in requests:
+        lm.generate_until([request], True)
+    lm.generate_until(requests, True)
+    alone, together = lm.accounts[:2], lm.accounts[2:]
+    assert [a.flops_cut for a in alone] == pytest.approx([a.flops_cut for a in together], abs=1e-12)
+    assert alone[0].continuation_tokens < alone[1].continuation_tokens
 
 
 def test_a_tokenizer_without_pad_and_an_empty_continuation(model):

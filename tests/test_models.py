@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -62,7 +63,7 @@ def test_random_shapes_are_seeded_and_leave_the_global_state_alone():
 def test_shapes_are_the_named_ones():
     with torch.device("meta"):
         sizes = {
-            name: sum(p.numel() for p in LlamaForCausalLM(models._random_config(name)).parameters()) for name in SHAPES
+            name: sum(p.numel() for p in LlamaForCausalLM(models.random_config(name)).parameters()) for name in SHAPES
         }
     assert sizes["llama-7b"] == 6_738_415_616 and sizes["llama-8b"] == 8_030_261_248
     assert sizes["llama-13b"] == 13_015_864_320 and sizes["llama3-8b"] == 8_030_261_248
@@ -144,7 +145,7 @@ def test_auto_device_is_what_is_there(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_a_valid_model_without_allocating_it(shape):
-    config = models._random_config(shape)
+    config = models.random_config(shape)
     heads = config.num_attention_heads
     assert config.hidden_size % heads == heads % config.num_key_value_heads == 0
     with torch.device("meta"):
@@ -155,7 +156,7 @@ def test_every_shape_is_a_valid_model_without_allocating_it(shape):
 
 
 def test_long_texts_fit_the_shapes_that_are_measured():
-    limits = {shape: models._random_config(shape).max_position_embeddings for shape in SHAPES}
+    limits = {shape: models.random_config(shape).max_position_embeddings for shape in SHAPES}
     measured = {"tiny": 4096, "llama-110m": 16384, "llama-7b": 16384, "llama-8b": 131072}
     assert {shape: limits[shape] for shape in measured} == measured
 
@@ -175,3 +176,93 @@ def test_random_weights_are_never_made_in_another_precision():
     with Watch():
         load_model("random:tiny", dtype="bfloat16")
     assert made == {torch.bfloat16}
+
+
+def a_missing_weight(folder):
+    change_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def an_unknown_weight(folder):
+    change_weights(folder, lambda weights: weights.update({"model.layers.0.extra.weight": torch.zeros(2)}))
+
+
+def a_weight_of_another_shape(folder):
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.zeros(31)}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def a_pickle_of_garbage(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def a_quantisation_that_is_not_installed(folder):
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 16})
+
+
+def a_field_of_another_type(folder):
+    change_config(folder, num_hidden_layers="three")
+
+
+def an_unknown_model_type(folder):
+    change_config(folder, model_type="fancy")
+
+
+def an_unknown_rope(folder):
+    change_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+
+
+def no_list_of_shards(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (a_missing_weight, "missing model.layers.1.mlp.up_proj.weight"),
+        (an_unknown_weight, "unexpected model.layers.0.extra.weight"),
+        (a_weight_of_another_shape, "mismatched model.norm.weight ((31,) instead of (32,))"),
+        (a_pickle_of_garbage, "cannot be loaded"),
+        (a_quantisation_that_is_not_installed, "cannot be loaded"),
+        (a_field_of_another_type, "num_hidden_layers"),
+        (an_unknown_model_type, "fancy"),
+        (an_unknown_rope, "spiral"),
+        (no_list_of_shards, "KeyError"),
+    ],
+)
+def test_folders_that_do_not_load_are_told_in_a_sentence(folder, damage, said, caplog):
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder))
+    lines = str(caught.value).splitlines()
+    assert said in str(caught.value) and len(lines) <= 3 and max(map(len, lines)) < 400
+    assert "transformers.modeling_utils" not in {record.name for record in caplog.records}
+
+
+def test_loading_says_nothing(folder, caplog):
+    load_model(str(folder))
+    assert not caplog.records
+
+
+def test_masks_that_older_versions_stored_are_no_weights(folder):
+    change_weights(folder, lambda weights: weights.update({"model.layers.0.attention.masked_bias": torch.zeros(1)}))
+    load_model(str(folder))
+
+
+def test_a_tokenizer_of_a_newer_version(folder):
+    load_tokenizer("embedded").save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "Newer"}}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(folder))

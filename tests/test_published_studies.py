@@ -1,12 +1,14 @@
 """docs/studies.md shows what the published studies say, row by row; and they are studies of today's sweep files."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ftp_lightning.report.study import read_study
+from ftp_lightning.evaluation.statistics import paired
+from ftp_lightning.report.study import is_sure, read_study
 from ftp_lightning.studies.study_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,3 +36,38 @@ def test_it_answers_the_question_of_its_file(folder):
 def test_every_study_is_published():
     grids = {path.stem for path in (ROOT / "sweeps").glob("*.yaml") if "method: grid" in path.read_text()}
     assert {folder.name for folder in PUBLISHED} == grids
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_published_intervals_hold_what_seeds_vary(folder):
+    study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    renewed = json.loads(json.dumps(study))
+    assert runpy.run_path(str(ROOT / "experiments" / "recomputed.py"))["renew"](renewed) == []
+    assert renewed["sentence"] == study["sentence"]
+    claimed = [one["label"] for one in study["compared"] if is_sure(one["kl"]) or is_sure(one["kept"])]
+    assert all(f"{label}: " in study["sentence"] for label in claimed)
+
+
+ROUTERS = [
+    ("keep-0.22", "projected"), ("keep-0.3", "projected"), ("keep-0.4", "projected, from static"),
+    ("keep-0.6", "projected"), ("evict-0.3", "projected"), ("evict-0.6", "projected once, as static"),
+]  # fmt: skip
+
+
+def test_the_readmes_row_is_recomputed_from_the_stored_answers():
+    cells = []
+    for place, name in ROUTERS:
+        files = sorted((ROOT / "experiments" / "found" / "routers").glob(f"{place}-*.json"))
+        rows = [
+            (float(a), float(b), (seed, item), seed)
+            for seed, found in enumerate(json.loads(file.read_text()) for file in files)
+            for item, (a, b, need) in enumerate(
+                zip(found[name]["right"], found["static, searched"]["right"], found[name]["need"])
+            )
+            if need
+        ]
+        found = paired(*map(list, zip(*rows))).scaled(100)
+        assert found.seeds == 3
+        cells.append(f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]")
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "projected minus static" in line]
+    assert [cell.strip(" *") for cell in row.strip("| ").split("|")[1:]] == cells

@@ -7,7 +7,7 @@ import pytest
 from made_up_run import Page, edit, read_csv, write_run
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.report import build_comparison, page
+from ftp_lightning.report import build_comparison, build_report, page
 from ftp_lightning.report.comparing import paired, read_runs, settings_that_differ
 from ftp_lightning.report.comparison_page import PLOTS
 
@@ -16,11 +16,12 @@ def write_samples(folder: Path, right: list[bool], first_document: int = 0) -> N
     """Recall questions, four of each document; dense answers all with the passage, none without."""
     rows = []
     for place, ok in enumerate(right):
-        labels = {"id": f"recall-{place}", "document": first_document + place // 4}
+        labels = {"task": "story_recall", "item": place, "document": first_document + place // 4}
         labels["hash"] = f"words of {first_document}, {place}"
-        rows.append({"task": "story_recall", **labels, "right": {"dense": True, "dynamic": ok}})
-        rows.append({"task": "story_recall_deleted", **labels, "right": {"dense": False}})
-    (folder / "evaluate/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows.append({**labels, "method": "dynamic", "right": ok, "needed": True})
+        rows.append({**labels, "method": "static", "right": not ok, "needed": True})
+    rows.append(rows[0] | {"hash": "not needed", "needed": False})
+    (folder / "evaluate/record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -45,6 +46,13 @@ def test_runs_are_side_by_side_on_one_page(pair, tmp_path: Path):
     assert rows["b/demo"]["flops_cut"] == "0.4" and [rows[n]["best"] for n in ("a/demo", "b/demo")] == ["1", "1"]
     assert "91.2 % [90.0, 92.4]" in shown.text and "50.0 % [40.0, 60.0]" in shown.text
     assert "b/demo: " not in shown.text.split("Outcome")[0] or "keeps fewer" in shown.text
+
+
+def test_a_run_on_one_document_shows_its_share_without_an_interval(pair, tmp_path: Path):
+    said = {"low": None, "high": None, "note": "one document: no interval"}
+    edit(pair[1] / "evaluate/results.json", lambda r: [m["kept"].update(said) for m in r["methods"]])
+    assert "50.0 % (one document: no interval)" in Page(build_comparison(list(pair), tmp_path / "out")).text
+    assert "50.0 % (one document: no interval)" in Page(build_report(pair[1])).text
 
 
 def test_only_settings_that_differ_are_listed_and_no_paths(pair):

@@ -17,7 +17,6 @@ from ftp_lightning.report.study import (
     read_study,
     statements,
     study_rows,
-    t_quantile,
     table,
     varied_parameters,
 )
@@ -29,15 +28,9 @@ def found(tmp_path: Path) -> dict:
     return read_study(write_study(tmp_path / "study"))
 
 
-def test_t_quantiles_are_those_of_students_distribution():
-    stats = pytest.importorskip("scipy.stats")
-    for df in (*range(1, 40), 100):
-        assert t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=2e-3)
-
-
 def test_mean_and_spread_are_over_seeds_and_the_interval_is_students():
     assert mean_and_std([0.90, 0.92, 0.94]) == (pytest.approx(0.92), pytest.approx(0.02))
-    assert half_width(0.02, 3) == pytest.approx(4.303 * 0.02 / math.sqrt(3))
+    assert half_width(0.02, 3) == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-4)
     assert mean_and_std([0.5]) == (0.5, None) and mean_and_std([]) == (None, None)
 
 

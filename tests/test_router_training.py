@@ -5,7 +5,7 @@ import torch
 from test_engine import BLOCKS, seeded, tiny_llama
 
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner, UserError
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.lit.fitting import fit_router
 from ftp_lightning.lit.router_training import RouterTraining, TrainingSettings
 
@@ -14,7 +14,7 @@ SCHEDULE = Schedule([0.0, 0.5, 0.5, 0.5])
 
 def windows(count, seed=0):
     ids = torch.randint(3, 64, (count, 24), generator=torch.Generator().manual_seed(seed))
-    return Windows(ids, 18, ["plain"] * count, list(range(count)))
+    return Rows.even(ids, 18, ["plain"] * count, list(range(count)))
 
 
 @pytest.fixture(scope="module")

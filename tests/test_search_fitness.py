@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.pruner import TokenPruner
@@ -38,7 +38,7 @@ def model():
 @pytest.fixture(scope="module")
 def windows():
     ids = torch.randint(3, WORDS, (ROWS, PROMPT + CONTINUATION), generator=torch.Generator().manual_seed(1))
-    return Windows(ids, PROMPT, ["plain", "recall", "plain", "recall", "plain"], [0] * ROWS)
+    return Rows.even(ids, PROMPT, ["plain", "recall", "plain", "recall", "plain"], [0] * ROWS)
 
 
 @pytest.fixture()
@@ -176,7 +176,7 @@ def test_the_state_passes_through_json(model, windows, measured):
 def test_what_must_be_equal_is_told(model, windows, measured):
     identity = measured.identity()
     assert json.loads(json.dumps(identity)) == json.loads(json.dumps(measured.identity()))
-    other = Windows(windows.input_ids.flip(0), PROMPT, windows.kinds, windows.documents)
+    other = Rows.even(windows.input_ids.flip(0), PROMPT, windows.kinds, windows.documents)
     for different in (
         ContinuationFitness(model, other, make_pruner, 2),
         ContinuationFitness(model, windows, make_pruner, 3),
@@ -201,3 +201,28 @@ def test_a_loss_without_rank_is_refused():
 
     with pytest.raises(UserError, match="nan"):
         Broken([1])(HALF)
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    generator, lengths = torch.Generator().manual_seed(3), ((16, 4), (7, 2), (11, 1), (16, 4), (9, 3))
+    ids = [(torch.randint(3, WORDS, (p + c,), generator=generator).tolist(), p) for p, c in lengths]
+    return Rows([Row(row[:p], row[p:], "chat", i) for i, (row, p) in enumerate(ids)])
+
+
+@pytest.mark.parametrize("kv", ["keep", "evict"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_rows_of_any_length_weigh_alike(model, ragged, criterion, kv):
+    make = lambda schedule: TokenPruner(StaticRouter(), schedule, kv=kv)  # noqa: E731
+    found = ContinuationFitness(model, ragged, make, 2, CRITERIA[criterion]())
+    alone = [ContinuationFitness(model, ragged.subset([i]), make, 1, CRITERIA[criterion]())(HALF) for i in range(5)]
+    assert found(HALF) == pytest.approx(sum(alone) / 5, rel=2e-3)  # what is stored of the dense model is in float16
+    assert found(HALF, [1]) == pytest.approx(sum(alone[2:4]) / 2, rel=2e-3)
+
+
+def test_of_rows_of_any_length_too_dense_blocks_are_computed_once(model, ragged):
+    shared, plain = (ContinuationFitness(model, ragged, make_pruner, 2, share_prefix=on) for on in (True, False))
+    for schedule in (HALF, Schedule([0.0, 0.0, 0.7]), Schedule([0.3, 0.3, 0.3])):
+        assert shared(schedule) == plain(schedule)
+    assert shared.forward_tokens < plain.forward_tokens
+    assert plain.forward_tokens == 4 * sum(map(sum, ragged.shapes))

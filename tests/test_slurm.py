@@ -110,7 +110,7 @@ def test_search_train_and_evaluate_are_interrupted_and_find_what_one_machine_fin
     evaluate = ["--pruned", base / "train" / "pruned", *TINY, *EVALUATE]
     finish(slurm, submit(slurm, log, "evaluate", *evaluate, "--output", base / "evaluate", nodes=1), log)
     python(slurm, "evaluate", *evaluate, "--output", base / "evaluate1")
-    same(base / "evaluate", base / "evaluate1", "results.json", "samples.jsonl")
+    same(base / "evaluate", base / "evaluate1", "results.json", "record.jsonl")
 
 
 def test_a_study_is_accepted_as_arrays_with_dependencies(slurm, tmp_path):

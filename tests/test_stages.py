@@ -9,11 +9,12 @@ import pytest
 from ftp_lightning import Schedule, TokenPruner, UserError, load_pruned
 from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
+from ftp_lightning.evaluation import record as of
+from ftp_lightning.evaluation.cells import counted_tasks, retention
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.run import SHARES, RunStage, gains
 from ftp_lightning.stages.search import starting_pruner
-from ftp_lightning.stages.task_cells import with_retention
 
 SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()
@@ -77,7 +78,7 @@ def test_results_have_the_shape_that_the_report_reads(chain):
     results = read(chain / "evaluate" / "results.json")
     assert set(results) == {"dense", "noise_floor", "methods", "counted", "paired"}
     assert [method["name"] for method in results["methods"]] == METHODS
-    assert results["noise_floor"]["against"] == "eager attention, one window at a time"
+    assert results["noise_floor"]["against"] == "eager attention, one row at a time"
     assert results["noise_floor"]["kl"] > 0.0
     assert set(results["dense"]["tasks"]) == {"story_recall", "story_ending", "story_name"}
     for method in results["methods"]:
@@ -97,23 +98,28 @@ def test_results_have_the_shape_that_the_report_reads(chain):
             assert cell["sparsity"] == pytest.approx(0.3, abs=0.02)
 
 
-def test_samples_tell_every_item_and_method(chain):
-    rows = [json.loads(line) for line in (chain / "evaluate/samples.jsonl").read_text().splitlines()]
-    recall = [row for row in rows if row["task"] == "story_recall"]
-    assert len(recall) == 4 and all(list(row["right"]) == ["dense", *METHODS] for row in recall)
+def test_the_record_tells_every_item_and_method(chain):
+    items = of.read_record(chain / "evaluate/record.jsonl")
+    recall = items[items.task == "story_recall"]
+    assert recall.groupby("method", sort=False).size().to_dict() == dict.fromkeys(["dense", *METHODS], 4)
     dense = read(chain / "evaluate/results.json")["dense"]["tasks"]["story_recall"]
-    assert dense["n"] == len(recall)
-    for row in rows:  # without their facts questions are asked of the dense model alone
-        asked = ["dense"] if row["task"].endswith("_deleted") else ["dense", *METHODS]
-        assert len(row["hash"]) == 16 and list(row["score"]) == list(row["answers"]) == asked
-    assert all(len(row["answers"]["dense"]) == 4 for row in recall)  # a log-likelihood per choice
+    assert dense["n"] == 4
+    twins = items[items.task.str.endswith("_deleted")]
+    assert set(twins.method) == {"dense"}  # without their facts questions are asked of the dense model alone
+    asked = items[items.hash.notna()]
+    assert set(asked.hash.str.len()) == {16} and all(len(answers) == 4 for answers in recall.answers)
+    pruned = recall[recall.method != "dense"]
+    assert (pruned.flops < pruned.dense_flops).all() and (pruned.kv_bytes == pruned.dense_kv_bytes).all()
+    for method in METHODS:  # the text of an evaluation stands in its record, too
+        text = items[(items.method == method) & (items.task == "text")]
+        assert len(text) > 0 and text.kl.notna().all() and (text.flops < text.dense_flops).all()
 
 
 def test_tables_are_written_in_three_formats_and_answers_are_gone(chain):
     folder = chain / "evaluate"
     assert "| noise floor: dense, eager attention" in (folder / "tables.md").read_text()
     assert (folder / "tables.tex").read_text().count("\\begin{table}") == 3
-    assert (folder / "pairs.csv").read_text().startswith("task,a,b,items,difference,low,high,lost,gained,p\n")
+    assert (folder / "pairs.csv").read_text().startswith("task,a,b,items,clusters,difference,low,high,lost,gained,p\n")
     assert not (folder / "answers").exists()
 
 
@@ -217,14 +223,20 @@ def test_a_search_at_another_budget_starts_from_the_projected_schedule(chain, tm
 
 
 def test_retention_counts_a_group_once_and_the_same_tasks_for_all_methods():
-    def record(**accuracies):
-        return {"tasks": {task: {"acc": acc, "measures": acc is not None} for task, acc in accuracies.items()}}
+    def told(**measures):
+        return {"tasks": {task: {"measures": one} for task, one in measures.items()}}
 
-    dense = {task: {"score": 0.8} for task in ("group", "member", "arc", "short")}
-    records = [record(group=0.4, member=0.8, arc=0.6, short=0.8), record(group=0.8, member=0.0, arc=0.8, short=None)]
-    found = with_retention(records, ("group", "arc", "short"), dense)
-    assert [method["retention"] for method in found] == pytest.approx([100 * (0.5 + 0.75) / 2, 100])
-    assert with_retention([record(short=None)], ("short",), dense)[0]["retention"] is None
+    methods = [told(group=True, member=True, arc=True, short=True), told(group=True, arc=True, short=False)]
+    assert counted_tasks(methods, ("group", "arc", "short")) == ["group", "arc"]
+    dense, pruned = (
+        of.joined([of.record([{"score": one} for one in scores], name, task) for task, scores in tasks.items()])
+        for name, tasks in (
+            ("dense", {"group": [1.0, 1.0], "arc": [1.0, 0.0], "short": [1.0, 1.0]}),
+            ("x", {"group": [1.0, 0.0], "arc": [1.0, 0.0], "short": [0.0, 0.0]}),
+        )
+    )
+    assert retention(pruned, dense, ["group", "arc"])["retention"] == pytest.approx(100 * (0.5 + 1.0) / 2)
+    assert retention(pruned, dense, [])["retention"] is None
 
 
 def test_a_random_search_draws_from_its_seed():

@@ -16,6 +16,7 @@ from wandb_log import read_run
 
 from ftp_lightning import TokenPruner
 from ftp_lightning.errors import UserError
+from ftp_lightning.report.study import is_sure
 from ftp_lightning.stages import inputs
 from ftp_lightning.studies import runner
 from ftp_lightning.studies import study_table as sweep_table
@@ -209,16 +210,42 @@ GOOD, BAD = [True] * 40, [True] * 20 + [False] * 20
 def test_differences_are_paired_item_by_item_on_the_seeds_that_both_have():
     reference = group(result(0.1, GOOD), result(0.2, GOOD), result(9.0, GOOD))
     found = sweep_table.compare("x", group(result(0.15, BAD), result(0.25, BAD)), reference)
-    assert found["kl"] == pytest.approx({"difference": 0.05, "low": 0.05, "high": 0.05})
+    assert found["kl"] == {key: pytest.approx(0.05) for key in ("difference", "low", "high")} | {
+        "by_seed": pytest.approx([0.05, 0.05])
+    }
     assert found["kept"]["difference"] == pytest.approx(-50) and found["kept"]["high"] < 0
+    assert found["kept"]["by_seed"] == [-50, -50]
+
+
+def test_what_trainings_vary_is_in_the_interval():
+    """One training of three is 50 points worse, two are level: pooled questions would call that a difference."""
+    reference = group(*[result(0.1, GOOD)] * 3)
+    found = sweep_table.compare("x", group(result(0.3, BAD), result(0.1, GOOD), result(0.1, GOOD)), reference)
+    assert found["kept"]["low"] < -60 and found["kept"]["high"] > 20
+    assert not is_sure(found["kept"]) and not is_sure(found["kl"])
+
+
+def test_seeds_that_disagree_are_no_difference_whatever_the_interval():
+    found = {"difference": 1.0, "low": 0.2, "high": 1.8}
+    assert is_sure(found) and is_sure(found | {"by_seed": [0.5, 1.5]})
+    assert not is_sure(found | {"by_seed": [-0.1, 1.0, 1.0, 1.0]})
+
+
+def test_documents_that_all_seeds_read_add_to_what_seeds_vary():
+    """Losses in one of two documents, the same under each seed: with documents of their own the seeds would agree."""
+    documents = {"documents": {"right": [0] * 20 + [1] * 20, "kl_rows": [0, 1] * 10}}
+    reference = group(*[result(0.1, GOOD)] * 3)
+    found = sweep_table.compare("x", group(*[result(0.2, BAD) | documents] * 3), reference)
+    alone = sweep_table.compare("x", group(*[result(0.2, BAD)] * 3), reference)
+    assert alone["kept"]["high"] < 0 < found["kept"]["high"]
 
 
 def test_answers_that_do_not_need_the_passage_do_not_count():
     need = [True] * 20 + [False] * 20
     found = sweep_table.compare("x", group(result(0.1, BAD, need)), group(result(0.1, GOOD, need)))
-    assert found["kept"] == {"difference": 0, "low": 0, "high": 0}
+    assert found["kept"]["difference"] == 0 and found["kept"]["low"] == -found["kept"]["high"] < 0
     one = [True] + [False] * 39
-    assert sweep_table.compare("x", group(result(0.1, BAD, one)), group(result(0.1, GOOD, one)))["kept"] is None
+    assert sweep_table.compare("x", group(result(0.1, BAD, one)), group(result(0.1, GOOD, one)))["kept"]["low"] is None
 
 
 def test_the_sentence_names_what_changed_by_more_than_its_interval_and_nothing_else():

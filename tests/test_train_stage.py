@@ -36,9 +36,9 @@ def family(path):
     return str(path)
 
 
-def test_examples_are_counted_and_trained_on(tmp_path):
-    metrics, pruner = train(tmp_path / "run", data=records(tmp_path / "r.json"), rows="examples", budget=0.3)
-    assert len(metrics["steps"]) == 2 and metrics["empty_response"] > 0 and metrics["examples"] > 0
+def test_prompts_are_counted_and_trained_on(tmp_path):
+    metrics, pruner = train(tmp_path / "run", data=records(tmp_path / "r.json"), rows="prompts", budget=0.3)
+    assert len(metrics["steps"]) == 2 and metrics["empty_response"] > 0 and metrics["rows"] == 4
     assert pruner.schedule.budget == pytest.approx(0.3)
 
 

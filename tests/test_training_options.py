@@ -11,7 +11,8 @@ from test_masked_padding import LENGTHS, ROWS, padded
 from test_router_training import SCHEDULE, windows
 
 from ftp_lightning import DynamicRouter, FixedRouter, Schedule, TokenPruner, UserError, losses
-from ftp_lightning.data.module import WindowsData
+from ftp_lightning.data.module import RowsData
+from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.lit.fitting import fit, fit_router
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
@@ -149,7 +150,7 @@ def test_one_router_learns_under_a_family(tmp_path):
     pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
     settings = TrainingSettings(steps=6, batch_size=2, validations=1)
     found = RouterTraining(tiny_llama(torch.float32), pruner, settings, FAMILY, (0.1, 0.5))
-    metrics = fit(found, WindowsData(windows(8), windows(2, 9), 2), tmp_path)
+    metrics = fit(found, RowsData(windows(8), windows(2, 9), 2), tmp_path)
     assert len(metrics["steps"]) == 6 and all(row["gradient_norm"] > 0 for row in metrics["steps"])
 
 
@@ -270,3 +271,12 @@ def test_padded_rows_lose_what_they_lose_alone(name):
     ]
     both = found.validate_rows({"input_ids": ids, "attention_mask": mask, "prompt_tokens": 18})
     assert both.tolist() == pytest.approx(kl, rel=1e-6)
+
+
+@pytest.mark.parametrize("kv", ["keep", "evict"])
+def test_validation_rows_of_any_length_are_what_they_are_alone(kv):
+    ids = [row.prompt + row.continuation for row in windows(4).rows]
+    rows = Rows([Row(row[:p], row[p : p + c]) for row, (p, c) in zip(ids, ((18, 6), (7, 2), (12, 6), (7, 4)))])
+    found = system(kv=kv)
+    alone = torch.cat([found.validate_rows(rows.batch([i])) for i in range(4)])
+    assert torch.allclose(found.validate_rows(rows.batch(range(4))), alone, atol=1e-6) and alone.min() > 1e-6

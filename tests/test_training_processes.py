@@ -8,7 +8,7 @@ from test_engine import seeded, tiny_llama
 from test_router_training import SCHEDULE, windows
 
 from ftp_lightning import DynamicRouter, TokenPruner
-from ftp_lightning.data.module import WindowsData
+from ftp_lightning.data.module import RowsData
 from ftp_lightning.lit.fitting import fit, fit_router
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
@@ -33,7 +33,7 @@ def in_step(processes, device, folder, sharded=False, **more):
         within = sum(weight.numel() for weight in find_blocks(model).parameters())
         assert local == held - within // 2
     system = RouterTraining(model, pruner, settings)
-    data = WindowsData(windows(32), windows(4, 9), settings.batch_size, settings.seed)
+    data = RowsData(windows(32), windows(4, 9), settings.batch_size, settings.seed)
     metrics = fit(system, data, folder, processes=processes, fingerprint="same")
     return metrics, torch.cat([value.flatten() for value in pruner.router.state_dict().values()]).tolist()
 

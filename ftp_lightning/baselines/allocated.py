@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ftp_lightning.baselines.peer import Peer
-from ftp_lightning.baselines.setting import Setting
+from ftp_lightning.baselines.setting import Profile, Setting
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.budget import default_with_cut
 from ftp_lightning.routing import Router, StaticRouter
 from ftp_lightning.schedule import Schedule
 
@@ -43,6 +44,22 @@ class Uniform(Allocated):
 
     def spread(self, setting: Setting, budget: float) -> Schedule:
         return Schedule.uniform(setting.blocks, budget)
+
+
+class Default(Allocated):
+    """`Schedule.default` with the static router: what somebody gets who says nothing but a budget [ours]."""
+
+    name, title, paper = "default", "static router, default schedule", "ours"
+    own_schedule_only = True
+
+    def spread(self, setting: Setting, budget: float) -> Schedule:
+        return Schedule.default(setting.blocks, budget)
+
+    def placed(
+        self, setting: Setting, cut: float, profile: Profile, form: Schedule | None, kv: str | None
+    ) -> TokenPruner:
+        schedule = default_with_cut(setting.model, cut, profile.prompt_tokens, kv)
+        return self.pruner(setting, StaticRouter(), schedule, schedule.kv)
 
 
 class FirstDense(Allocated):

@@ -12,7 +12,7 @@ class BlockPruner(RemovalPeer):
     """BlockPruner (Zhong et al. 2024, arXiv 2406.10594): again and again the attention or MLP part is removed without
     which the model loses least on calibration text.
 
-    Adapted: the loss is the KL to the dense model on the continuation of the calibration windows, as for every other
+    Adapted: the loss is the KL to the dense model on the continuation of the calibration rows, as for every other
     method here, in place of perplexity over all positions. The order is found once and serves all budgets
     (`setting.memo[ORDER]`).
     """
@@ -33,10 +33,10 @@ class BlockPruner(RemovalPeer):
 
     def loss(self, setting: Setting, removed: list[Part]) -> float:
         """Mean KL of the continuation without these parts, in nats per token."""
-        from ftp_lightning.evaluation.continuation import evaluate_windows, teacher_logprobs
+        from ftp_lightning.evaluation.continuation import evaluate_rows, teacher_logprobs
 
         windows = setting.needed("windows", self.name)
         if "teacher" not in setting.memo:
             setting.memo["teacher"] = teacher_logprobs(setting.model, windows)
         pruner = self.without(setting, removed)
-        return evaluate_windows(setting.model, windows, pruner, teacher=setting.memo["teacher"]).kl_mean
+        return evaluate_rows(setting.model, windows, pruner, teacher=setting.memo["teacher"]).kl_mean

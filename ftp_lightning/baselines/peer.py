@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ftp_lightning.baselines.setting import Profile, Setting
@@ -74,7 +74,7 @@ class Peer:
         return solve_budget(setting.model, cut, profile.prompt_tokens, kv, form, extra=look, **about)
 
     def pruner(
-        self, setting: Setting, router: Router, schedule: Schedule, kv: str | None = None, **more
+        self, setting: Setting, router: Router, schedule: Schedule, kv: str | Sequence[str] | None = None, **more
     ) -> TokenPruner:
         """The pruner of this peer; `more` are arguments of `TokenPruner`."""
         compensation = setting.compensation(self.parts)

@@ -1,6 +1,6 @@
 """All methods by name: the one list that `evaluate`, the studies and the comparison with peers read."""
 
-from ftp_lightning.baselines.allocated import BlockInfluence, FirstDense, Static, Uniform
+from ftp_lightning.baselines.allocated import BlockInfluence, Default, FirstDense, Static, Uniform
 from ftp_lightning.baselines.block_pruner import BlockPruner
 from ftp_lightning.baselines.deletion_random import DeletionRandom
 from ftp_lightning.baselines.deletion_recent import DeletionRecent
@@ -23,9 +23,9 @@ from ftp_lightning.baselines.spatten import SpAtten
 from ftp_lightning.baselines.zero_tprune import ZeroTPrune
 
 _ALL = (
-    Uniform, FirstDense, BlockInfluence, LateBlocks, LastBlockFree, DeletionRecent, DeletionRandom, DeletionSurprisal,
-    ShortGPT, BlockPruner, RandomTokens, RecentSink, LazyLLM, FastKV, GemFilter, MixtureOfDepths, SkipGPT, FfnOnly,
-    SpAtten, ZeroTPrune, Static, FtpStatic, Ftp,
+    Uniform, Default, FirstDense, BlockInfluence, LateBlocks, LastBlockFree, DeletionRecent, DeletionRandom,
+    DeletionSurprisal, ShortGPT, BlockPruner, RandomTokens, RecentSink, LazyLLM, FastKV, GemFilter, MixtureOfDepths,
+    SkipGPT, FfnOnly, SpAtten, ZeroTPrune, Static, FtpStatic, Ftp,
 )  # fmt: skip
 METHODS: dict[str, Peer] = {method.name: method() for method in _ALL}
 """By name, in the order of the tables; the last three are ours."""

@@ -30,7 +30,7 @@ class Setting:
     Attributes:
         model: in eval mode, nothing attached.
         seed: of the random ones.
-        windows: calibration text (`data.windows.Windows`); None: peers that are calibrated are refused.
+        windows: calibration text (`data.rows.Rows`); None: peers that are calibrated are refused.
         influence: Block Influence of every block, as `sensitivity` measures it; empty: not known.
         searched: the schedule that was searched for; its form alone counts, it is scaled to the budget.
         rank: of the compensation that every peer gets; 0: none gets one.

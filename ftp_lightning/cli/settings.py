@@ -61,7 +61,10 @@ class ModelSettings(Settings):
     spreads: ClassVar[bool] = True
     """Whether the stage takes a model whose blocks lie on several devices."""
 
-    model: str = option("embedded", "Hub name, local folder, random:SHAPE, or `embedded`: our small Llama")
+    model: str = option(
+        "embedded",
+        "Hub name, folder, GGUF file, a named model (docs/models.md), random:SHAPE, or `embedded`",
+    )
     data: str = option("embedded", "text file, folder of them, JSON(L), Hub data set, or `embedded`: our stories")
     split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
@@ -77,8 +80,8 @@ class ModelSettings(Settings):
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option(
         "csv", "where metrics of the way are logged", passive=True
     )
-    prompt_tokens: int = option(192, "tokens of a window that are routed", least=4)
-    continuation_tokens: int = option(64, "tokens after them that are scored", least=1)
+    prompt_tokens: int = option(192, "tokens of a window that are routed; longer prompts are left out", least=4)
+    continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +112,22 @@ class ModelSettings(Settings):
         """The flags that every stage on the same model has, but for its folder and its part of the text."""
         names = {item.name for item in fields(ModelSettings)} - {"split", "output"}
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsSettings(ModelSettings):
+    """A stage that measures or trains on rows: a prompt that is routed, and a continuation that is scored."""
+
+    rows: Literal["windows", "prompts", "own_answers"] = option(
+        "windows",
+        "windows of text; prompts of their own length, with their answers, from chat, instruction or prompt records; "
+        "own_answers: the same prompts, each with what the dense model answers greedily",
+    )
+    own_answers: str = option("runs/own_answers", "folder that keeps the dense model's own answers", passive=True)
+
+    def row_flags(self) -> dict[str, str]:
+        """What a stage hands on to others that measure on the same rows."""
+        return {"rows": self.rows, "own_answers": self.own_answers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +194,7 @@ class StageSettings(ModelSettings):
         settings = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["passive"]}
         files = [item.name for item in fields(self) if item.metadata["is_file"]]
         settings |= {name: _content(name, getattr(self, name)) for name in files}
-        settings["model"] = _source(self.model, ASSETS / "llama")
+        settings["model"] = _model_identity(self.model, self.revision)
         settings["data"] = text_identity(self.data)
         return settings
 
@@ -230,6 +249,14 @@ def _content(name: str, path: str | None) -> str | None:
     if not Path(path).expanduser().exists():
         raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
     return hash_path(Path(path).expanduser())
+
+
+def _model_identity(name: str, revision: str | None) -> str:
+    """A model by content where it lies on this disk, a named one by which weights it is, else by its name."""
+    from ftp_lightning.models import title
+
+    known = title(name, revision)
+    return known if known != name else _source(name, ASSETS / "llama")
 
 
 def text_identity(source: str) -> str:

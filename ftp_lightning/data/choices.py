@@ -17,7 +17,7 @@ from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.names import names_of
 from ftp_lightning.data.recall import Fact, Passage, build_passage, distractors, draw_facts, fact_count
 from ftp_lightning.data.stories import Story
-from ftp_lightning.data.text import sentences_of
+from ftp_lightning.data.text import leading_ids, sentences_of
 from ftp_lightning.errors import UserError
 
 Item = dict[str, Any]
@@ -84,7 +84,7 @@ def _recall_item(
 
 def _asked(tokenizer: PreTrainedTokenizerBase, passage_ids: Sequence[int], fact: Fact) -> str | None:
     """Passage and question as text, or None where the text's tokens are not the passage's and then the question's."""
-    ids = list(passage_ids)[tokenizer.bos_token_id is not None :]
+    ids = list(passage_ids)[len(leading_ids(tokenizer)) :]
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False) + "\n" + fact.question
     encoded = tokenizer.encode(text, add_special_tokens=False)
     return text if encoded[: len(ids)] == ids else None

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.recall import Fact, Passage, build_passage, distractors, draw_facts, fact_count
+from ftp_lightning.data.text import leading_ids
 from ftp_lightning.data.words import FORMS, KINDS, NAMES
 from ftp_lightning.errors import UserError
 
@@ -182,7 +183,7 @@ def _matched(pattern: str, text: str) -> re.Match:
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    ids = list(ids)[tokenizer.bos_token_id is not None :]
+    ids = list(ids)[len(leading_ids(tokenizer)) :]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 

@@ -7,8 +7,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from ftp_lightning.data.examples import Examples
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.errors import UserError
 
 
@@ -62,12 +61,12 @@ class TrainingBatches:
         return self._order[place]
 
 
-class WindowsData(LightningDataModule):
-    """Batches of windows or of examples, as their `batch` makes them: `{"input_ids": (B, P + C) int64,
-    "prompt_tokens": P}`, and `"attention_mask"` (B, P + C) where examples are padded.
+class RowsData(LightningDataModule):
+    """Batches of rows, as `Rows.batch` makes them: `{"input_ids": (B, P + C) int64, "prompt_tokens": P}`, and
+    `"attention_mask"` (B, P + C) where rows are padded.
 
-    To train: shuffled, without end, see `TrainingBatches`. In order to validate (`validation_windows`) and to predict
-    (`windows`). A random prompt length is for windows, with room for it; examples have their own (UserError).
+    To train: shuffled, without end, see `TrainingBatches`. In order of length to validate (`validation_rows`) and to
+    predict (`rows`). A random prompt length is for rows of one length, with room for it (UserError).
 
     Attributes:
         batches_done: of the whole training, by all processes, before this one goes on.
@@ -75,45 +74,42 @@ class WindowsData(LightningDataModule):
 
     def __init__(
         self,
-        windows: Windows | Examples,
-        validation_windows: Windows | Examples | None = None,
+        rows: Rows,
+        validation_rows: Rows | None = None,
         batch_size: int = 1,
         seed: int = 0,
         random_prompt: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or not len(windows):
-            raise ValueError(f"batch_size {batch_size} and the number of windows {len(windows)} must be at least 1")
-        if validation_windows is not None and type(validation_windows) is not type(windows):
-            raise ValueError("rows to train and to validate on must be of one kind, windows or examples")
+        if batch_size < 1 or not len(rows):
+            raise ValueError(f"batch_size {batch_size} and the number of rows {len(rows)} must be at least 1")
         if random_prompt is not None:
-            _check_random_prompt(windows, *random_prompt)
-        self.windows, self.validation_windows = windows, validation_windows
+            _check_random_prompt(rows, *random_prompt)
+        self.rows, self.validation_rows = rows, validation_rows
         self.batch_size, self.seed, self.random_prompt, self.batches_done = batch_size, seed, random_prompt, 0
 
     def train_dataloader(self) -> TrainingBatches:
-        about = (len(self.windows), self.batch_size, self.windows.batch, self.seed, self.random_prompt)
-        batches = TrainingBatches(*about)
+        batches = TrainingBatches(len(self.rows), self.batch_size, self.rows.batch, self.seed, self.random_prompt)
         batches.done = self.batches_done
         if self.trainer is not None:
             batches.rank, batches.world = self.trainer.global_rank, self.trainer.world_size
         return batches
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.validation_windows is None else self._loader(self.validation_windows)
+        return [] if self.validation_rows is None else self._loader(self.validation_rows)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.windows)
+        return self._loader(self.rows)
 
-    def _loader(self, windows: Windows | Examples) -> DataLoader:
-        return DataLoader(range(len(windows)), batch_size=self.batch_size, collate_fn=windows.batch)
+    def _loader(self, rows: Rows) -> DataLoader:
+        return DataLoader(rows.order, batch_size=self.batch_size, collate_fn=rows.batch)
 
 
-def _check_random_prompt(windows: Windows | Examples, least: int, most: int) -> None:
+def _check_random_prompt(rows: Rows, least: int, most: int) -> None:
     """UserError where rows leave no room for such prompts."""
-    if isinstance(windows, Examples):
-        raise UserError("a random prompt length is for windows; an example has its own prompt.")
-    tokens = windows.input_ids.shape[1]
+    if not rows.one_shape:
+        raise UserError("a random prompt length is for windows; other rows have prompts of their own.")
+    tokens = sum(rows.shapes[0])
     if not 1 <= least <= most < tokens:
         raise UserError(
             f"random prompt lengths are {least} to {most}, must be at least 1 and below the windows' {tokens} tokens\n"

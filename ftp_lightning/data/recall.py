@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ftp_lightning.data.text import sentences_of, tokens_within
+from ftp_lightning.data.text import leading_ids, sentences_of, tokens_within
 from ftp_lightning.data.words import FORMS, KINDS, NAMES
 from ftp_lightning.errors import UserError
 
@@ -105,7 +105,7 @@ def build_passage(
     no fact ends within the last `tail_tokens` tokens. Raises UserError where the filler is shorter than the passage or
     the facts leave no room.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = leading_ids(tokenizer)
     room = prompt_tokens - len(bos)
     sentences = sentences_of(filler)
     deleted = _ids(tokenizer, " ".join(sentences))

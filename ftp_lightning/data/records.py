@@ -30,6 +30,7 @@ def record_text(record: Any) -> str:
     * `{"text": T}` -> T;
     * `{"messages": [{"role": R, "content": C}, ...]}` -> `R: C` per message, a blank line between: plain text for any
       model;
+    * `{"prompt": P}` or `{"prompt": P, "completion": C}` -> P, then C; both are text, or lists of messages;
     * `{"instruction": I, "input": X, "output": O}` -> the Stanford Alpaca prompt, then O. With an input the prompt is
       "Below is an instruction that describes a task, paired with an input that provides further context. Write a
       response that appropriately completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`;
@@ -56,10 +57,25 @@ def _text(record: Any) -> str:
         return chat_text(record["messages"])
     if "instruction" in record and "output" in record:
         return alpaca_prompt(record) + _string(record, "output")
+    if "prompt" in record:
+        return _prompt_text(record)
     raise ValueError(
-        "a record needs 'text', 'messages', or 'instruction' and 'output'; this one has "
+        "a record needs 'text', 'messages', 'prompt', or 'instruction' and 'output'; this one has "
         + ", ".join(sorted(record)[:6])
     )
+
+
+def _prompt_text(record: Mapping[str, Any]) -> str:
+    completion = record.get("completion")
+    if not isinstance(record["prompt"], str):
+        return chat_text([*_list(record["prompt"], "prompt"), *_list(completion or [], "completion")])
+    return _string(record, "prompt") + ("" if completion is None else _string(record, "completion"))
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{key!r} must be a string or a list of messages, not {type(value).__name__}")
+    return value
 
 
 def alpaca_prompt(record: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def split_documents(documents: Sequence[str], split: str) -> list[str]:
 
 def split_of(text: str) -> str:
     """The split that the sha256 of `text`, read as a number in [0, 1), falls into."""
-    return _split_at(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64)
+    return split_at(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64)
 
 
 def documents_hash(documents: Sequence[str]) -> str:
@@ -81,7 +81,7 @@ def documents_hash(documents: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _split_at(fraction: float) -> str:
+def split_at(fraction: float) -> str:
     """The split whose stretch of [0, 1) holds `fraction`."""
     bound = 0.0
     for name, share in SHARES.items():
@@ -96,7 +96,7 @@ def _paragraph_splits(text: str) -> list[tuple[str, str]]:
     paragraphs = paragraphs_of(text)
     total, before, result = sum(map(len, paragraphs)), 0, []
     for paragraph in paragraphs:
-        result.append((paragraph, _split_at((before + len(paragraph) / 2) / total)))
+        result.append((paragraph, split_at((before + len(paragraph) / 2) / total)))
         before += len(paragraph)
     return result
 

@@ -1,4 +1,4 @@
-"""Plain text made ready for tokens: books unwrapped, sentences found."""
+"""Plain text made ready for tokens, and made into them: books unwrapped, sentences found, a prompt's ids."""
 
 import re
 
@@ -53,3 +53,15 @@ def tokens_within(tokenizer: PreTrainedTokenizerBase, sentence: str) -> int:
     """Tokens that `sentence` and the space before it take within a text (alone, some tokenizers add one)."""
     alone, both = (tokenizer.encode(text, add_special_tokens=False) for text in ("x", f"x {sentence}"))
     return len(both) - len(alone)
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: BOS or nothing. Many have a BOS token and never add it."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text that something is to follow: what the tokenizer puts before it, and no EOS after it."""
+    return leading_ids(tokenizer) + tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -1,70 +1,22 @@
-"""Windows: rows of exactly P prompt tokens and C continuation tokens, on which everything is measured.
+"""Windows: rows of exactly P prompt tokens and C continuation tokens, cut from text.
 
 Two kinds: `plain` rows are prose; `recall` rows end in questions whose answers stand only in the prompt (see
 `recall.py`).
 """
 
-import hashlib
 import math
 import random
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import LongTensor
 from transformers import PreTrainedTokenizerBase
 
 from ftp_lightning.data.filler import Filler
 from ftp_lightning.data.recall import Fact, build_passage, draw_facts, fact_count
+from ftp_lightning.data.rows import Row, Rows
+from ftp_lightning.data.text import leading_ids
 from ftp_lightning.errors import UserError
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Rows `input_ids` (n, P + C) int64 of P = `prompt_tokens`, and per row its kind and the document it starts in."""
-
-    input_ids: LongTensor
-    prompt_tokens: int
-    kinds: list[str]
-    documents: list[int]
-
-    def __post_init__(self) -> None:
-        if self.input_ids.dim() != 2 or self.input_ids.dtype != torch.int64:
-            raise ValueError(
-                f"input_ids must be int64 (n, P + C), got {self.input_ids.dtype} {tuple(self.input_ids.shape)}"
-            )
-        if not 0 < self.prompt_tokens < self.input_ids.shape[1]:
-            raise ValueError(
-                f"prompt_tokens is {self.prompt_tokens}, must be within rows of {self.input_ids.shape[1]} tokens"
-            )
-        if not len(self.kinds) == len(self.documents) == len(self.input_ids):
-            raise ValueError(
-                f"{len(self.input_ids)} rows, {len(self.kinds)} kinds and {len(self.documents)} documents must be equal"
-            )
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def continuation_tokens(self) -> int:
-        """C, the tokens of a row after its prompt."""
-        return self.input_ids.shape[1] - self.prompt_tokens
-
-    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor | int]:
-        """`{"input_ids": (B, P + C) int64, "prompt_tokens": P}` of the rows."""
-        return {"input_ids": self.input_ids[list(rows)], "prompt_tokens": self.prompt_tokens}
-
-    def subset(self, indices: Iterable[int]) -> "Windows":
-        """The rows `indices`, in that order."""
-        rows = list(indices)
-        ids = self.input_ids[torch.tensor(rows, dtype=torch.int64)]
-        return Windows(ids, self.prompt_tokens, [self.kinds[i] for i in rows], [self.documents[i] for i in rows])
-
-    def hash(self) -> str:
-        """sha256 (hex) over tokens, prompt length, kinds and documents."""
-        head = repr((tuple(self.input_ids.shape), self.prompt_tokens, self.kinds, self.documents))
-        return hashlib.sha256(head.encode() + self.input_ids.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def plain_windows(
@@ -74,8 +26,8 @@ def plain_windows(
     continuation_tokens: int,
     count: int | None,
     rng: random.Random,
-) -> Windows:
-    """Rows of prose, each with BOS in front (if the tokenizer has one).
+) -> Rows:
+    """Rows of prose, each with BOS in front (if the tokenizer adds one).
 
     Documents shorter than a window are packed, EOS after each; longer ones are cut on their own, so that no row
     crosses their end. `count=None`: all consecutive windows from each beginning, in order. Otherwise `count` random
@@ -83,7 +35,7 @@ def plain_windows(
     is used up another begins, at other offsets. The first n of `count` rows are the same for every count >= n. Raises
     UserError where the text is shorter than one window.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = leading_ids(tokenizer)
     size = prompt_tokens + continuation_tokens - len(bos)
     tokens = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in documents]
     first = _streams(tokens, size, tokenizer.eos_token_id, None)
@@ -95,8 +47,8 @@ def plain_windows(
         one_pass = _cut(_streams(tokens, size, tokenizer.eos_token_id, rng), size, rng)
         rows += rng.sample(one_pass, len(one_pass))
     rows = rows[:count]
-    ids = torch.tensor([bos + ids for ids, _ in rows], dtype=torch.int64).reshape(len(rows), size + len(bos))
-    return Windows(ids, prompt_tokens, ["plain"] * len(rows), [document for _, document in rows])
+    cells = ((bos + ids, document) for ids, document in rows)
+    return Rows([Row(ids[:prompt_tokens], ids[prompt_tokens:], "plain", document) for ids, document in cells])
 
 
 @dataclass(frozen=True)
@@ -142,7 +94,7 @@ def recall_windows(
     count: int,
     rng: random.Random,
     kinds: Sequence[str] | None = None,
-) -> Windows:
+) -> Rows:
     """Rows whose prompt is a passage with 4-6 facts and one question; the continuation answers it and then asks for the
     other facts.
 
@@ -152,17 +104,16 @@ def recall_windows(
     where it starts. Short prompts take fewer facts, see `recall.fact_count`; all are of `kinds` (default: drawn per
     passage). The first n rows are the same for every count >= n.
     """
-    filler, rows, starts = Filler(tokenizer, documents), [], []
+    filler, rows = Filler(tokenizer, documents), []
     for _ in range(count):
         prose, document = filler.draw(rng, prompt_tokens)
         facts = draw_facts(rng, fact_count(rng, prompt_tokens), kinds)
         rng.shuffle(facts)
         question = tokenizer.encode(f"\n{facts[0].question}", add_special_tokens=False)
         passage = build_passage(rng, tokenizer, prose, facts, prompt_tokens - len(question))
-        rows.append(passage.prompt_ids + question + _answers(rng, tokenizer, facts, continuation_tokens))
-        starts.append(document)
-    ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, prompt_tokens + continuation_tokens)
-    return Windows(ids, prompt_tokens, ["recall"] * count, starts)
+        answers = _answers(rng, tokenizer, facts, continuation_tokens)
+        rows.append(Row(passage.prompt_ids + question, answers, "recall", document))
+    return Rows(rows)
 
 
 def _answers(rng: random.Random, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], length: int) -> list[int]:
@@ -183,7 +134,7 @@ def calibration_windows(
     seed: int,
     recall_share: float = 0.5,
     kinds: Sequence[str] | None = None,
-) -> Windows:
+) -> Rows:
     """What search, training and sensitivity look at: any first n rows hold floor(n * recall_share) of recall.
 
     Deterministic in `seed`; plain and recall rows draw from streams of their own, so a longer set begins with the
@@ -195,9 +146,6 @@ def calibration_windows(
     shape = (tokenizer, documents, prompt_tokens, continuation_tokens)
     plain = plain_windows(*shape, count - recalls[-1], random.Random(f"{seed}/plain"))
     recall = recall_windows(*shape, recalls[-1], random.Random(f"{seed}/recall"), kinds)
-    both = _joined(plain, recall)
-    return both.subset(len(plain) + recalls[n] if recalls[n + 1] > recalls[n] else n - recalls[n] for n in range(count))
-
-
-def _joined(a: Windows, b: Windows) -> Windows:
-    return Windows(torch.cat([a.input_ids, b.input_ids]), a.prompt_tokens, a.kinds + b.kinds, a.documents + b.documents)
+    steps = zip(recalls, recalls[1:])
+    order = (len(plain) + before if now > before else n - before for n, (before, now) in enumerate(steps))
+    return (plain + recall).subset(order)

@@ -1,185 +1,148 @@
 """The text that follows a pruned prompt: its logits, and its KL divergence and perplexity against the dense model.
 
-Shapes: B rows, P prompt tokens, C continuation tokens, V vocabulary, n windows. Position t of every (B, C, ...) result
-speaks of the token `input_ids[:, P + t]`.
+Shapes: B rows of a batch, P prompt tokens, C continuation tokens, V vocabulary, n rows in all. Position t of every
+(B, C, ...) result speaks of the token `input_ids[:, P + t]`. In padded batches (see `data.rows.Rows.batch`) positions
+of padding mean nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ftp_lightning.losses import kl_per_token
+from ftp_lightning.data.rows import Batch, Rows, moved
+from ftp_lightning.evaluation.scores import ContinuationScores, Tally
+from ftp_lightning.losses import kl_per_token, nll_per_token
 from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.request import row_costs
+from ftp_lightning.pruning.tokens import padding_arguments
+
+__all__ = [
+    "MODES", "continuation_logits", "evaluate_rows", "kl_per_token", "nll_per_token", "noise_floor", "other_attention",
+    "row_means", "sequence_logits", "teacher_logprobs",
+]  # fmt: skip
 
 MODES = ("prompt", "sequence")
 
 
-def continuation_logits(model, input_ids: Tensor, prompt_tokens: int) -> Tensor:
+def continuation_logits(model, input_ids: Tensor, prompt_tokens: int, attention_mask: Tensor | None = None) -> Tensor:
     """Logits of the continuation in the deployed computation: prompt prefilled, then the rest scored through its cache.
 
     `logits[:, t]` predicts `input_ids[:, P + t]`: the prompt's last logit comes first, the continuation but its last
     token follows. Where a pruner is attached the prefill is the routed prompt and the rest follows its decode policy
     [ours: method, section 8].
 
-    input_ids: (B, P + C) without padding. Returns (B, C, V), float32 (float64 of a float64 model). Gradients flow.
-    ValueError unless 1 <= prompt_tokens < P + C.
+    input_ids: (B, P + C). attention_mask: (B, P + C) of padded rows, prompts on the left, continuations on the right.
+    Returns (B, C, V), float32 (float64 of a float64 model). Gradients flow. ValueError unless 1 <= prompt_tokens < P +
+    C.
     """
     prompt, continuation = _split(input_ids, prompt_tokens)
-    prefill = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    about = padding_arguments(attention_mask, 0, prompt_tokens)
+    prefill = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **about)
     logits = [prefill.logits]
     if continuation.shape[1] > 1:
-        cache = prefill.past_key_values
-        logits.append(model(input_ids=continuation[:, :-1], past_key_values=cache, use_cache=True).logits)
+        about = padding_arguments(attention_mask, prompt_tokens, input_ids.shape[1] - 1)
+        about |= {"past_key_values": prefill.past_key_values, "use_cache": True}
+        logits.append(model(input_ids=continuation[:, :-1], **about).logits)
     return _at_least_float32(torch.cat(logits, dim=1))
 
 
-def sequence_logits(model, input_ids: Tensor, prompt_tokens: int) -> Tensor:
+def sequence_logits(model, input_ids: Tensor, prompt_tokens: int, attention_mask: Tensor | None = None) -> Tensor:
     """Logits of the same positions when the whole text is routed in one pass [paper]; not causal, for comparison only.
 
-    input_ids: (B, P + C) without padding. Returns (B, C, V). ValueError unless 1 <= prompt_tokens < P + C.
+    Arguments and result as in `continuation_logits`.
     """
     _, continuation = _split(input_ids, prompt_tokens)
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=continuation.shape[1] + 1).logits
-    return _at_least_float32(logits[:, :-1])
+    about = padding_arguments(attention_mask) | {"use_cache": False, "logits_to_keep": continuation.shape[1] + 1}
+    return _at_least_float32(model(input_ids=input_ids, **about).logits[:, :-1])
 
 
-def nll_per_token(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood -log softmax(logits)[target] of each token, in nats; (B, C, V), (B, C) -> (B, C)."""
-    return logits.logsumexp(dim=-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
-
-
-@dataclass(frozen=True)
-class ContinuationScores:
-    """What the continuation lost: KL in nats per token, PPL(P,C) = exp(mean nll), and the sparsity that was realised.
-
-    The lists hold one mean per window, in the order of the windows: differences of two methods on them go to
-    `paired_bootstrap`. `sparsity` holds one realised share per block over the prompt (mode "sequence": over the text);
-    empty for the dense model.
-    """
-
-    mode: str
-    prompt_tokens: int
-    continuation_tokens: int
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
-    ppl: float
-    dense_ppl: float
-    kl_rows: list[float] = field(repr=False)
-    nll_rows: list[float] = field(repr=False)
-    dense_nll_rows: list[float] = field(repr=False)
-    sparsity: list[float]
-
-    @property
-    def mean_sparsity(self) -> float:
-        """Realised sparsity averaged over blocks; 0 for the dense model."""
-        return sum(self.sparsity) / len(self.sparsity) if self.sparsity else 0.0
+def row_means(values: Tensor, scored: Tensor | None) -> Tensor:
+    """(B,): the mean of each row of (B, C), over the tokens that `scored` marks."""
+    if scored is None:
+        return values.mean(dim=1)
+    return values.masked_fill(~scored, 0.0).sum(1) / scored.sum(1)
 
 
 @torch.no_grad()
-def teacher_logprobs(model, windows, batch_size: int = 8) -> Tensor:
-    """Log-probabilities of the dense model on the continuations, once for all methods compared; (n, C, V) on the CPU.
+def teacher_logprobs(model, rows: Rows, batch_size: int = 8) -> list[Tensor]:
+    """Log-probabilities of the dense model on each row's continuation, once for all methods compared.
 
-    The model must have no pruner attached. 4 n C V bytes in float32.
+    Returns one tensor (C of the row, V) per row, on the CPU: 4 V bytes per continuation token in float32. The model
+    must have no pruner attached.
     """
-    batches = _batches(windows, batch_size, home(model))
-    return torch.cat([_dense_logprobs(model, ids, windows.prompt_tokens).cpu() for _, ids in batches])
+    found: dict[int, Tensor] = {}
+    for numbers, batch in _batches(rows, batch_size, home(model)):
+        logprobs = _dense_logprobs(model, batch).cpu()
+        found |= {row: one[: rows.shapes[row][1]] for row, one in zip(numbers, logprobs)}
+    return [found[row] for row in range(len(rows))]
 
 
 @torch.no_grad()
-def evaluate_windows(
-    model, windows, pruner=None, mode: str = "prompt", batch_size: int = 8, teacher: Tensor | None = None
+def evaluate_rows(
+    model,
+    rows: Rows,
+    pruner=None,
+    mode: str = "prompt",
+    batch_size: int = 8,
+    teacher: Sequence[Tensor] | None = None,
 ) -> ContinuationScores:
-    """Measure a pruner on windows of text against the same model without it, on the continuation positions.
+    """Measure a pruner on rows against the same model without it, on the continuation positions.
 
-    Mode "prompt" is the deployed computation, "sequence" the paper's. `teacher`: `teacher_logprobs` of the same
-    windows; where it is missing the dense model runs along batch by batch, so that memory stays that of one batch. The
-    pruner is attached here and taken away again. ValueError for an unknown mode, no windows, or a teacher of other
-    windows.
+    Mode "prompt" is the deployed computation, "sequence" the paper's. `teacher`: `teacher_logprobs` of the same rows;
+    where it is missing the dense model runs along batch by batch, so that memory stays that of one batch. The pruner is
+    attached here and taken away again. ValueError for an unknown mode, no rows, a row without a continuation, or a
+    teacher of other rows.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
-    if teacher is not None and teacher.shape[:2] != (len(windows.input_ids), _continuation_tokens(windows)):
-        raise ValueError(f"teacher has shape {tuple(teacher.shape)}, the windows are {tuple(windows.input_ids.shape)}")
+    if teacher is not None and [len(one) for one in teacher] != [continuation for _, continuation in rows.shapes]:
+        raise ValueError(f"the teacher has {len(teacher)} rows of other lengths than the {len(rows)} rows to evaluate")
     score = continuation_logits if mode == "prompt" else sequence_logits
-    tally = _Tally()
-    for rows, ids in _batches(windows, batch_size, home(model)):
-        dense = _dense_logprobs(model, ids, windows.prompt_tokens) if teacher is None else teacher[rows].to(ids.device)
+    tally = Tally(rows)
+    for numbers, batch in _batches(rows, batch_size, home(model)):
+        dense = _dense_logprobs(model, batch) if teacher is None else _side_by_side(teacher, numbers, home(model))
         with pruner(model) if pruner is not None else contextlib.nullcontext():
-            logits = score(model, ids, windows.prompt_tokens)
-        tally.add(dense, logits, ids[:, windows.prompt_tokens :])
+            logits = score(model, **batch)
+        tally.add(numbers, dense, logits, _targets(batch))
         if pruner is not None:
-            tally.add_sparsity(pruner.trace.prompt.sparsity, rows=len(ids))
-    return tally.scores(mode, windows.prompt_tokens, _continuation_tokens(windows))
+            trace = pruner.trace.routed
+            tally.add_costs(numbers, trace, row_costs(model, pruner, trace))
+    return tally.scores(mode)
 
 
 @torch.no_grad()
 def noise_floor(
-    model, windows, batch_size: int = 8, teacher: Tensor | None = None, dtype: torch.dtype | None = None
+    model,
+    rows: Rows,
+    batch_size: int = 8,
+    teacher: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ContinuationScores:
     """Dense against dense computed another way: what rounding alone moves, the floor under every KL [ours].
 
-    The other way is another attention kernel (`other_attention`) and one window at a time instead of `batch_size`;
-    `dtype` rounds the weights as well. The model is put back afterwards, its weights unharmed. `teacher` as in
-    `evaluate_windows`. KL is summed in float64 from distributions normalised in it, so that it cannot be negative.
+    The other way is another attention kernel (`other_attention`) and one row at a time instead of `batch_size`; `dtype`
+    rounds the weights as well. The model is put back afterwards, its weights unharmed. `teacher` as in `evaluate_rows`.
+    KL is summed in float64 from distributions normalised in it, so that it cannot be negative.
     """
-    tally = _Tally()
-    for rows, ids in _batches(windows, batch_size, home(model)):
-        dense = _dense_logprobs(model, ids, windows.prompt_tokens) if teacher is None else teacher[rows].to(ids.device)
+    tally = Tally(rows)
+    for numbers, batch in _batches(rows, batch_size, home(model)):
+        dense = _dense_logprobs(model, batch) if teacher is None else _side_by_side(teacher, numbers, home(model))
+        alone = [moved(rows.batch([row]), home(model)) for row in numbers]
         with _attention(model, other_attention(model)), _precision(model, dtype):
-            logits = [continuation_logits(model, row[None], windows.prompt_tokens) for row in ids]
-        for row, alone, again in zip(ids, dense, logits, strict=True):
-            tally.add(alone[None].double().log_softmax(-1), again.double(), row[None, windows.prompt_tokens :])
-    return tally.scores("prompt", windows.prompt_tokens, _continuation_tokens(windows))
+            logits = [continuation_logits(model, **one) for one in alone]
+        for row, kept, again, one in zip(numbers, dense, logits, alone, strict=True):
+            kept = kept[None, : again.shape[1]].double().log_softmax(-1)
+            tally.add([row], kept, again.double(), _targets(one))
+    return tally.scores("prompt")
 
 
 def other_attention(model) -> str:
     """The attention kernel that the noise floor is measured with: eager, or sdpa where the model is eager itself."""
     return "sdpa" if model.config._attn_implementation == "eager" else "eager"
-
-
-class _Tally:
-    """Per-token measures gathered batch by batch."""
-
-    def __init__(self):
-        self.kl, self.nll, self.dense_nll, self.agree = [], [], [], []
-        self.skipped, self.rows = [], 0
-
-    def add(self, dense: Tensor, logits: Tensor, targets: Tensor) -> None:
-        self.kl.append(kl_per_token(dense, logits).cpu())
-        self.nll.append(nll_per_token(logits, targets).cpu())
-        self.dense_nll.append(nll_per_token(dense, targets).cpu())
-        self.agree.append((dense.argmax(-1) == logits.argmax(-1)).cpu())
-
-    def add_sparsity(self, sparsity: list[float], rows: int) -> None:
-        """Realised sparsity per block; windows are equally long, so a batch weighs as much as its rows."""
-        self.rows += rows
-        self.skipped = [
-            total + rows * s for total, s in zip(self.skipped or [0.0] * len(sparsity), sparsity, strict=True)
-        ]
-
-    def scores(self, mode: str, prompt_tokens: int, continuation_tokens: int) -> ContinuationScores:
-        kl, nll, dense_nll = (torch.cat(part).double() for part in (self.kl, self.nll, self.dense_nll))
-        return ContinuationScores(
-            mode=mode,
-            prompt_tokens=prompt_tokens,
-            continuation_tokens=continuation_tokens,
-            kl_mean=kl.mean().item(),
-            kl_p99=kl.flatten().quantile(0.99).item(),
-            top1_agreement=torch.cat(self.agree).double().mean().item(),
-            ppl=math.exp(nll.mean()),
-            dense_ppl=math.exp(dense_nll.mean()),
-            kl_rows=kl.mean(dim=1).tolist(),
-            nll_rows=nll.mean(dim=1).tolist(),
-            dense_nll_rows=dense_nll.mean(dim=1).tolist(),
-            sparsity=[total / self.rows for total in self.skipped],
-        )
 
 
 def _split(input_ids: Tensor, prompt_tokens: int) -> tuple[Tensor, Tensor]:
@@ -192,21 +155,28 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _dense_logprobs(model, input_ids: Tensor, prompt_tokens: int) -> Tensor:
-    return continuation_logits(model, input_ids, prompt_tokens).log_softmax(dim=-1)
+def _dense_logprobs(model, batch: Batch) -> Tensor:
+    return continuation_logits(model, **batch).log_softmax(dim=-1)
 
 
-def _continuation_tokens(windows) -> int:
-    return windows.input_ids.shape[1] - windows.prompt_tokens
+def _side_by_side(teacher: Sequence[Tensor], rows: Sequence[int], device) -> Tensor:
+    """(B, C, V) of some rows of a teacher, padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence([teacher[row] for row in rows], batch_first=True).to(device)
 
 
-def _batches(windows, batch_size: int, device) -> Iterator[tuple[slice, Tensor]]:
-    """Row ranges of the windows and their tokens on the device."""
-    if len(windows.input_ids) == 0:
-        raise ValueError("there are no windows to evaluate")
-    for start in range(0, len(windows.input_ids), batch_size):
-        rows = slice(start, start + batch_size)
-        yield rows, windows.input_ids[rows].to(device)
+def _targets(batch: Batch) -> Tensor:
+    """(B, C): the tokens of the continuations."""
+    return batch["input_ids"][:, batch["prompt_tokens"] :]
+
+
+def _batches(rows: Rows, batch_size: int, device) -> Iterator[tuple[list[int], Batch]]:
+    """Row numbers and batches, on the device."""
+    if not len(rows):
+        raise ValueError("there are no rows to evaluate")
+    if not all(continuation for _, continuation in rows.shapes):
+        raise ValueError("a row has no continuation to evaluate; see evaluation.own_answers")
+    for numbers, batch in rows.batches(batch_size):
+        yield numbers, moved(batch, device)
 
 
 @contextlib.contextmanager

@@ -1,100 +1,65 @@
-"""Two methods on the same items, item by item: what was lost and gained, and whether it can be told from chance.
-
-A row is one item as `samples.jsonl` holds it: task, id, hash, document, and per method `score` and `right`.
-"""
+"""Two methods on the same items, item by item: what was lost and gained, and whether it can be told from chance."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.statistics import mcnemar_p, paired_bootstrap
+from ftp_lightning.evaluation.record import DENSE, difference, joined, outcomes, pairs, read_record
+from ftp_lightning.evaluation.statistics import mcnemar_p
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A against B on the `items` of one task. `difference`: mean score of A minus B, with its 95 % interval (documents
-    resampled). `lost`: right in B only; `gained`: right in A only; `p`: McNemar's on the two."""
-
-    task: str
-    a: str
-    b: str
-    items: int
-    difference: float
-    low: float | None
-    high: float | None
-    lost: int
-    gained: int
-    p: float
+RECORD = "record.jsonl"
 
 
-def compare(rows: Sequence[Row], a: str, b: str, seed: int = 0) -> list[Pair]:
-    """Per task A against B, over the items that both have scored; tasks without scores are left out."""
-    tasks: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["score"].get(a) is not None and row["score"].get(b) is not None:
-            tasks.setdefault(row["task"], []).append(row)
-    return [_pair(task, a, b, items, random.Random(f"{seed}/{task}")) for task, items in tasks.items()]
+def compare(items: DataFrame, a: str, b: str) -> list[dict[str, Any]]:
+    """Per task A against B, over the items that both have scored; tasks without scores are left out.
+
+    difference: mean score of A minus that of B, with its 95 % interval. lost: items that B alone has right; gained:
+    that A alone has; p: McNemar's on the two.
+    """
+    known = items[items["method"].isin([a, b])]
+    known = known[known["score"].notna()] if "score" in known else known.iloc[:0]
+    found = []
+    for task, own in known.groupby("task", sort=False):
+        if {a, b} <= set(own["method"]):
+            apart, right = difference(own, a, b, "score"), pairs(own, a, b, "right")
+            lost, gained = outcomes(right["a"].tolist(), right["b"].tolist())
+            ends = {"difference": apart.value, "low": apart.low, "high": apart.high}
+            counts = {"lost": lost, "gained": gained, "p": mcnemar_p(lost, gained)}
+            found.append({"task": task, "a": a, "b": b, "items": apart.items, **ends, **counts})
+    return found
 
 
-def _pair(task: str, a: str, b: str, items: Sequence[Row], rng: random.Random) -> Pair:
-    differences = [row["score"][a] - row["score"][b] for row in items]
-    documents = [row["id"] if row.get("document") is None else str(row["document"]) for row in items]
-    right = [(bool(row["right"][a]), bool(row["right"][b])) for row in items]
-    lost, gained = right.count((False, True)), right.count((True, False))
-    mean, low, high = sum(differences) / len(items), None, None
-    if len(set(documents)) > 1:
-        mean, low, high = paired_bootstrap(differences, documents, rng)
-    return Pair(task, a, b, len(items), mean, low, high, lost, gained, mcnemar_p(lost, gained))
-
-
-def pairs_of(rows: Sequence[Row], methods: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
+def claims(items: DataFrame, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Every method against dense, and the last one against every other: the claims that a table makes."""
-    wanted = [(name, "dense") for name in methods] + [(methods[-1], name) for name in methods[:-1]]
-    return [asdict(pair) for a, b in wanted for pair in compare(rows, a, b, seed)]
+    wanted = [(name, DENSE) for name in methods] + [(methods[-1], name) for name in methods[:-1]]
+    return [pair for a, b in wanted for pair in compare(items, a, b)]
 
 
 # ---------------------------------------------------------------- two runs
 
 
-def read_samples(run: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's samples.jsonl; `run`: that file, or a folder that holds it. UserError where it cannot be
-    read."""
+def record_of(run: str | Path) -> DataFrame:
+    """The record of a run; `run`: that file, or a folder that holds it. UserError where there is none."""
     path = Path(run).expanduser()
-    path = next((p for p in (path / "samples.jsonl", path / "evaluate" / "samples.jsonl") if p.is_file()), path)
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        [(row["task"], row["hash"], row["score"], row["right"]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run} holds no samples.jsonl that can be compared\nMake one with `evaluate`.") from None
-    return rows
+    places = (path / RECORD, path / "evaluate" / RECORD)
+    return read_record(next((place for place in places if place.is_file()), path))
 
 
-def methods_in(rows: Iterable[Row]) -> list[str]:
-    """Names of the methods that scored any item, in order."""
-    return list(dict.fromkeys(name for row in rows for name, score in row["score"].items() if score is not None))
+def side_by_side(first: DataFrame, second: DataFrame, a: str, b: str) -> tuple[DataFrame, int]:
+    """Method `a` of the first run as "A" beside method `b` of the second as "B", and how many items have no partner.
 
-
-def joined(first: Sequence[Row], second: Sequence[Row], a: str, b: str) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the items that both runs asked in the very same words (by `hash`), method `a` of the first run as "A" and
-    `b` of the second as "B"; and how many of either run have no such partner."""
-    others: dict[tuple, list[Row]] = {}
-    for row in second:
-        others.setdefault((row["task"], row["hash"]), []).append(row)
-    rows, alone = [], 0
-    for row in first:
-        partners = others.get((row["task"], row["hash"]))
-        if not partners:
-            alone += 1
-            continue
-        other = partners.pop(0)
-        both = {key: {"A": row[key].get(a), "B": other[key].get(b)} for key in ("score", "right")}
-        rows.append({**row, **both})
-    return rows, alone + sum(map(len, others.values()))
+    Items are the same where the very same words were asked (`hash`).
+    """
+    sides = []
+    for items, method, name in ((first, a, "A"), (second, b, "B")):
+        own = items[items["method"] == method].assign(method=name)
+        number = own.groupby(["task", "hash"]).cumcount()  # the same words may be asked twice
+        sides.append(own.assign(item=[*zip(own["hash"], number)]))
+    both = joined(sides)
+    counts = both.groupby(["task", "item"])["method"].transform("size")
+    return both[counts == 2], int((counts == 1).sum())

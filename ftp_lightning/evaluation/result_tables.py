@@ -129,12 +129,13 @@ def pairs_table(results: Results) -> Table:
         "A": text("a"),
         "B": text("b"),
         "items": text("items"),
+        "documents": text("clusters"),
         "A - B, points [95 %]": with_interval("difference", "low", "high", sign="+"),
         "lost": text("lost"),
         "gained": text("gained"),
         "McNemar p": number("p", 2),
     }
-    notes = ("Documents resampled; A differs from B where the interval excludes 0.",)
+    notes = ("The interval knows documents, not trainings. A differs from B where it excludes 0; none: one document.",)
     return Table("pairs", "Paired tests", columns, results.get("paired", ()), notes)
 
 

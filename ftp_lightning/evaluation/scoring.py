@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ftp_lightning.evaluation.continuation import nll_per_token
+from ftp_lightning.losses import nll_per_token
 from ftp_lightning.pruning.places import home
 
 Tokens = Sequence[int]

@@ -1,42 +1,153 @@
-"""How sure we are: intervals, kept, retention, skill, and the paired bootstrap. Pure functions of plain numbers."""
+"""How sure we are: 95 % intervals of means over items that come in documents and, for trained methods, in seeds.
+
+All functions take plain sequences, one entry per item. `documents` and `seeds` hold any hashable: whose item it is, and
+under which training or search it was measured. Items of one document go together. docs/evaluation.md says it in words.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from scipy import stats
+
+from ftp_lightning.evaluation.spread import Labels, Spread, Z, spread_of, t_quantile
+
+EXTRA = 3
+"""Degrees of freedom of a share beyond the documents that hold a loss, see `_korn_graubard` [ours, by simulation]."""
+Task = tuple[Sequence[float], Sequence[float], float, Labels]
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share of `successes` in `n` trials (Wilson 1927; z = 1.96 is 95 %), within [0, 1].
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval [low, high].
 
-    (p + z^2/2n -+ z sqrt(p(1 - p)/n + z^2/4n^2)) / (1 + z^2/n), with p = successes / n. (0, 1) where n = 0: nothing is
-    known. ValueError unless 0 <= successes <= n.
+    Attributes:
+        value: the mean (or ratio) over all items; None without items.
+        low, high: the interval's ends; None where the data cannot give one, and then `note` says why.
+        items, clusters, seeds: how many items, documents and seeds it stands on.
     """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    items: int
+    clusters: int
+    seeds: int = 1
+    note: str = ""
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval lies above or below 0, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+    def scaled(self, factor: float) -> Interval:
+        """The same in another unit, for example 100 for points. `factor` must be positive."""
+        value, low, high = (None if end is None else factor * end for end in (self.value, self.low, self.high))
+        return replace(self, value=value, low=low, high=high)
+
+
+# ---------------------------------------------------------------- the mean of clustered items
+
+
+def clustered(values: Sequence[float], documents: Labels = None, seeds: Labels = None) -> Interval:
+    """Mean of all items with a 95 % interval that knows documents and seeds [ours].
+
+    The variance is the delete-one-document jackknife of (sum of values) / (number of items), with a t quantile whose
+    degrees of freedom fall where few documents hold most items. Several seeds add the jackknife over seeds, see
+    `spread_of`. Values that are all 0 or 1 get the Korn-Graubard interval: Clopper-Pearson's of an effective number of
+    items, never narrower than Wilson's of all of them; where each item is a document of its own, Wilson's itself.
+
+    Args:
+        values: one number per item.
+        documents: whose item it is; without it every item is a document of its own. The same document under two
+            seeds must have the same label, and different ones different labels.
+        seeds: the training or search it was measured under, where that varies.
+
+    Raises:
+        ValueError: where the lengths differ.
+    """
+    data = np.asarray(values, dtype=float)
+    spread = spread_of(data, documents, seeds)
+    if spread.note:
+        return _between(data, spread, None, None)
+    if not np.isin(data, (0.0, 1.0)).all():
+        return _around(data, spread, spread.reach)
+    if spread.independent:
+        return _between(data, spread, *wilson_interval(int(data.sum()), len(data)))
+    return _between(data, spread, *_korn_graubard(float(data.mean()), len(data), spread))
+
+
+def paired(a: Sequence[float], b: Sequence[float], documents: Labels = None, seeds: Labels = None) -> Interval:
+    """Mean of A minus B on the same items, with the interval of `clustered`.
+
+    Where both are right or wrong (0 or 1), the interval is never narrower than that of Agresti and Min (2005) for
+    independent items, so that two methods which never differ are not called equal beyond doubt.
+    """
+    one, two = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if one.shape != two.shape:
+        raise ValueError(f"{len(one)} and {len(two)} items cannot be paired")
+    data, spread = one - two, spread_of(one - two, documents, seeds)
+    if spread.note:
+        return _between(data, spread, None, None)
+    if not np.isin([one, two], (0.0, 1.0)).all():
+        return _around(data, spread, spread.reach)
+    found = _around(data, spread, max(spread.reach, spread.floor(one, two)))
+    assert found.low is not None and found.high is not None
+    return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
+
+
+def _between(data: Any, spread: Spread, low: float | None, high: float | None) -> Interval:
+    value = float(data.mean()) if len(data) else None
+    return Interval(value, low, high, len(data), spread.clusters, spread.seeds, spread.note)
+
+
+def _around(data: Any, spread: Spread, reach: float) -> Interval:
+    return _between(data, spread, float(data.mean()) - reach, float(data.mean()) + reach)
+
+
+# ---------------------------------------------------------------- shares
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of a share of `successes` in `n` independent trials; (0, 1) where n = 0."""
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} trials")
     if n == 0:
         return 0.0, 1.0
-    share, spread = successes / n, z * z / n
-    center = share + spread / 2
-    reach = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    low, high = (center - reach) / (1 + spread), (center + reach) / (1 + spread)
+    found = stats.binomtest(successes, n).proportion_ci(method="wilson")
     # The ends are exact where nothing, or everything, succeeded; rounding must not say otherwise.
-    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
+    return (0.0 if successes == 0 else float(found.low)), (1.0 if successes == n else float(found.high))
+
+
+def _korn_graubard(share: float, items: int, spread: Spread) -> tuple[float, float]:
+    """Clopper and Pearson's interval of n* items (Korn and Graubard 1998), joined with Wilson's of all items.
+
+    n* = share (1 - share) / V, less where the t quantile is large, at most the items that are not repeats. Where
+    nothing or everything is kept V says nothing, and n* is all of these items less for the t quantile alone. Few
+    losses say little about V either: its degrees of freedom are at most EXTRA more than the documents that hold one.
+    """
+    widen = max(1.0, t_quantile(spread.mixed + EXTRA) / spread.quantile)
+    most = spread.distinct * (Z / spread.quantile / widen) ** 2
+    edge, reach = share in (0.0, 1.0), widen * spread.reach
+    n = most if edge or reach == 0 else min(spread.distinct, share * (1 - share) * (Z / reach) ** 2)
+    successes, failures = n * share, n * (1 - share)
+    low, high = wilson_interval(round(share * items), items)
+    if successes > 0:
+        low = min(low, float(stats.beta.ppf(0.025, successes, failures + 1)))
+    if failures > 0:
+        high = max(high, float(stats.beta.ppf(0.975, successes + 1, failures)))
+    return low, high
 
 
 def mcnemar_p(lost: int, gained: int) -> float:
-    """Exact two-sided p-value that losses and gains are equally likely (McNemar 1947, binomial form).
-
-    p = min(1, 2 sum_{k <= min(lost, gained)} C(n, k) / 2^n), n = lost + gained; 1 where nothing changed.
-    """
-    changed = lost + gained
-    tail = sum(math.comb(changed, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    """Exact two-sided p-value that losses and gains are equally likely (McNemar 1947); 1 where nothing changed."""
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 @dataclass(frozen=True)
@@ -44,32 +155,41 @@ class Kept:
     """What pruning kept of the answers that needed the passage (method, section 8).
 
     `items`: dense right with the passage and wrong without it. `share` of them is still right under pruning (None
-    where there are none), in the 95 % Wilson interval [low, high]. `gained` and `lost` are counted over all items, `p`
-    is McNemar's on the two.
+    where there are none), in the 95 % interval [low, high] of `clustered` (None where it cannot be had: `note` says
+    why). `gained` and `lost` are counted over all items, `p` is McNemar's on the two.
     """
 
     share: float | None
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     items: int
     gained: int
     lost: int
     p: float
+    clusters: int
+    seeds: int = 1
+    note: str = ""
 
 
-def kept(dense_right: Sequence[bool], dense_right_without: Sequence[bool], pruned_right: Sequence[bool]) -> Kept:
+def kept(
+    dense_right: Sequence[bool],
+    dense_right_without: Sequence[bool],
+    pruned_right: Sequence[bool],
+    documents: Labels = None,
+    seeds: Labels = None,
+) -> Kept:
     """Of the items that dense answers right and gets wrong without the passage, the share still right [ours].
 
     One entry per item, in the same order. ValueError where the lengths differ.
     """
     rows = list(zip(dense_right, dense_right_without, pruned_right, strict=True))
-    still = [pruned for dense, without, pruned in rows if dense and not without]
+    needed = [place for place, (dense, without, _) in enumerate(rows) if dense and not without]
+    labels = [None if every is None else [every[place] for place in needed] for every in (documents, seeds)]
+    found = clustered([float(bool(pruned_right[place])) for place in needed], *labels)
     gained = sum(1 for dense, _, pruned in rows if pruned and not dense)
     lost = sum(1 for dense, _, pruned in rows if dense and not pruned)
-    right = sum(map(bool, still))
-    low, high = wilson_interval(right, len(still))
-    share = right / len(still) if still else None
-    return Kept(share, low, high, len(still), gained, lost, mcnemar_p(lost, gained))
+    counted = found.items, gained, lost, mcnemar_p(lost, gained), found.clusters, found.seeds, found.note
+    return Kept(found.value, found.low, found.high, *counted)
 
 
 def kept_by(
@@ -77,15 +197,26 @@ def kept_by(
     dense_right: Sequence[bool],
     dense_right_without: Sequence[bool],
     pruned_right: Sequence[bool],
+    documents: Labels = None,
+    seeds: Labels = None,
 ) -> dict[Hashable, Kept]:
     """`kept` of every group of items, for example per distance of the fact.
 
     groups: one label per item; they come back in the order of their first appearance.
     """
-    members: dict[Hashable, list[tuple[bool, bool, bool]]] = {}
-    for group, *row in zip(groups, dense_right, dense_right_without, pruned_right, strict=True):
-        members.setdefault(group, []).append(cast(tuple[bool, bool, bool], tuple(row)))
-    return {group: kept(*zip(*rows, strict=True)) for group, rows in members.items()}
+    columns = (dense_right, dense_right_without, pruned_right, documents, seeds)
+    if any(column is not None and len(column) != len(groups) for column in columns):
+        raise ValueError("every column must have one entry per item")
+    members: dict[Hashable, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    return {
+        group: kept(*(column if column is None else [column[place] for place in places] for column in columns))  # type: ignore[arg-type]
+        for group, places in members.items()
+    }
+
+
+# ---------------------------------------------------------------- ratios to dense
 
 
 def retention(pruned_accs: Sequence[float], dense_accs: Sequence[float]) -> float:
@@ -110,56 +241,46 @@ def skill(pruned: float, dense: float, chance: float, dense_stderr: float) -> fl
     return (pruned - chance) / (dense - chance)
 
 
-def paired_bootstrap(
-    differences: Sequence[float], documents: Sequence[Hashable], rng: random.Random, samples: int = 2000
-) -> tuple[float, float, float]:
-    """Mean paired difference and its 95 % percentile interval, documents (not items) resampled with replacement [ours].
+def chance_of(labels: Sequence[int], choices: int) -> float:
+    """Share of right answers without reading the question: 1 / choices, or that of the best constant answer.
 
-    differences: method A minus method B, one per item; documents: whose item it is, as items of one document go
-    together. A sample's value is sum of differences / number of items over the documents drawn. A beats B where the
-    interval excludes 0. ValueError where the lengths differ or there are fewer than two documents (no spread could be
-    seen).
+    The most frequent label counts where a chi-square test tells the labels from equally frequent ones (p < 0.01): a
+    small set has a most frequent label by chance. BoolQ: 62 % are "yes".
     """
-    sums: dict[Hashable, float] = {}
-    counts: dict[Hashable, int] = {}
-    for difference, document in zip(differences, documents, strict=True):
-        sums[document] = sums.get(document, 0.0) + difference
-        counts[document] = counts.get(document, 0) + 1
-    if len(sums) < 2:
-        raise ValueError(f"a bootstrap over documents needs at least 2 of them, got {len(sums)}")
-    totals, sizes = np.array(list(sums.values())), np.array(list(counts.values()))
-    generator = np.random.default_rng(rng.getrandbits(64))
-    drawn = generator.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=samples)
-    low, high = np.percentile(drawn @ totals / (drawn @ sizes), [2.5, 97.5])
-    return float(totals.sum() / sizes.sum()), float(low), float(high)
+    counts = np.bincount(np.asarray(labels, dtype=int), minlength=choices)
+    if choices < 2 or counts.sum() == 0 or stats.chisquare(counts).pvalue >= 0.01:
+        return 1 / choices
+    return float(counts.max() / counts.sum())
 
 
-def score_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean score: Wilson's where each is 0 or 1, else the normal one; (0, 1) of a single score."""
-    if all(score in (0.0, 1.0) for score in scores):
-        return wilson_interval(round(math.fsum(scores)), len(scores))
-    if len(scores) < 2:
-        return 0.0, 1.0
-    mean, reach = float(np.mean(scores)), 1.96 * float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-    return mean - reach, mean + reach
+def ratio_interval(tasks: Sequence[Task]) -> Interval | None:
+    """95 % interval of the mean over tasks of (pruned - chance) / (dense - chance) [ours].
 
+    tasks: (pruned scores, dense scores, chance, documents or None) of each, item by item, the same questions. With
+    chance 0 this is retention / 100, with one task skill. Each ratio R is linearised: its items are
+    (pruned - chance - R (dense - chance)) / (mean dense - chance), and their variances over documents add up.
 
-def ratio_interval(
-    tasks: Sequence[tuple[Sequence[float], Sequence[float], float]], rng: random.Random, samples: int = 2000
-) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean over tasks of (pruned - chance) / (dense - chance) [ours].
-
-    tasks: (pruned scores, dense scores, chance) of each, item by item; items are resampled within a task, pruned and
-    dense together, as they are the same questions. With chance 0 this is retention / 100, with one task skill. None
-    without tasks, or where a resample's dense is at chance: then the ratio is not known.
+    Returns None without tasks, and no ends where the interval of a dense score reaches its chance, or where a task has
+    one document: then the ratio is not known.
     """
-    generator, total = np.random.default_rng(rng.getrandbits(64)), np.zeros(samples)
-    for pruned, dense, chance in tasks:
-        kinds, counts = np.unique(np.array([pruned, dense], dtype=float), axis=1, return_counts=True)
-        drawn = generator.multinomial(counts.sum(), counts / counts.sum(), size=samples) / counts.sum()
-        above, below = drawn @ kinds[0] - chance, drawn @ kinds[1] - chance
-        if (below <= 0).any():
-            return None
-        total += above / below / len(tasks)
-    ends: list[float] = np.percentile(total, [2.5, 97.5]).tolist()
-    return (ends[0], ends[1]) if tasks else None
+    if not tasks:
+        return None
+    ratios, reaches, items, clusters, note = [], [], 0, 0, ""
+    for scores, dense_scores, chance, documents in tasks:
+        pruned, dense = np.asarray(scores, dtype=float), np.asarray(dense_scores, dtype=float)
+        above = float(dense.mean()) - chance
+        base = clustered(dense_scores, documents)
+        if above <= 0 or (base.low is not None and base.low <= chance):
+            return Interval(None, None, None, len(dense), base.clusters, note="dense is at chance: no ratio")
+        ratio = (float(pruned.mean()) - chance) / above
+        rests = (pruned - chance - ratio * (dense - chance)) / above
+        spread = spread_of(rests, documents, None)
+        both = np.isin([pruned, dense], (0.0, 1.0)).all()
+        reach = max(spread.reach, spread.floor(pruned, dense) / above if both and not spread.note else 0.0)
+        ratios.append(ratio)
+        reaches.append(reach)
+        items, clusters, note = items + len(dense), clusters + base.clusters, note or base.note
+    value, reach = math.fsum(ratios) / len(ratios), math.hypot(*reaches) / len(reaches)
+    if note:
+        return Interval(value, None, None, items, clusters, note=note)
+    return Interval(value, value - reach, value + reach, items, clusters)

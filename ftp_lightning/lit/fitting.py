@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.fsdp import FSDPModule
 
 from ftp_lightning.artifact import write_text
-from ftp_lightning.data.module import WindowsData
+from ftp_lightning.data.module import RowsData
 from ftp_lightning.fingerprint import digest
 from ftp_lightning.launcher import Place
 from ftp_lightning.lit.router_training import RouterTraining
@@ -257,15 +257,15 @@ class _Progress(L.Callback):
 def fit_router(
     model,
     pruner: TokenPruner,
-    train_windows,
-    validation_windows,
+    train_rows,
+    validation_rows,
     settings: TrainingSettings,
     folder,
     logger=None,
     progress=None,
     fingerprint: str = "",
 ) -> dict:
-    """`fit` of the pruner's router under its schedule, on windows."""
+    """`fit` of the pruner's router under its schedule, on rows."""
     system = RouterTraining(model, pruner, settings)
-    data = WindowsData(train_windows, validation_windows, settings.batch_size, settings.seed)
+    data = RowsData(train_rows, validation_rows, settings.batch_size, settings.seed)
     return fit(system, data, folder, logger, progress, fingerprint)

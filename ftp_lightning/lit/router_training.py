@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning import losses
+from ftp_lightning.data.rows import Batch, scored_tokens
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.blocks import find_decoder
 from ftp_lightning.pruning.listening import listening, needed_later
+from ftp_lightning.pruning.tokens import padding_arguments
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.routing.choice import choose_topk
 from ftp_lightning.schedule import Schedule
@@ -93,7 +95,7 @@ class RouterTraining(L.LightningModule):
     def outputs(self, batch: dict) -> dict[str, Tensor]:
         """Of the scored positions: "hidden" (B, C, D), and where a loss wants them "logits" (B, C, V)."""
         ids, first = batch["input_ids"], self._scored_from(batch)
-        about = _masked(batch) | {"use_cache": False}
+        about = padding_arguments(batch.get("attention_mask")) | {"use_cache": False}
         if self.settings.distillation == "mse":
             return {"hidden": self.decoder(input_ids=ids, **about).last_hidden_state[:, first:-1].to(ids.device)}
         from ftp_lightning.search.criteria import entering_head
@@ -231,31 +233,23 @@ class RouterTraining(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._kl: list[Tensor] = []
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         kl = self.validate_rows(batch)
         self._kl.append(kl)
         self.log("validation_kl", kl.mean(), batch_size=len(kl), sync_dist=True)
 
     @torch.no_grad()
-    def validate_rows(self, batch: dict) -> Tensor:
+    def validate_rows(self, batch: Batch) -> Tensor:
         """(B,): KL per continuation token of the deployed computation, the mean over the validation schedules."""
-        prompt, mask = batch["prompt_tokens"], batch.get("attention_mask")
-        teacher, scored = self._continuation(batch), None if mask is None else mask[:, prompt:].bool()
+        teacher, scored = self._continuation(batch), scored_tokens(batch)
         rows = []
         for schedule in self.validation_schedules():
-            pruner = self.pruner.with_schedule(schedule)
-            with pruner(self.model), nullcontext() if mask is None else pruner.masked(prompt):
+            with self.pruner.with_schedule(schedule)(self.model):
                 rows.append(losses.kl_rows(self._continuation(batch), teacher, scored))
         return torch.stack(rows).mean(0)
 
-    def _continuation(self, batch: dict) -> Tensor:
-        """Logits (B, C, V): prefill and cached continuation, or the masked executor's same numbers where rows are
-        padded."""
-        ids, prompt, mask = batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask")
-        if mask is None:
-            return continuation_logits(self.model, ids, prompt)
-        keep = ids.shape[1] - prompt + 1
-        return self.model(input_ids=ids, **_masked(batch), use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    def _continuation(self, batch: Batch) -> Tensor:
+        return continuation_logits(self.model, batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask"))
 
     def on_validation_epoch_end(self) -> None:
         self.validations.append({"step": self.global_step, "kl": torch.cat(self._kl).mean().item()})
@@ -270,12 +264,6 @@ class RouterTraining(L.LightningModule):
         optimizer = torch.optim.Adam(self.router.parameters(), lr=self.settings.learning_rate)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1.0 - step / self.settings.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
-
-
-def _masked(batch: dict) -> dict[str, Tensor]:
-    """What a model is told of padded rows: which tokens are real, and their positions counted in them alone."""
-    mask = batch.get("attention_mask")
-    return {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def _realised(decision) -> float:

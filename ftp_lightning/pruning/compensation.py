@@ -19,6 +19,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.blocks import find_attention, find_decoder, find_mlp
 from ftp_lightning.pruning.calls import WrappedMethod
 from ftp_lightning.pruning.places import home, hooked_place
+from ftp_lightning.pruning.tokens import padding_arguments
 
 SKIP = ("identity", "mean", "low-rank")
 """What a skipped token may get: nothing (paper), the mean update, or a linear map of rank r of its input."""
@@ -172,7 +173,7 @@ def fit_compensation(
 
     Args:
         model: a Hugging Face causal LM in eval mode, nothing attached.
-        windows: rows of prompts and continuations (`Windows`), or batches {"input_ids", "prompt_tokens"}.
+        windows: rows of prompts and continuations (`data.rows.Rows`), or batches as their `batch` makes them.
         rank: of W_l; 0 fits the mean update, for skip="mean".
         ridge: penalty in units of the mean eigenvalue of the inputs' covariance.
         batch_size: prompts per forward, where windows are given; the result does not depend on it but for rounding.
@@ -234,30 +235,36 @@ def gather_moments(
             for part, per_block in moments.items()
             for block, one in zip(blocks, per_block)
         ]
-        for ids in _prompts(windows, batch_size):
+        for ids, mask in _prompts(windows, batch_size):
             for observer in observers:
-                observer.shape = ids.shape
-            decoder(input_ids=ids.to(place), use_cache=False)
+                observer.shape, observer.real = ids.shape, None if mask is None else mask.bool()
+            mask = None if mask is None else mask.to(place)
+            decoder(input_ids=ids.to(place), use_cache=False, **padding_arguments(mask))
     return moments
 
 
-def _prompts(windows: Any, batch_size: int) -> Iterator[Tensor]:
-    """Prompts (B, P), batch by batch, of windows or of batches."""
-    if hasattr(windows, "input_ids"):
-        yield from windows.input_ids[:, : windows.prompt_tokens].split(batch_size)
-        return
+def _prompts(windows: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Prompts (B, P) and, where some are padded, the mask of their real tokens; of rows or of batches."""
     batches: Iterable[dict] = windows
+    if hasattr(windows, "batches"):
+        batches = (batch for _, batch in windows.batches(batch_size))
     for batch in batches:
-        yield batch["input_ids"][:, : int(batch["prompt_tokens"])]
+        prompt, mask = int(batch["prompt_tokens"]), batch.get("attention_mask")
+        mask = None if mask is None or mask[:, :prompt].all() else mask[:, :prompt]
+        yield batch["input_ids"][:, :prompt], mask
 
 
 class _Observer:
-    """Adds what enters and leaves a block (or part) to its sums, between enter and exit. `shape`: (B, T) of a batch."""
+    """Adds what enters and leaves a block (or part) to its sums, between enter and exit.
+
+    `shape`: (B, T) of a batch; `real` (B, T) bool: False for padding, on the left; None = all are real.
+    """
 
     def __init__(self, block: nn.Module, part: str, moments: Moments):
         self.entry, self.leave = _doors(block, part)
         self.part, self.moments = part, moments
         self.shape: Sequence[int] = ()
+        self.real: Tensor | None = None
 
     def __enter__(self) -> _Observer:
         entering = self.entry.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -275,8 +282,11 @@ class _Observer:
         output = output[0] if isinstance(output, tuple) else output
         x, y = (state.reshape(*self.shape, -1).to(self.moments.x) for state in (self._hidden, output))
         y = y - x if self.part == "block" else y
-        usual = _usual(x) & _usual(x + y)
+        real = None if self.real is None else self.real.to(x.device)
+        usual = _usual(x, real) & _usual(x + y, real)
         usual[:, 0] = usual[:, -1] = False
+        if real is not None:
+            usual &= real.cumsum(1) > 1
         self.moments.add(x[usual], y[usual])
 
 
@@ -293,7 +303,10 @@ def _doors(block: nn.Module, part: str) -> tuple[nn.Module, nn.Module]:
     return found
 
 
-def _usual(state: Tensor) -> Tensor:
-    """(B, T) bool: tokens of (B, T, D) whose norm is not far above their row's median."""
+def _usual(state: Tensor, real: Tensor | None) -> Tensor:
+    """(B, T) bool: real tokens of (B, T, D) whose norm is not far above their row's median."""
     norm = state.norm(dim=-1)
-    return norm <= OUTLIER * norm.median(dim=1, keepdim=True).values
+    if real is None:
+        return norm <= OUTLIER * norm.median(dim=1, keepdim=True).values
+    norm = norm.masked_fill(~real, float("nan"))  # compares as False
+    return norm <= OUTLIER * norm.nanmedian(dim=1, keepdim=True).values

@@ -7,7 +7,7 @@ ones count the very tokens of a trace.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ftp_lightning.schedule import Schedule, kept_tokens
 __all__ = [
     "BlockCost", "Parts", "block_costs", "cached_bytes", "causal_pairs", "continuation_flops", "decode_bytes",
     "decode_speedup_limit", "flops_reduction", "head_flops", "prompt_flops", "realised_flops",
-    "realised_flops_reduction", "realised_speedup_limit", "speedup_limit", "stored_tokens",
+    "realised_flops_reduction", "realised_speedup_limit", "row_flops", "speedup_limit", "stored_tokens",
 ]  # fmt: skip
 
 Parts = Literal["block", "attention", "mlp", "attention+mlp"]
@@ -139,36 +139,61 @@ def realised_flops(
     removed: Sequence[tuple[int, str]] = (),
     costs: Sequence[BlockCost] | None = None,
 ) -> tuple[float, float]:
-    """(dense, pruned) FLOPs of the prompt that was routed on an empty cache, rows added up.
+    """(dense, pruned) FLOPs of the prompts of a trace, rows added up: see `row_flops`."""
+    dense, pruned = row_flops(model, trace, kv, new_tokens, rank, removed, costs)
+    return dense.sum().item(), pruned.sum().item()
+
+
+def row_flops(
+    model: nn.Module,
+    trace: Trace,
+    kv: str | Sequence[str],
+    new_tokens: int | Sequence[int] = 0,
+    rank: int = 0,
+    removed: Sequence[tuple[int, str]] = (),
+    costs: Sequence[BlockCost] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense and pruned FLOPs of each prompt that was routed on an empty cache: (B,) float64 both, on the CPU.
 
     Pairs are counted one by one: a computed token sees, within the window of original positions, all tokens up to
-    itself under `keep`, and those computed in the attention under `evict`. `new_tokens` densely computed tokens per row
-    may follow. `rank` (see `block_costs`) is counted for every real token that skips: once for a block, whose two parts
-    share one mask in the trace, else by each part. `removed`: parts (block, "attention" or "mlp") that the tokens that
-    follow skip, too. `costs`: `block_costs(model, rank)`, for whoever asks for many traces.
+    itself under `keep`, and those computed in the attention under `evict`. `new_tokens` densely computed tokens (of
+    every row, or one number per row) may follow. `rank` (see `block_costs`) is counted for every real token that skips:
+    once for a block, whose two parts share one mask in the trace, else by each part. `removed`: parts (block,
+    "attention" or "mlp") that the tokens that follow skip, too. `costs`: `block_costs(model, rank)`, for whoever asks
+    for many traces.
     """
     costs, real = costs or block_costs(model, rank), trace.real
+    new = [new_tokens] * len(real) if isinstance(new_tokens, int) else list(new_tokens)
     left = remaining_costs(costs, removed)
     attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
-    dense = pruned = head_flops(model) * len(real) * (1 + new_tokens)
+    dense = head_flops(model) * (1 + torch.tensor(new, dtype=torch.float64))
+    pruned = dense.clone()
     for cost, less, attended, fed, mode in zip(costs, left, attention, mlp, _modes(kv, len(costs)), strict=True):
-        dense += _traced_flops(cost, real, real, real, real, new_tokens)
-        pruned += _traced_flops(less, real, real if mode == "keep" else attended, attended, fed, new_tokens)
-        pruned += cost.skip * sum(int((real & ~mask).sum()) for mask in {id(m): m for m in (attended, fed)}.values())
+        dense += _traced_flops(cost, real, real, real, real, new)
+        pruned += _traced_flops(less, real, real if mode == "keep" else attended, attended, fed, new)
+        pruned += cost.skip * sum(_count(real & ~mask) for mask in {id(m): m for m in (attended, fed)}.values())
     return dense, pruned
 
 
-def _traced_flops(cost: BlockCost, real: Tensor, keyed: Tensor, attended: Tensor, fed: Tensor, new: int) -> float:
-    """FLOPs of one block, all masks (B, T): `keyed` tokens give keys, `attended` queries, `fed` enter the MLP."""
+def _traced_flops(
+    cost: BlockCost, real: Tensor, keyed: Tensor, attended: Tensor, fed: Tensor, new: Sequence[int]
+) -> Tensor:
+    """(B,) FLOPs of one block, all masks (B, T): `keyed` tokens give keys, `attended` queries, `fed` enter the MLP."""
     keys = keyed.cumsum(1)
     if cost.window is not None and cost.window < keys.shape[1]:
         keys = keys - torch.nn.functional.pad(keys, (cost.window, 0))[:, : keys.shape[1]]
-    stored = keyed.sum(1).tolist()
-    pairs = int((keys * attended).sum()) + sum(
-        continued_pairs(n, held, new, cost.window) for n, held in zip(real.sum(1).tolist(), stored)
-    )
-    after = new * len(stored)
-    return _flops(cost, sum(stored) + after, int(attended.sum()) + after, int(fed.sum()) + after, pairs)
+    stored, after = _count(keyed), torch.tensor(new, dtype=torch.float64)
+    continued = [
+        continued_pairs(n, held, more, cost.window)
+        for n, held, more in zip(real.sum(1).tolist(), stored.tolist(), new, strict=True)
+    ]
+    pairs = _count(keys * attended) + torch.tensor(continued, dtype=torch.float64)
+    return _flops(cost, stored + after, _count(attended) + after, _count(fed) + after, pairs)
+
+
+def _count(values: Tensor) -> Tensor:
+    """(B,) float64 on the CPU: the sum of each row."""
+    return values.sum(1).to("cpu", torch.float64)
 
 
 def head_flops(model: nn.Module) -> float:
@@ -177,7 +202,8 @@ def head_flops(model: nn.Module) -> float:
     return 2.0 * config.hidden_size * config.vocab_size
 
 
-def _flops(cost: BlockCost, stored: int, attended: int, fed: int, pairs: float) -> float:
+def _flops(cost: BlockCost, stored: Any, attended: Any, fed: Any, pairs: Any) -> Any:
+    """Of numbers, or of tensors with one number per row."""
     return stored * cost.keys_values + attended * cost.attention + fed * cost.mlp + pairs * cost.pair
 
 

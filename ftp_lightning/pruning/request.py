@@ -6,6 +6,11 @@ routers themselves are in no FLOPs, but in every clock.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import nn
 
 from ftp_lightning.pruning.costs import block_costs, remaining_costs
@@ -13,7 +18,7 @@ from ftp_lightning.pruning.flops import (
     continuation_flops,
     head_flops,
     prompt_flops,
-    realised_flops,
+    row_flops,
     stored_tokens,
 )
 from ftp_lightning.pruning.trace import Trace
@@ -50,20 +55,53 @@ def planned_cut(model: nn.Module, pruner, tokens: int, new_tokens: int = 0) -> f
     return 1.0 - pruned / dense
 
 
+@dataclass(frozen=True)
+class RowCosts:
+    """What each routed prompt costs, with the tokens that follow it, and what it costs dense.
+
+    flops, dense_flops: of the prompt and its new tokens. kv_bytes, dense_kv_bytes: keys and values that the prompt
+    leaves in the cache.
+    """
+
+    dense_flops: list[float]
+    flops: list[float]
+    dense_kv_bytes: list[float]
+    kv_bytes: list[float]
+
+    @property
+    def cut(self) -> float:
+        """Share of the FLOPs that is saved, all rows added up."""
+        return 1.0 - math.fsum(self.flops) / math.fsum(self.dense_flops)
+
+
+def row_costs(model: nn.Module, pruner, trace: Trace, new_tokens: int | Sequence[int] = 0) -> RowCosts:
+    """FLOPs and bytes of each prompt of a trace, from the very tokens that were computed.
+
+    new_tokens: computed densely after every prompt; one number, or one per row.
+    """
+    costs, real = block_costs(model, pruner.skip_rank), trace.real.sum(1).tolist()
+    new = [new_tokens] * len(real) if isinstance(new_tokens, int) else list(new_tokens)
+    dense, pruned = row_flops(model, trace, pruner.kv, new, pruner.skip_rank, pruner.removed, costs)
+    looks = {tokens: scout_flops(model, pruner.router.scout, tokens) for tokens in set(real)}
+    more = [looks[tokens] + _instead(costs, pruner, after) for tokens, after in zip(real, new)]
+    held = torch.zeros(len(real), dtype=torch.float64)
+    for cost, mode, attended in zip(
+        remaining_costs(costs, pruner.removed), pruner.kv, trace.keep_attention, strict=True
+    ):
+        held += cost.cached_bytes * (trace.real if mode == "keep" else attended).sum(1).cpu()
+    every = sum(cost.cached_bytes for cost in costs)
+    flops = [one + other for one, other in zip(pruned.tolist(), more)]
+    return RowCosts(dense.tolist(), flops, [float(tokens * every) for tokens in real], held.tolist())
+
+
 def realised_cut(model: nn.Module, pruner, trace: Trace, new_tokens: int = 0) -> float:
-    """The same of the prompts of a trace, from the very tokens that were computed, rows added up."""
-    dense, pruned = realised_flops(model, trace, pruner.kv, new_tokens, pruner.skip_rank, pruner.removed)
-    looks = sum((scout_flops(model, pruner.router.scout, int(n)) for n in trace.real.sum(1)), 0.0)
-    after = _instead(block_costs(model, pruner.skip_rank), pruner, new_tokens * len(trace.real))
-    return 1.0 - (pruned + looks + after) / dense
+    """Share of the FLOPs that the pruner saved on the prompts of a trace and `new_tokens` after each, rows added up."""
+    return row_costs(model, pruner, trace, new_tokens).cut
 
 
 def kept_bytes(model: nn.Module, pruner, trace: Trace) -> float:
     """Bytes of keys and values that the prompts of a trace leave in the cache, per row; dense: `trace.real` of all."""
-    costs, total = remaining_costs(block_costs(model), pruner.removed), 0
-    for cost, mode, attended in zip(costs, pruner.kv, trace.keep_attention, strict=True):
-        total += cost.cached_bytes * int((trace.real if mode == "keep" else attended).sum())
-    return total / len(trace.real)
+    return math.fsum(row_costs(model, pruner, trace).kv_bytes) / len(trace.real)
 
 
 def _instead(costs, pruner, tokens: int) -> float:

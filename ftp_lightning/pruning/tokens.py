@@ -40,6 +40,15 @@ def visible_keys(query_slots: Tensor, keys: Tokens, window: int | None) -> Tenso
     return visible if window is None else visible & (distance < window)
 
 
+def padding_arguments(mask: Tensor | None, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
+    """What a forward over the tokens [start, end) of padded rows is told: which tokens so far are real, and positions
+    that count real tokens alone. Nothing without a mask (B, T), 1 = real."""
+    if mask is None:
+        return {}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+
+
 class Rows:
     """The kept tokens of a (B, T) decision, gathered: row b's in ascending order at the end, fillers before them.
 

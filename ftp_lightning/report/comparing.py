@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -108,41 +107,41 @@ def speed(runs: Runs) -> Rows:
 # ---------------------------------------------------------------- paired differences
 
 
-def paired(runs: Runs, draws: int = 2000) -> list[str]:
+def paired(runs: Runs) -> list[str]:
     """A sentence for every run but the first: its answers against the first's on the questions both were asked.
 
-    Of the questions that dense answers right with the passage and wrong without it, in both runs; a bootstrap over
-    documents (`evaluation.statistics.paired_bootstrap`), seed 0.
+    Of the questions that dense answers right with the passage and wrong without it, in both runs. The interval knows
+    documents (`evaluation.statistics.paired`), not how a second training would differ: each run is one.
     """
     first, *others = runs
     answers = {label: recall_answers(run) for label, run in runs.items()}
-    return [difference(first, other, answers[first], answers[other], draws) for other in others]
+    return [difference(first, other, answers[first], answers[other]) for other in others]
 
 
 def recall_answers(run: Run) -> dict[str, tuple[bool, Any]]:
     """Hash of the question -> (right?, document) of the headline method, of questions that need the passage; empty
     without them."""
     method = (headline_method(run["evaluate"]) or {}).get("name")
-    text = read_text(run["folder"] / "evaluate" / "samples.jsonl")
+    text = read_text(run["folder"] / "evaluate" / "record.jsonl")
     rows = [json.loads(line) for line in (text or "").splitlines() if line.strip()]
-    without = {row["id"]: row["right"]["dense"] for row in rows if row["task"] == DELETED}
     return {
-        row["hash"]: (row["right"][method], row["document"])  # of its words: runs may number different questions alike
+        row["hash"]: (row["right"], row["document"])  # of its words: runs may number different questions alike
         for row in rows
-        if row["task"] == RECALL and row["right"]["dense"] and not without.get(row["id"], False)
+        if row["task"] == RECALL and row["method"] == method and row.get("needed")
     }
 
 
-def difference(first: str, other: str, base: dict, own: dict, draws: int) -> str:
+def difference(first: str, other: str, base: dict, own: dict) -> str:
     """ "b against a: cannot be told apart; answers kept +1.2 points [-0.5, 2.9], paired, 280 questions."."""
-    from ftp_lightning.evaluation.statistics import paired_bootstrap
+    from ftp_lightning.evaluation.statistics import paired
 
     both = [item for item in own if item in base]
     documents = [own[item][1] for item in both]
     if len({*documents}) < 2:
         return f"{other} against {first}: they were not asked the same questions, so nothing can be paired."
-    apart = [int(own[item][0]) - int(base[item][0]) for item in both]
-    mean, low, high = paired_bootstrap(apart, documents, random.Random(0), draws)
-    said = "keeps more" if low > 0 else "keeps fewer" if high < 0 else "cannot be told apart"
-    interval = f"{100 * mean:+.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
+    right = [[float(answers[item][0]) for item in both] for answers in (own, base)]
+    found = paired(right[0], right[1], documents)
+    said = {1: "keeps more", -1: "keeps fewer", 0: "cannot be told apart"}[found.sign]
+    value, low, high = (100 * (end or 0.0) for end in (found.value, found.low, found.high))
+    interval = f"{value:+.1f} points [{low:.1f}, {high:.1f}]"
     return f"{other} against {first}: {said}; answers kept {interval}, paired, {len(both):,} questions."

@@ -73,7 +73,7 @@ def single_block_kl(found: dict[str, Any], block: int, sparsity: float) -> float
 def important_tokens(run: Run) -> str | None:
     """The whole interval of the answers kept lies below `KEPT_ENOUGH`; says at which distance most are lost."""
     kept = kept_by(run)
-    if kept["high"] >= KEPT_ENOUGH:
+    if kept["high"] is None or kept["high"] >= KEPT_ENOUGH:
         return None
     lost = f"{percent(1 - kept['share'])} of {kept['items']:,} answers that need the prompt are lost"
     bins = {d: at for d, at in (kept.get("by_distance") or {}).items() if at["items"] >= FEW_ITEMS}

@@ -17,8 +17,13 @@ def column(rows: Rows, name: str) -> list[Any]:
 
 
 def whiskers(rows: Rows, value: str = "share") -> list[list[float]]:
-    """Lengths below and above `value` of the interval [low, high], as matplotlib's xerr and yerr want them."""
-    return [[max(row[value] - row["low"], 0) for row in rows], [max(row["high"] - row[value], 0) for row in rows]]
+    """Lengths below and above `value` of the interval [low, high], as matplotlib's xerr and yerr want them; 0 where
+    there is no interval."""
+    ends = [(row[value] if row[end] is None else row[end] for row in rows) for end in ("low", "high")]
+    return [
+        [max(row[value] - low, 0) for row, low in zip(rows, ends[0])],
+        [max(high - row[value], 0) for row, high in zip(rows, ends[1])],
+    ]
 
 
 def block_axis(axis: Any, count: int) -> None:

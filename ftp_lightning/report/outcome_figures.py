@@ -32,7 +32,8 @@ def kept(rows: Rows) -> "Figure":
     bars = {"fmt": "none", "ecolor": INK, "elinewidth": 1.4, "capsize": 3}
     axis.errorbar(column(rows, "share"), range(len(rows)), xerr=whiskers(rows), **bars)
     for index, row in enumerate(rows):
-        axis.annotate(percent(row["share"]), (row["high"], index), (6, 0), textcoords="offset points", va="center")
+        end = row["share"] if row["high"] is None else row["high"]
+        axis.annotate(percent(row["share"]), (end, index), (6, 0), textcoords="offset points", va="center")
     axis.set(xlim=(0, 1.17), xlabel="answers kept (share, 95 % interval)", xticks=[0, 0.25, 0.5, 0.75, 1])
     return figure
 

@@ -63,9 +63,15 @@ def read_text(path: Path) -> str | None:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of `evaluate`, whose numbers the page quotes first, else of the last stage that left a config.yaml.
 
-    Errors: UserError if the file is not YAML.
+    A named model is given by its title, which tells its weights. Errors: UserError if the file is not YAML.
     """
-    return next(filter(None, (read_config(folder / stage) for stage in ("evaluate", *reversed(STAGES)))), {})
+    for stage in ("evaluate", *reversed(STAGES)):
+        if settings := read_config(folder / stage):
+            parts = (read_json(folder / stage / "provenance.json") or {}).get("parts") or {}
+            # a title has blanks; hashes of folders and names of the Hub have none
+            known = str(parts.get("model", ""))
+            return {**settings, "model": known} if " " in known else settings
+    return {}
 
 
 def read_config(stage_folder: Path) -> dict[str, Any]:

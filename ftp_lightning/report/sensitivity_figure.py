@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vP"
 
+UNEVEN = "prompts differ in length"
+
 
 def overview(found: dict[str, Any]) -> Figure:
     """Six panels over the blocks of a `sensitivity.json`: what a block changes, which tokens it hardly changes and
@@ -39,7 +41,11 @@ def _gradient(axis: Any, found: dict, blocks: range) -> None:
         axis.bar(blocks, found["gradient"], 0.75, color=GREEN)
         axis.set_ylim(0, None)
     else:
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
+        _absent(axis, "not measured")
+
+
+def _absent(axis: Any, why: str) -> None:
+    axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center")
 
 
 def _redundancy(axis: Any, found: dict, blocks: range) -> None:
@@ -51,6 +57,9 @@ def _redundancy(axis: Any, found: dict, blocks: range) -> None:
 
 def _overlap(axis: Any, found: dict, blocks: range) -> None:
     """Solid: pooled Jaccard; dotted: as many tokens anywhere."""
+    axis.set_title("Same positions in two texts?", pad=20)
+    if "position" not in found:
+        return _absent(axis, UNEVEN)
     for look, (threshold, measured) in _by_threshold(found["position"]):
         axis.plot(blocks, _numbers(measured["jaccard"]), **look, label=f"> {threshold}")
         axis.plot(blocks, _numbers(measured["jaccard_by_chance"]), ":", color=look["color"], linewidth=1.2)
@@ -61,6 +70,9 @@ def _overlap(axis: Any, found: dict, blocks: range) -> None:
 
 def _explained(axis: Any, found: dict, blocks: range) -> None:
     values = [0.0]
+    axis.set_title("Redundancy that position alone explains", pad=20)
+    if "position" not in found:
+        return _absent(axis, UNEVEN)
     for look, (threshold, measured) in _by_threshold(found["position"]):
         explained = _numbers(measured["explained"])
         axis.plot(blocks, explained, **look, label=f"> {threshold}")

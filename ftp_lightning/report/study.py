@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.spread import t_quantile
 from ftp_lightning.report.reading import read_json
 from ftp_lightning.report.wording import MISSING, number, signed
 
 STUDY = "study.json"
-T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Two-sided 95 % quantiles of Student's t for 1 ... 15 degrees of freedom."""
-
 Study = dict[str, Any]
 
 
@@ -109,14 +107,6 @@ def mean_and_std(values: list[float]) -> tuple[Any, Any]:
     return mean, math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else None
 
 
-def t_quantile(df: int) -> float:
-    """Beyond the table by its expansion about the normal z: z + (z^3 + z) / 4 df + (5 z^5 + 16 z^3 + 3 z) / 96 df^2."""
-    if df <= len(T_95):
-        return T_95[df - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-
-
 def half_width(std: float | None, n: int) -> Any:
     """Half of the 95 % interval of a mean of n values: t s / sqrt(n)."""
     return None if std is None else t_quantile(n - 1) * std / math.sqrt(n)
@@ -157,11 +147,21 @@ def study_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def differs(study: Study, label: str, metric: str, apart: tuple[float, float] | None) -> bool:
-    """Whether a row differs from the baseline: by the study's own interval, else by the paired one over seeds."""
+    """Whether a row differs from the baseline: by the study's own interval, else by the paired one over seeds.
+
+    Both know that trainings vary; the study's own also knows its documents.
+    """
     if study.get("compared") is not None:
         found = next((one.get(metric) for one in study["compared"] if one["label"] == label), None)
-        return found is not None and bool(found) and not found["low"] <= 0 <= found["high"]
+        return is_sure(found)
     return apart is not None and abs(apart[0]) > apart[1]
+
+
+def is_sure(found: dict[str, Any] | None) -> bool:
+    """Whether a difference can be claimed: its interval excludes 0 and no seed says the opposite."""
+    if not found or found["low"] is None or found["low"] <= 0 <= found["high"]:
+        return False
+    return all(value * found["difference"] > 0 for value in found.get("by_seed", [found["difference"]]))
 
 
 def statements(study: Study) -> list[str]:

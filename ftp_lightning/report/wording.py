@@ -36,6 +36,8 @@ def kept_text(kept: dict[str, Any] | None) -> str:
     """ "91.2 % [89.7, 92.5]": the share of answers kept and its 95 % interval."""
     if not kept:
         return MISSING
+    if kept["low"] is None:
+        return f"{percent(kept['share'])} ({kept.get('note') or 'no interval'})"
     return f"{percent(kept['share'])} [{percent(kept['low'], unit='')}, {percent(kept['high'], unit='')}]"
 
 

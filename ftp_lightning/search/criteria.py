@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.continuation import nll_per_token
+from ftp_lightning.losses import nll_per_token
 
 TOP = 128
 """Probabilities of the dense model stored per token [ours]: on the embedded model the 129 numbers give KL to 1e-3."""
@@ -28,7 +28,7 @@ class Criterion:
         return {}
 
     def loss(self, teacher: dict[str, Tensor], logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(B,): mean loss over the continuation; targets (B, C) are the text's own tokens."""
+        """(B, C): loss of each continuation token; targets (B, C) are the text's own tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not say what is lost")
 
 
@@ -54,7 +54,7 @@ class KLDivergence(Criterion):
         q = logits.log_softmax(-1).gather(-1, teacher["tokens"].to(torch.int64))
         if p.shape[-1] > q.shape[-1]:
             q = torch.cat([q, _log_rest(q)], -1)
-        return self.divergence(p, q).mean(1)
+        return self.divergence(p, q)
 
     def divergence(self, p: Tensor, q: Tensor) -> Tensor:
         """(B, C) of log-probabilities p, q (B, C, K + 1)."""
@@ -78,7 +78,7 @@ class CrossEntropy(Criterion):
     """-log q(token) of the text's own tokens, in nats: what perplexity is made of. Asks nothing of the dense model."""
 
     def loss(self, teacher: dict[str, Tensor], logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-        return nll_per_token(logits, targets).mean(1)
+        return nll_per_token(logits, targets)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class HiddenError(Criterion):
 
     def loss(self, teacher: dict[str, Tensor], logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
         dense = teacher["hidden"].to(logits.dtype)
-        return ((hidden.to(logits.dtype) - dense).square().sum(-1) / dense.square().sum(-1)).mean(1)
+        return (hidden.to(logits.dtype) - dense).square().sum(-1) / dense.square().sum(-1)
 
 
 CRITERIA: dict[str, type[Criterion]] = {

@@ -1,4 +1,4 @@
-"""What the search minimises: a loss of a schedule on chunks of windows, each remembered once it is measured."""
+"""What the search minimises: a loss of a schedule on chunks of rows, each remembered once it is measured."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftp_lightning.data.windows import Windows
+from ftp_lightning.data.rows import Batch, Rows, moved, scored_tokens
 from ftp_lightning.errors import UserError
-from ftp_lightning.evaluation.continuation import continuation_logits
+from ftp_lightning.evaluation.continuation import continuation_logits, row_means
 from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.blocks import find_blocks
 from ftp_lightning.pruning.places import home
@@ -25,16 +25,16 @@ STATES_LIMIT = 256 << 20
 
 
 class MemoFitness:
-    """A deterministic loss of a schedule on chunks of windows, each measured at most once.
+    """A deterministic loss of a schedule on chunks of rows, each measured at most once.
 
-    A chunk is the same few windows in the same forward, always: its loss depends on nothing but the schedule, so that
+    A chunk is the same few rows in the same forward, always: its loss depends on nothing but the schedule, so that
     processes, interruptions and neighbours in a population change no digit.
 
     Subclasses define `measure(schedule, chunk)` and `cost(schedule, chunk)`. The state (memo and counters) is
     JSON-able, so that a resumed search counts and remembers as an uninterrupted one.
 
     Args:
-        sizes: how many windows each chunk holds.
+        sizes: how many rows each chunk holds.
         memo: False measures everything anew, as searches without a memo do (for comparison).
 
     Attributes:
@@ -44,13 +44,13 @@ class MemoFitness:
 
     def __init__(self, sizes: Sequence[int], memo: bool = True):
         if not sizes or min(sizes) < 1:
-            raise ValueError(f"a fitness needs chunks of at least one window, got {list(sizes)}")
+            raise ValueError(f"a fitness needs chunks of at least one row, got {list(sizes)}")
         self.sizes, self.remembers = tuple(sizes), memo
         self.evaluations = self.memo_hits = self.forward_tokens = 0
         self._memo: dict[str, float] = {}
 
     def measure(self, schedule: Schedule, chunk: int) -> float:
-        """Mean loss over the windows of a chunk. Touches no state: other processes may measure other chunks."""
+        """Mean loss over the rows of a chunk. Touches no state: other processes may measure other chunks."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it measures a schedule")
 
     def cost(self, schedule: Schedule, chunk: int) -> int:
@@ -58,11 +58,11 @@ class MemoFitness:
         raise NotImplementedError(f"{type(self).__name__} does not say what a measurement costs")
 
     def identity(self) -> dict[str, Any]:
-        """JSON-able: what else must be equal for equal losses (windows, router, ...)."""
+        """JSON-able: what else must be equal for equal losses (rows, router, ...)."""
         return {"sizes": list(self.sizes)}
 
     def __call__(self, schedule: Schedule, chunks: Sequence[int] | None = None) -> float:
-        """The mean loss on the windows of `chunks` (default: all)."""
+        """The mean loss on the rows of `chunks` (default: all)."""
         return self.scores([schedule], chunks)[0]
 
     def scores(
@@ -71,10 +71,10 @@ class MemoFitness:
         chunks: Sequence[int] | None = None,
         map_function: Callable[[Callable, list], Iterable[float]] = map,
     ) -> list[float]:
-        """Mean losses on the windows of `chunks` (default: all); what is not known yet is measured through
+        """Mean losses on the rows of `chunks` (default: all); what is not known yet is measured through
         `map_function`, which may spread it over processes. UserError where a loss is not finite: it has no rank."""
-        rows = range(len(self.sizes)) if chunks is None else chunks
-        asked = [(schedule, chunk) for schedule in schedules for chunk in rows]
+        chunks = range(len(self.sizes)) if chunks is None else chunks
+        asked = [(schedule, chunk) for schedule in schedules for chunk in chunks]
         known = self._memo if self.remembers else {}
         wanted = {_key(*task): task for task in asked if _key(*task) not in known}
         values = dict(zip(wanted, map_function(self._measure_task, list(wanted.values()))))
@@ -86,9 +86,9 @@ class MemoFitness:
         self.memo_hits += len(asked) - len(wanted)
         if self.remembers:
             self._memo.update(values)
-        found, windows = known | values, sum(self.sizes[chunk] for chunk in rows)
+        found, rows = known | values, sum(self.sizes[chunk] for chunk in chunks)
         return [
-            math.fsum(self.sizes[chunk] * found[_key(schedule, chunk)] for chunk in rows) / windows
+            math.fsum(self.sizes[chunk] * found[_key(schedule, chunk)] for chunk in chunks) / rows
             for schedule in schedules
         ]
 
@@ -120,9 +120,10 @@ class ContinuationFitness(MemoFitness):
 
     Args:
         model: a Hugging Face causal LM.
-        windows: rows of P prompt and C continuation tokens.
+        rows: prompts and continuations of any length; every row weighs alike.
         make_pruner: Schedule -> TokenPruner, put in force as `with make_pruner(schedule)(model)`.
-        chunk: windows per forward; part of the result's last digits, hence of what must be equal to reproduce it.
+        chunk: rows per forward, in their own order; part of the result's last digits, hence of what must be equal to
+            reproduce it.
         criterion: what is lost; `criteria.KLDivergence()` by default.
         memo: see `MemoFitness`.
         share_prefix: False computes dense first blocks again each time (for comparison).
@@ -131,38 +132,39 @@ class ContinuationFitness(MemoFitness):
     def __init__(
         self,
         model: torch.nn.Module,
-        windows: Windows,
+        rows: Rows,
         make_pruner: Callable[[Schedule], TokenPruner],
         chunk: int = 8,
         criterion: Criterion | None = None,
         memo: bool = True,
         share_prefix: bool = True,
     ):
-        starts = range(0, len(windows), chunk)
-        super().__init__([min(chunk, len(windows) - start) for start in starts], memo)
-        self.model, self.windows, self.make_pruner = model, windows, make_pruner
+        chunks = [range(start, min(start + chunk, len(rows))) for start in range(0, len(rows), chunk)]
+        super().__init__([len(numbers) for numbers in chunks], memo)
+        self.model, self.rows, self.make_pruner = model, rows, make_pruner
         self.criterion = criterion or KLDivergence()
-        self._rows = [slice(start, start + chunk) for start in starts]
+        self._batches = [rows.batch(numbers) for numbers in chunks]
+        self._tokens = [sum(sum(rows.shapes[row]) for row in numbers) for numbers in chunks]
         self._boundaries = self._affordable() if share_prefix else []
         self._states: list[dict[int, Tensor]] = []
-        self._teacher = [self._observe(chunk) for chunk in range(len(starts))]
+        self._teacher = [self._observe(chunk) for chunk in range(len(chunks))]
 
     @torch.no_grad()
     def measure(self, schedule: Schedule, chunk: int) -> float:
-        pruner, ids, start = self.make_pruner(schedule), self._ids(chunk), self._start(schedule)
+        pruner, batch, start = self.make_pruner(schedule), self._batch(chunk), self._start(schedule)
         with resume_from(self.model, start, self._dense_states(chunk, start)), pruner(self.model):
-            logits, hidden = self._forward(ids)
+            logits, hidden = self._forward(batch)
         teacher = {name: kept.to(logits.device) for name, kept in self._teacher[chunk].items()}
-        return self.criterion.loss(teacher, logits, hidden, ids[:, self.windows.prompt_tokens :]).double().mean().item()
+        losses = self.criterion.loss(teacher, logits, hidden, batch["input_ids"][:, batch["prompt_tokens"] :])
+        return row_means(losses, scored_tokens(batch)).double().mean().item()
 
     def cost(self, schedule: Schedule, chunk: int) -> int:
-        """Tokens, those of dense blocks that were not run left out: rows * (P + C) * (N - first) / N, rounded."""
-        tokens = self.sizes[chunk] * self.windows.input_ids.shape[1]
-        return round(tokens * (1 - self._start(schedule) / schedule.num_blocks))
+        """Real tokens of the chunk times the share of the blocks that run, (N - first) / N, rounded."""
+        return round(self._tokens[chunk] * (1 - self._start(schedule) / schedule.num_blocks))
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {
-            "windows": self.windows.hash(),
+            "rows": self.rows.hash(),
             "criterion": repr(self.criterion),
             "model": model_identity(self.model),
             "pruner": pruner_identity(self.model, self.make_pruner),
@@ -171,27 +173,26 @@ class ContinuationFitness(MemoFitness):
     @torch.no_grad()
     def _observe(self, chunk: int) -> dict[str, Tensor]:
         """What the criterion wants to know of the dense model; on the way its hidden states, as far as they fit."""
-        ids = self._ids(chunk)
         with capture(self.model) as states:
-            logits, hidden = self._forward(ids)
+            logits, hidden = self._forward(self._batch(chunk))
         self._states.append({block: states.entering(block).cpu() for block in self._boundaries})
-        self.forward_tokens += ids.numel()
+        self.forward_tokens += self._tokens[chunk]
         return {name: kept.cpu() for name, kept in self.criterion.remember(logits, hidden).items()}
 
-    def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, C, V) and the states that gave them (B, C, D)."""
         with entering_head(self.model) as seen:
-            logits = continuation_logits(self.model, ids, self.windows.prompt_tokens)
+            logits = continuation_logits(self.model, **batch)
         return logits, torch.cat(seen, 1).to(logits.device)
 
-    def _ids(self, chunk: int) -> Tensor:
-        return self.windows.input_ids[self._rows[chunk]].to(home(self.model))
+    def _batch(self, chunk: int) -> Batch:
+        return moved(self._batches[chunk], home(self.model))
 
     # ---------------------------------------------------------------- dense first blocks, computed once
 
     def _affordable(self) -> list[int]:
         """Blocks in front of which states are kept: all but the first, or evenly spread ones within STATES_LIMIT."""
-        blocks, numbers = len(find_blocks(self.model)), self.windows.input_ids.numel()
+        blocks, numbers = len(find_blocks(self.model)), sum(batch["input_ids"].numel() for batch in self._batches)
         size = numbers * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
         count = min(blocks - 1, STATES_LIMIT // size)
         return sorted({round(blocks * (place + 1) / (count + 1)) for place in range(count)})

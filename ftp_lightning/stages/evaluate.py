@@ -10,24 +10,25 @@ from ftp_lightning.artifact import StageFolder
 from ftp_lightning.baselines.names import EQUAL_FLOPS, EQUAL_TOKENS, NEEDS_SENSITIVITY
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import PrunedSettings
-from ftp_lightning.data.task_names import LONG, OURS
+from ftp_lightning.cli.settings import PrunedSettings, RowsSettings
+from ftp_lightning.data.task_names import MADE, OURS
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from pandas import DataFrame
 
+    from ftp_lightning.evaluation.bench import Bench
     from ftp_lightning.processes import Processes
-    from ftp_lightning.stages.measuring import Bench
     from ftp_lightning.stages.methods import Methods
 
 OUR_TASKS = OURS
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateStage(PrunedSettings):
-    """Measure KL, perplexity, answers kept, retention and skill. Writes results.json, samples.jsonl, tokens.json and
-    tables (Markdown, CSV, LaTeX)."""
+class EvaluateStage(RowsSettings, PrunedSettings):
+    """Measure KL, perplexity, answers kept, retention and skill. Writes results.json, record.jsonl (one line per item
+    and method), tokens.json and tables (Markdown, CSV, LaTeX)."""
 
     stage: ClassVar[str] = "evaluate"
 
@@ -37,9 +38,11 @@ class EvaluateStage(PrunedSettings):
     before: str | None = option(None, "pruner before fine-tuning, to compare with", is_file=True)
     static_schedule: str | None = option(None, "schedule of the baseline `static`; else --schedule", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json, for the baseline `block_influence`", is_file=True)
-    tasks: tuple[str, ...] = option(OUR_TASKS, f"ours, also {', '.join(LONG)}, or any that lm-eval knows")
+    tasks: tuple[str, ...] = option(OUR_TASKS, f"{', '.join(MADE)}, or any that lm-eval knows")
     task_data: str | None = option(
-        None, "folder of TASK.jsonl or TASK_SPLIT.jsonl, in the Hub's schema, for lm-eval's tasks", is_file=True
+        None,
+        "folder of TASK.jsonl or TASK_SPLIT.jsonl, in the Hub's schema; or one file of SQuAD's records",
+        is_file=True,
     )
     mode: Literal["prompt", "sequence", "both"] = option(
         "prompt", "tasks: the context alone is routed, or the whole text; both shows the difference"
@@ -47,12 +50,12 @@ class EvaluateStage(PrunedSettings):
     threshold: float | None = option(
         None, "p_compute below which --decode threshold skips; else the pruner's, 0.5", least=0.0, most=1.0
     )
-    items: int = option(300, "questions with facts to recall", least=1)
+    items: int = option(300, "items of a task that is made here", least=1)
     limit: int | None = option(None, "items per task at most", least=1)
     num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else as declared", least=0)
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
-    windows: int | None = option(None, "windows of text at most; all of them by default", least=1)
-    batch_size: int = option(8, "windows or contexts per forward", least=1)
+    windows: int | None = option(None, "rows of text at most; all of them by default", least=1)
+    batch_size: int = option(8, "rows or contexts per forward", least=1)
     answers: str | None = option(None, "folder to keep answers in and take them from, for several runs", passive=True)
     processes: int = option(1, "processes that share the items of tasks, on this machine", least=1, passive=True)
 
@@ -81,79 +84,113 @@ ANSWERS = "answers"
 def carry_out(
     processes: Processes, device: torch.device, settings: EvaluateStage, folder: StageFolder, timing: dict[str, Any]
 ) -> list[str]:
-    """Measure all methods, the same in every process; the first tells, keeps answers and writes. Returns the names of
-    the files written."""
+    """Measure all methods, the same in every process; the first writes. Returns the names of the files written."""
     import shutil
 
     from ftp_lightning.evaluation.harness.seen import furthest
     from ftp_lightning.stages.inputs import check_chat_template, load_model
-    from ftp_lightning.stages.measuring import Bench
     from ftp_lightning.stages.methods import choose_methods
 
-    progress, first = Progress(**timing), processes.rank == 0
     model, tokenizer = load_model(settings, device)
     if settings.apply_chat_template:
         check_chat_template(settings.model, tokenizer)
     methods = choose_methods(settings, model)
-    steps = 2 * len(methods) + 2
-    told = iter(range(steps))
-
-    def tell(what: str) -> None:
-        done = next(told)
-        if first:
-            progress.step(done, steps, what)
-
     place = Path(settings.answers).expanduser() if settings.answers else folder.path / ANSWERS
     seen = furthest(pruner.schedule.seen for _, pruner in methods if pruner.schedule)
-    bench = Bench(settings, model, tokenizer, tell, processes if processes.count > 1 else None, place, seen)
-    if first:
+    bench = bench_of(settings, model, tokenizer, processes if processes.count > 1 else None, place, seen)
+    if processes.rank == 0:
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
-    results = _measured(settings, bench, methods)
-    if first:
-        for task, cell in results["dense"]["tasks"].items():
-            if cell["left_out"]:
-                progress.say(f"{task}: {cell['left_out']} documents that a schedule was searched on are left out")
-        tokens = _write(settings, folder, results, bench, methods)
-        _track(settings, folder, results["methods"], tokens)
+    items = _measured(settings, bench, methods, Progress(**timing) if processes.rank == 0 else None)
+    if processes.rank == 0:
+        _write(settings, folder, bench, tokenizer, items, methods, Progress(**timing))
         if not settings.answers:
             shutil.rmtree(place, ignore_errors=True)
-        last = results["methods"][-1]
-        skipped = f"{last['realised_sparsity']:.1%} skipped"
-        progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g}, {skipped}")
     return folder.files
 
 
-def _measured(settings: EvaluateStage, bench: Bench, methods: Methods) -> dict[str, Any]:
-    """What results.json holds."""
-    from ftp_lightning.evaluation.pairing import pairs_of
-    from ftp_lightning.stages.task_cells import counted_tasks, with_retention
+def bench_of(
+    settings: EvaluateStage,
+    model: Any,
+    tokenizer: Any,
+    processes: Processes | None,
+    answers: Path,
+    seen: dict[str, float] | None = None,
+) -> Bench:
+    """The rows of text and the tasks that the settings ask for, without the documents that a search has `seen`.
 
-    results = bench.dense_results()
-    records = [bench.measure(*method) for method in methods]
-    results["methods"] = with_retention(records, settings.tasks, bench.dense, bench.results)
-    results["counted"] = counted_tasks(records, settings.tasks)
-    results["paired"] = pairs_of(bench.samples(), [record["name"] for record in records], settings.seed)
-    return results
+    UserError for what cannot be had.
+    """
+    from ftp_lightning.evaluation.bench import OWN_ANSWERS, TEXT, Bench
+    from ftp_lightning.evaluation.harness.asking import HarnessTasks
+    from ftp_lightning.stages.inputs import answered, check_questions
+    from ftp_lightning.stages.task_files import TaskFiles, test_rows
+
+    rows = answered(settings, model, test_rows(settings, tokenizer))
+    files = TaskFiles(settings, tokenizer)
+    for questions in files.with_facts():
+        check_questions(model.config, tokenizer, questions)
+    names = ("batch_size", "prompt_tokens", "continuation_tokens")
+    about = {name: getattr(settings, name) for name in names} | {"answers": answers}
+    run = {name: getattr(settings, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
+    run["seen"] = seen
+    texts = {OWN_ANSWERS if settings.rows == "own_answers" else TEXT: rows}
+    return Bench(model, texts, HarnessTasks(model, tokenizer, files, about, run, processes), settings.batch_size)
+
+
+def _measured(settings: EvaluateStage, bench: Bench, methods: Methods, progress: Progress | None) -> DataFrame:
+    """The record of dense and all methods."""
+    from ftp_lightning.evaluation.outcome import SEQUENCE
+    from ftp_lightning.evaluation.record import joined
+
+    def tell(done: int, what: str) -> None:
+        if progress is not None:
+            progress.step(done, len(methods) + 1, what)
+
+    tell(0, "dense")
+    parts, first = [bench.dense], "prompt" if settings.mode == "both" else settings.mode
+    for done, (name, pruner) in enumerate(methods, start=1):
+        tell(done, name)
+        parts.append(bench.measure(name, pruner, settings.seed, first))
+        if settings.mode == "both":
+            parts.append(bench.needed(bench.asked(name + SEQUENCE, pruner, settings.seed, "sequence")))
+    return joined(parts)
 
 
 def _write(
-    settings: EvaluateStage, folder: StageFolder, results: dict[str, Any], bench: Bench, methods: Methods
-) -> dict[str, Any]:
-    import json
-
+    settings: EvaluateStage,
+    folder: StageFolder,
+    bench: Bench,
+    tokenizer: Any,
+    items: DataFrame,
+    methods: Methods,
+    progress: Progress,
+) -> None:
+    """All files of the stage, the outcome to the logger, and its last line to the terminal."""
+    from ftp_lightning.evaluation.outcome import results_of
+    from ftp_lightning.evaluation.pairing import RECORD
+    from ftp_lightning.evaluation.record import as_lines
     from ftp_lightning.evaluation.result_tables import result_tables
     from ftp_lightning.evaluation.tables import written
     from ftp_lightning.stages.routed_story import story_tokens
 
+    results = results_of(bench, items, methods, settings.tasks)
+    for task, cell in results["dense"]["tasks"].items():
+        cell["left_out"] = getattr(bench.ask, "left_out", {}).get(task, 0)
+        if cell["left_out"]:
+            progress.say(f"{task}: {cell['left_out']} documents that a schedule was searched on are left out")
     folder.write_json("results.json", results)
-    folder.write_text("samples.jsonl", "".join(json.dumps(row) + "\n" for row in bench.samples()))
-    tokens = story_tokens(settings, bench.model, bench.tokenizer, methods[-1][1])
+    folder.write_text(RECORD, as_lines(items))
+    tokens = story_tokens(settings, bench.model, tokenizer, methods[-1][1])
     folder.write_json("tokens.json", tokens)
     for name, content in written(result_tables(results)).items():
         folder.write_text(name, content)
     summary = {method["name"]: {"kl": method["kl"], "kept": method["kept"]} for method in results["methods"]}
-    folder.write_json("metrics.json", {"methods": summary, "windows": bench.windows.hash()})
-    return tokens
+    (rows,) = bench.texts.values()
+    folder.write_json("metrics.json", {"methods": summary, "rows_hash": rows.hash()} | rows.counts())
+    _track(settings, folder, results["methods"], tokens)
+    last = results["methods"][-1]
+    skipped = f"{last['realised_sparsity']:.1%} skipped"
+    progress.done(f"{len(methods)} methods; {last['name']}: KL {last['kl']['mean']:.3g}, {skipped}")
 
 
 def _track(settings: EvaluateStage, folder: StageFolder, methods: list[dict[str, Any]], tokens: dict[str, Any]) -> None:

@@ -58,15 +58,17 @@ class GenerateStage(PrunedSettings):
         """(1, T) token ids; UserError where there is nothing, or no room to go on."""
         import torch
 
+        from ftp_lightning.data.text import prompt_ids
         from ftp_lightning.pruning.places import home
         from ftp_lightning.stages.inputs import check_chat_template
 
         if self.apply_chat_template:
             check_chat_template(self.model, tokenizer)
             turns = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        bos = [] if tokenizer.bos_token_id is None or self.apply_chat_template else [tokenizer.bos_token_id]
-        ids = bos + tokenizer.encode(prompt, add_special_tokens=False)
+            templated = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer.encode(templated, add_special_tokens=False)
+        else:
+            ids = prompt_ids(tokenizer, prompt)
         limit = getattr(model.config, "max_position_embeddings", None) or len(ids) + self.max_new_tokens
         if not prompt.strip() or len(ids) + self.max_new_tokens > limit:
             raise UserError(

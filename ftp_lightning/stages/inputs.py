@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning import models
 from ftp_lightning.cli.option import check_reachable
-from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, holds_family
+from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings, holds_family
+from ftp_lightning.data.prompts import sampled_prompts
+from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
-from ftp_lightning.data.windows import Windows, calibration_windows
+from ftp_lightning.data.text import prompt_ids
+from ftp_lightning.data.windows import calibration_windows
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
@@ -91,10 +94,15 @@ def check_positions(
 
 def check_questions(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> None:
     """UserError where a passage with its question and an answer is longer than the model's positions."""
-    bos = int(tokenizer.bos_token_id is not None)
-    texts = [row["context"] + row["choices"][row["answer"]] for row in rows]
-    longest = max(len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in texts)
-    check_positions(config, bos + longest, "passages with their question", "Give fewer --prompt_tokens.")
+    longest = max(_question_tokens(tokenizer, row) for row in rows)
+    check_positions(config, longest, "passages with their question", "Give fewer --prompt_tokens.")
+
+
+def _question_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> int:
+    if "tokens" in row:
+        return row["tokens"] + row["new_tokens"]
+    text = row["context"] + row["choices"][row["answer"]]
+    return len(prompt_ids(tokenizer, text))
 
 
 def check_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -114,18 +122,45 @@ def text_named(data: str, split: str) -> Iterator[None]:
         raise UserError("\n".join([first if known else f"{data}, split {split!r}: {first}", *rest])) from None
 
 
-def mixed_windows(
-    settings: ModelSettings,
+def measured_rows(
+    settings: RowsSettings,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     recall_share: float,
     split: str | None = None,
-) -> Windows:
-    """`count` windows of the stage's text, `recall_share` of them with facts to recall."""
+) -> Rows:
+    """`count` rows of the stage's text as --rows says, all with a continuation; fewer where there are fewer prompts."""
+    return answered(settings, model, unanswered_rows(settings, tokenizer, count, recall_share, split))
+
+
+def unanswered_rows(
+    settings: RowsSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    recall_share: float = 0.0,
+    split: str | None = None,
+) -> Rows:
+    """The same before the model has answered prompts that have no continuation. `recall_share` of windows have facts
+    to recall."""
     split, shape = split or settings.chosen_split, (settings.prompt_tokens, settings.continuation_tokens)
     with text_named(settings.data, split):
+        if settings.rows != "windows":
+            return sampled_prompts(settings.data, split, tokenizer, *shape, count, settings.seed)
         documents = load_documents(settings.data, split)
         return calibration_windows(tokenizer, documents, *shape, count, settings.seed, recall_share)
+
+
+def answered(settings: RowsSettings, model: PreTrainedModel, rows: Rows) -> Rows:
+    """The rows with the dense model's own answers: of all under --rows own_answers, else of those without one."""
+    from ftp_lightning.evaluation.own_answers import own_answers
+
+    if settings.rows == "own_answers":
+        rows = rows.prompts()
+    if all(row.continuation for row in rows.rows):
+        return rows
+    folder = Path(settings.own_answers).expanduser()
+    return own_answers(model, rows, settings.continuation_tokens, folder, only_missing=True)
 
 
 def num_blocks(model: PreTrainedModel) -> int:

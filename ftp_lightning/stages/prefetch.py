@@ -20,7 +20,7 @@ class PrefetchStage(Settings):
 
     stage: ClassVar[str] = "prefetch"
 
-    model: str | None = option(None, "Hub name of a model")
+    model: str | None = option(None, "Hub name of a model, or a named model")
     revision: str | None = option(None, "its revision: branch, tag or commit")
     data: tuple[str, ...] = option((), "Hub data sets, NAME or NAME:CONFIG")
     overwrite: bool = option(False, "download again what is there already", passive=True)
@@ -50,7 +50,9 @@ def _model(name: str, revision: str | None, again: bool) -> str:
     """Weights as safetensors, configuration and tokenizer; pickles are not fetched."""
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name, revision=revision, allow_patterns=NEEDED, force_download=again)
+    from ftp_lightning.models import hub_name
+
+    return snapshot_download(hub_name(name), revision=revision, allow_patterns=NEEDED, force_download=again)
 
 
 def _dataset(name: str, again: bool) -> None:

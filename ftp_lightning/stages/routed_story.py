@@ -10,6 +10,7 @@ import torch
 from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
+from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.places import home
 
@@ -21,9 +22,7 @@ def story_tokens(settings: StageSettings, model: Any, tokenizer: Any, pruner: To
     Returns {"title", "tokens" (T texts), "computed_by" (T counts), "keep" (N rows of T zeros and ones), "num_blocks"}.
     """
     title, text = _first_text(settings)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = (bos + ids)[: settings.prompt_tokens]
+    ids = prompt_ids(tokenizer, text)[: settings.prompt_tokens]
     with pruner(model):
         model(input_ids=torch.tensor([ids], device=home(model)), use_cache=True, logits_to_keep=1)
     keep = torch.cat(pruner.trace.routed.keep).int()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from ftp_lightning.artifact import write_text
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import BudgetSettings, StageSettings
+from ftp_lightning.cli.settings import BudgetSettings, RowsSettings, StageSettings
 from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
 from ftp_lightning.stages.benchmark import BenchmarkStage
@@ -27,7 +27,7 @@ COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStage(BudgetSettings):
+class RunStage(BudgetSettings, RowsSettings):
     """Run sensitivity, search, train, finetune, static, evaluate, benchmark, report; each in a folder of its own.
 
     `static` continues the search with the static router for as many generations as the fine-tuning had, so that the
@@ -116,6 +116,7 @@ class RunStage(BudgetSettings):
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
         search = sizes | budget | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
+        search |= self.row_flags()
         evaluate = {"compare": self.compare, "before": trained, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations}
         longer = search | {"generations": self.rounds * self.finetune_generations, "schedule": searched}
@@ -156,17 +157,21 @@ class RunStage(BudgetSettings):
         return chain
 
     def _sensitivity(self) -> dict[str, Any]:
-        return {"kv": self.kv, "windows": self.sensitivity_windows, "recall_share": self.recall_share}
+        return {
+            "kv": self.kv,
+            "windows": self.sensitivity_windows,
+            "recall_share": self.recall_share,
+        } | self.row_flags()
 
     def _training(self) -> dict[str, Any]:
         names = ["steps", "batch_size", "learning_rate", "recall_share", "processes"]
         names += ["guide", "guide_share", "guide_decay"]
-        return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data}
+        return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data} | self.row_flags()
 
     def _evaluation(self) -> dict[str, Any]:
         names = ("tasks", "items", "limit", "task_data", "num_fewshot", "apply_chat_template", "processes")
         text = {"data": self.test_data or self.data, "split": self.test_split, "windows": self.test_windows}
-        return {name: getattr(self, name) for name in names} | text
+        return {name: getattr(self, name) for name in names} | text | self.row_flags()
 
 
 def round_places(rounds: int) -> list[str]:

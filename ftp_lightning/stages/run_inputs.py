@@ -6,15 +6,15 @@ from typing import Any, cast
 
 from ftp_lightning import models
 from ftp_lightning.cli.settings import StageSettings
-from ftp_lightning.data.task_names import LONG
+from ftp_lightning.data.task_names import TWINNED
 from ftp_lightning.stages import inputs
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import EvaluateStage
 from ftp_lightning.stages.search import SearchStage
-from ftp_lightning.stages.task_files import RECALL, check_tasks, local_files, long_rows, recall_rows, test_windows
+from ftp_lightning.stages.task_files import check_tasks, local_files, made_rows, test_rows
 
 ROWS = 8
-"""Windows and questions of a kind that are tried of each split; the stages draw these very ones first [ours]."""
+"""Rows and questions of a kind that are tried of each split; the stages draw these very ones first [ours]."""
 
 
 def check_inputs(stages: dict[str, StageSettings]) -> None:
@@ -32,21 +32,19 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
     if evaluate.apply_chat_template:
         inputs.check_chat_template(first.model, tokenizer)
     _check_texts(stages, tokenizer)
-    test_windows(evaluate, tokenizer)
-    if RECALL in evaluate.tasks:
-        rows = recall_rows(evaluate, tokenizer, min(ROWS, evaluate.items))
-        inputs.check_questions(config, tokenizer, rows)
+    test_rows(evaluate, tokenizer)
     for task in evaluate.tasks:
-        if task in LONG:
-            inputs.check_questions(config, tokenizer, long_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items)))
+        if task in TWINNED:
+            rows = made_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items))
+            inputs.check_questions(config, tokenizer, rows)
 
 
 def _check_texts(stages: dict[str, Any], tokenizer) -> None:
-    """Draw the first windows of every text and split that is calibrated, trained or validated on."""
+    """Draw the first rows of every text and split that is calibrated, trained or validated on."""
     asked: dict[tuple[str, str], tuple[Any, str]] = {}
     for name in ("sensitivity", "search", "train", "finetune"):
         splits = (stages[name].chosen_split, "validation") if name == "train" else (stages[name].chosen_split,)
         asked |= {(stages[name].data, split): (stages[name], split) for split in splits}
     for settings, split in asked.values():
         count = ROWS if settings.recall_share else 1
-        inputs.mixed_windows(settings, tokenizer, count, settings.recall_share and 0.5, split)
+        inputs.unanswered_rows(settings, tokenizer, count, settings.recall_share and 0.5, split)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.option import check_bounds, check_reachable, option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import BUDGET_LENGTH, BudgetSettings, StageSettings, picked
+from ftp_lightning.cli.settings import BUDGET_LENGTH, BudgetSettings, RowsSettings, StageSettings, picked
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchStage(BudgetSettings, StageSettings):
+class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned or a --router that is
     not static also pruned/.
 
@@ -57,9 +57,9 @@ class SearchStage(BudgetSettings, StageSettings):
         None, "multiple-choice task of lm-eval for --criterion accuracy; `evaluate` leaves out what is searched on"
     )
     task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema", is_file=True)
-    windows: int = option(32, "calibration windows to measure on", least=1)
+    windows: int = option(32, "calibration rows to measure on, at most", least=1)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
-    batch_size: int = option(8, "windows per forward, at most the first of --stage_windows", least=1)
+    batch_size: int = option(8, "rows per forward, at most the first of --stage_windows", least=1)
     step: float = option(0.05, "difference of two levels, taken so that it divides the budget", above=0.0, most=1.0)
     generations: int = option(15, "rounds of children", least=0)
     offspring: int = option(8, "children per generation", least=1)
@@ -158,7 +158,7 @@ def carry_out(
     asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank) or 0.0) for budget in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
-        what = "windows" if settings.task is None else f"items of {settings.task}"
+        what = settings.rows if settings.task is None else f"items of {settings.task}"
         progress.say(f"measuring the allocations on {sum(fitness.sizes)} {what}")
     job = "finetune" if settings.pruned else "search"
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), job) if first else None
@@ -177,7 +177,7 @@ def _fitness(settings: SearchStage, model: Any, tokenizer: Any, start: TokenPrun
     """What is minimised, and the hash of what it is measured on; of tasks also how far is looked (`Schedule.seen`)."""
     from ftp_lightning.search.criteria import CRITERIA
     from ftp_lightning.search.fitness import ContinuationFitness
-    from ftp_lightning.stages.inputs import mixed_windows
+    from ftp_lightning.stages.inputs import measured_rows
 
     if settings.task is not None:
         from ftp_lightning.search.accuracy import TaskAccuracy, seen_by, task_items
@@ -186,10 +186,10 @@ def _fitness(settings: SearchStage, model: Any, tokenizer: Any, start: TokenPrun
         items = task_items(settings.task, local_file(settings.task, settings.task_data), settings.windows)
         fitness = TaskAccuracy(model, tokenizer, items, start.with_schedule, settings.chunk, settings.batch_size)
         return fitness, {"items": fitness.identity()["items"], "seen": seen_by(items)}
-    windows = mixed_windows(settings, tokenizer, settings.windows, settings.recall_share)
+    rows = measured_rows(settings, model, tokenizer, settings.windows, settings.recall_share)
     criterion = CRITERIA[settings.criterion]()
-    on_text = ContinuationFitness(model, windows, start.with_schedule, settings.chunk, criterion)
-    return on_text, {"windows": windows.hash()}
+    on_text = ContinuationFitness(model, rows, start.with_schedule, settings.chunk, criterion)
+    return on_text, {"rows_hash": rows.hash()} | rows.counts()
 
 
 def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:

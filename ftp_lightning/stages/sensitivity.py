@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder, write_bytes
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import StageSettings
+from ftp_lightning.cli.settings import RowsSettings, StageSettings
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ KV = {"keep": ("keep",), "evict": ("evict",), "both": ("keep", "evict")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SensitivityStage(StageSettings):
+class SensitivityStage(RowsSettings, StageSettings):
     """Measure Block Influence, redundancy, gradient, and the KL when one block alone is pruned. Writes
     sensitivity.json and sensitivity.png."""
 
@@ -33,9 +33,9 @@ class SensitivityStage(StageSettings):
     levels: tuple[float, ...] = option((0.3, 0.6, 0.9), "sparsities at which each block is pruned alone, rising")
     thresholds: tuple[float, ...] = option((0.7, 0.8, 0.9), "cosines above which a token counts as redundant, rising")
     gradient: bool = option(True, "measure the gradient as well; it takes the memory of a backward pass")
-    windows: int = option(16, "calibration windows to measure on", least=1)
+    windows: int = option(16, "calibration rows to measure on, at most", least=1)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
-    batch_size: int = option(8, "windows per forward", least=1)
+    batch_size: int = option(8, "rows per forward", least=1)
 
     def check(self) -> None:
         levels, thresholds = list(self.levels), list(self.thresholds)
@@ -48,29 +48,29 @@ class SensitivityStage(StageSettings):
         check_reachable(self.levels[0], self.prompt_tokens)
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
-        from ftp_lightning.data.module import WindowsData
+        from ftp_lightning.data.module import RowsData
         from ftp_lightning.pruning.places import home
-        from ftp_lightning.stages.inputs import load_model, mixed_windows
+        from ftp_lightning.stages.inputs import load_model, measured_rows
 
         model, tokenizer = load_model(self)
-        windows = mixed_windows(self, tokenizer, self.windows, self.recall_share)
-        system = self.system(model)
-        batches = -(-len(windows) // self.batch_size)
+        rows = measured_rows(self, model, tokenizer, self.windows, self.recall_share)
+        system = self.system(model, rows.prompt_tokens if rows.one_shape else None)
+        batches = -(-len(rows) // self.batch_size)
         trainer = quiet_trainer(
             home(model).type, lambda done: progress.step(done, batches, f"batch {done} of {batches}")
         )
-        trainer.predict(system, datamodule=WindowsData(windows, batch_size=self.batch_size), return_predictions=False)
+        trainer.predict(system, datamodule=RowsData(rows, batch_size=self.batch_size), return_predictions=False)
         found = {"router": self.router, "kv": self.kv} | system.summary()
         folder.write_json("sensitivity.json", found)
         write_bytes(folder.place("sensitivity.png"), self.picture(found))
-        folder.write_json("metrics.json", {"windows": windows.hash(), "tokens": found["tokens"]})
+        folder.write_json("metrics.json", {"rows_hash": rows.hash(), "tokens": found["tokens"]} | rows.counts())
         self._track(folder, found)
         weakest = min(range(found["num_blocks"]), key=lambda block: found["kl"][block][-1])
         kl = found["kl"][weakest][-1]
         progress.done(f"block {weakest + 1} is cheapest to prune, KL {kl:.2g} at {self.levels[-1]:.0%}")
 
-    def system(self, model: Any) -> BlockSensitivity:
-        """What measures: this router in every kv mode asked for."""
+    def system(self, model: Any, prompt_tokens: int | None) -> BlockSensitivity:
+        """What measures: this router in every kv mode asked for; `prompt_tokens` where all prompts are so long."""
         from ftp_lightning.lit.block_sensitivity import BlockSensitivity
         from ftp_lightning.pruning import TokenPruner
         from ftp_lightning.routing import RandomRouter, StaticRouter
@@ -78,7 +78,7 @@ class SensitivityStage(StageSettings):
 
         router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
         makers = {kv: partial(TokenPruner, router, kv=kv) for kv in KV[self.kv]}
-        shape: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "gradient": self.gradient}
+        shape: dict[str, Any] = {"prompt_tokens": prompt_tokens, "gradient": self.gradient}
         return BlockSensitivity(model, makers, num_blocks(model), self.levels, self.thresholds, **shape)
 
     def _track(self, folder: StageFolder, found: dict[str, Any]) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import StageSettings, holds_family, picked
+from ftp_lightning.cli.settings import RowsSettings, StageSettings, holds_family, picked
 from ftp_lightning.device_map import NONE
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from ftp_lightning.data.rows import Rows
     from ftp_lightning.processes import Processes
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.routing import Router
@@ -28,7 +29,7 @@ RouterName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStage(StageSettings):
+class TrainStage(RowsSettings, StageSettings):
     """Train the router under a schedule, the model frozen. Writes pruned/ (router, schedule, settings, --skip).
 
     Stopped by SIGTERM or SIGUSR1 it saves and leaves; after any interruption the same command goes on.
@@ -52,7 +53,7 @@ class TrainStage(StageSettings):
     window: int = option(32, "queries that the attention score averages over", least=1)
     attention: Literal["window", "exact"] = option("window", "`exact`: it averages over all computed queries")
     steps: int = option(200, "optimiser steps", least=1)
-    batch_size: int = option(4, "windows per forward", least=1)
+    batch_size: int = option(4, "rows per forward", least=1)
     accumulate: int = option(1, "forwards per step", least=1)
     learning_rate: float = option(1e-2, "of Adam, decaying linearly", above=0.0)
     lambda_d: float = option(20.0, "weight of the distillation loss", least=0.0)
@@ -72,17 +73,14 @@ class TrainStage(StageSettings):
     scope: Literal["prompt", "sequence"] = option("prompt", "what is routed: the prompt, or the whole text (paper)")
     random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three")
     recompute: bool = option(False, "activation checkpointing: less memory, more time", passive=True)
-    rows: Literal["windows", "examples"] = option(
-        "windows", "windows of text, or examples: instruction and chat records, the prompt routed, the response scored"
-    )
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     skip: Literal["identity", "mean", "low-rank"] = option(
         "identity", "what a skipped token gets: nothing, the block's mean update, or a fitted linear map of its state"
     )
     skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1)
-    skip_windows: int = option(64, "windows of training text that mean or map are fitted on", least=1)
-    validations: int = option(5, "times the router is measured on validation windows", least=1)
-    validation_windows: int = option(16, "windows it is measured on", least=1)
+    skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1)
+    validations: int = option(5, "times the router is measured on validation rows", least=1)
+    validation_windows: int = option(16, "rows it is measured on, at most", least=1)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
     processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
     shard: bool = option(False, "every process holds a share of the model's blocks (FSDP)", passive=True)
@@ -99,8 +97,8 @@ class TrainStage(StageSettings):
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
             self._check_budgets()
-        if self.rows == "examples" and self.random_prompt:
-            raise UserError("rows are examples, which have prompts of their own\nLeave --random_prompt out.")
+        if self.rows != "windows" and self.random_prompt:
+            raise UserError(f"rows are {self.rows}, which have lengths of their own\nLeave --random_prompt out.")
 
     def _check_pruned(self) -> None:
         """UserError where something is asked of the router or pruner that the folder says already."""
@@ -132,7 +130,7 @@ def carry_out(
 
     timing: `Progress.place`.
     """
-    from ftp_lightning.data.module import WindowsData
+    from ftp_lightning.data.module import RowsData
     from ftp_lightning.lit.fitting import fit
     from ftp_lightning.lit.router_training import RouterTraining
     from ftp_lightning.lit.training_settings import TrainingSettings
@@ -141,11 +139,11 @@ def carry_out(
     from ftp_lightning.tracking import log_outcome, logging_to
 
     model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
-    family, rows, held_out = _family(settings), *_rows(settings, tokenizer)
+    family, (rows, held_out) = _family(settings), _rows(settings, model, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
     lowest, highest = settings.budgets or (0.0, 0.0)
     system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
-    data = WindowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
+    data = RowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
     def tell(step: int, steps: int) -> None:
@@ -162,8 +160,7 @@ def carry_out(
                 images = pruner_images(settings, model, tokenizer, pruner, found["realised_sparsity"])
             log_outcome(logger, images=images, pruned=folder.path / "pruned")
     if first:
-        counts = rows.counts() if settings.rows == "examples" else {}
-        folder.write_json("metrics.json", found | {"windows": rows.hash(), **counts})
+        folder.write_json("metrics.json", found | {"rows_hash": rows.hash()} | rows.counts())
         progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
     return folder.files
 
@@ -186,7 +183,7 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
     router is trained with them. With --pruned the one that is there."""
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.compensation import fit_compensation
-    from ftp_lightning.stages.inputs import DEFAULT_KV, load_pruner, load_schedule, mixed_windows
+    from ftp_lightning.stages.inputs import DEFAULT_KV, load_pruner, load_schedule, measured_rows
 
     if settings.pruned:
         loaded = load_pruner(settings.pruned, model)
@@ -196,9 +193,9 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
     budget = sum(settings.budgets) / 2 if family is not None and settings.budget is None else settings.budget
     about = {name: getattr(settings, name) for name in ("choice", "attention", "window", "skip")}
     if settings.skip != "identity":
-        windows = mixed_windows(settings, tokenizer, settings.skip_windows, settings.recall_share)
+        rows = measured_rows(settings, model, tokenizer, settings.skip_windows, settings.recall_share)
         rank = settings.skip_rank if settings.skip == "low-rank" else 0
-        about["compensation"] = fit_compensation(model, windows, rank, batch_size=settings.batch_size)
+        about["compensation"] = fit_compensation(model, rows, rank, batch_size=settings.batch_size)
     schedule = _first_schedule(settings, budget, model)
     kv = schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv
     return TokenPruner(new_router(settings, model), schedule.under(kv), **about)
@@ -251,20 +248,14 @@ def _family(settings: TrainStage) -> ScheduleFamily | None:
     return family
 
 
-def _rows(settings: TrainStage, tokenizer: Any) -> tuple[Any, Any]:
+def _rows(settings: TrainStage, model: Any, tokenizer: Any) -> tuple[Rows, Rows]:
     """What the router is trained on, and what it is measured on."""
-    from ftp_lightning.data.examples import load_examples
-    from ftp_lightning.stages.inputs import mixed_windows
+    from ftp_lightning.stages.inputs import measured_rows
 
     total = settings.steps * settings.accumulate * settings.batch_size * settings.processes
-    sizes = ((settings.chosen_split, total), ("validation", settings.validation_windows))
-    if settings.rows == "windows":
-        share = settings.recall_share
-        train, held_out = (mixed_windows(settings, tokenizer, count, share, split) for split, count in sizes)
-        return train, held_out
-    limits = (tokenizer, settings.prompt_tokens, settings.continuation_tokens)
-    first, other = (load_examples(settings.data, split, *limits).sample(n, settings.seed) for split, n in sizes)
-    return first, other
+    about = (settings, model, tokenizer)
+    train = measured_rows(*about, total, settings.recall_share)
+    return train, measured_rows(*about, settings.validation_windows, settings.recall_share, "validation")
 
 
 def _random_prompt(settings: TrainStage) -> tuple[int, int] | None:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import write_bytes, write_text
+from ftp_lightning.report.study import is_sure
 from ftp_lightning.report.wording import number, percent, signed
 
 if TYPE_CHECKING:
@@ -66,33 +66,44 @@ def summary(label: str, group: list[tuple[TrialStage, dict[str, Any]]]) -> dict[
 
 
 def compare(label: str, group: list, reference: list) -> dict[str, Any]:
-    """Row minus reference on the seeds that both have, paired item by item: measure -> difference and 95 % interval,
-    None where there are too few items. The bootstrap draws items (windows, questions), all seeds together."""
+    """Row minus reference, paired by seed and item: measure -> difference and 95 % interval over seeds and documents.
+
+    Items are those of the seeds that both have; a measure is None where no item is left.
+    """
     theirs = {trial.seed: found for trial, found in reference}
     pairs = [(trial.seed, found, theirs[trial.seed]) for trial, found in group if trial.seed in theirs]
     kl = [
-        ((seed, i), a - b)
+        (a, b, document, seed)
         for seed, x, y in pairs
-        for i, (a, b) in enumerate(zip(x["kl_rows"], y["kl_rows"], strict=True))
+        for a, b, document in zip(x["kl_rows"], y["kl_rows"], documents(x, "kl_rows", seed), strict=True)
     ]
     kept = [
-        ((seed, i), 100.0 * (a - b))
+        (float(a), float(b), document, seed)
         for seed, x, y in pairs
-        for i, (a, b, needed) in enumerate(zip(x["right"], y["right"], y["need"], strict=True))
+        for a, b, needed, document in zip(x["right"], y["right"], y["need"], documents(x, "right", seed), strict=True)
         if needed
     ]
-    return {"label": label, "kl": interval(kl), "kept": interval(kept)}
+    return {"label": label, "kl": interval(kl), "kept": interval(kept, 100.0)}
 
 
-def interval(differences: list[tuple[Any, float]]) -> dict[str, float] | None:
-    """Mean of (item, difference) and its 95 % bootstrap interval."""
-    from ftp_lightning.evaluation.statistics import paired_bootstrap
+def documents(found: dict[str, Any], rows: str, seed: int) -> Sequence[Any]:
+    """Whose item each of these rows is. All seeds read the same documents; a run that names none counts every item of
+    every seed as one."""
+    return found.get("documents", {}).get(rows) or [(seed, place) for place in range(len(found[rows]))]
 
-    if len(differences) < 2:
+
+def interval(items: list[tuple[float, float, Any, int]], scale: float = 1.0) -> dict[str, Any] | None:
+    """A minus B of (A, B, document, seed): the difference, its 95 % interval, and `by_seed` the difference in each."""
+    from ftp_lightning.evaluation.statistics import paired
+
+    if not items:
         return None
-    items, values = zip(*differences)
-    mean, low, high = paired_bootstrap(values, items, random.Random(0))
-    return {"difference": mean, "low": low, "high": high}
+    found = paired(*map(list, zip(*items, strict=True))).scaled(scale)
+    by_seed: dict[int, list[float]] = {}
+    for a, b, _, seed in items:
+        by_seed.setdefault(seed, []).append(scale * (a - b))
+    means = [statistics.fmean(values) for values in by_seed.values()]
+    return {"difference": found.value, "low": found.low, "high": found.high, "by_seed": means}
 
 
 def sentence(reference: str, compared: list[dict[str, Any]]) -> str:
@@ -104,7 +115,7 @@ def changes(reference: str, compared: list[dict[str, Any]]) -> str:
     """As `sentence`, against whatever the words of `reference` say."""
     parts = []
     for one in compared:
-        sure = [(name, one[name]) for name in MEASURES if one[name] and not one[name]["low"] <= 0 <= one[name]["high"]]
+        sure = [(name, one[name]) for name in MEASURES if is_sure(one[name])]
         if sure:
             parts.append(f"{one['label']}: " + ", ".join(f"{MEASURES[name]} {interval_text(i)}" for name, i in sure))
     if not parts:
@@ -112,10 +123,12 @@ def changes(reference: str, compared: list[dict[str, Any]]) -> str:
     return f"Against {reference} these changed by more than their interval: " + "; ".join(parts) + "."
 
 
-def interval_text(found: dict[str, float] | None) -> str:
+def interval_text(found: dict[str, Any] | None) -> str:
     """ "+0.012 [+0.004, +0.020]"."""
     if found is None:
         return ""
+    if found["low"] is None:
+        return signed(found["difference"])
     difference, *ends = (signed(found[key]) for key in ("difference", "low", "high"))
     return f"{difference} [{', '.join(ends)}]"
 
@@ -148,8 +161,9 @@ def pairs_table(pairs: list[dict[str, Any]]) -> list[str]:
 
 
 NOTE = """
-± is the standard deviation over seeds (text, items and training all vary). Intervals are 95 %, of a paired bootstrap
-over windows or questions, each for itself: of twenty rows that change nothing one will seem to. Parameters: trained.
+± is the standard deviation over seeds (text, items and training all vary). Intervals are 95 %, of the paired
+difference over seeds and documents, each for itself: of twenty rows that change nothing one will seem to. Parameters:
+trained.
 {}"""
 QUOTED = "paper: retention on five tasks, LLaMA2-7B at 30 % (arXiv 2412.11494)."
 

@@ -46,6 +46,7 @@ class TrialStage(TrainStage):
     router: RouterName | Literal["static", "random"] = option(  # type: ignore[assignment]  # wider on purpose
         "dynamic", "which router; static and random learn nothing"
     )
+    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     steps: int = option(60, "optimiser steps: equal, short trainings", least=1)
     batch_size: int = option(2, "windows per forward", least=1)
     validations: int = option(1, "times the router is measured while it trains; at 1 no state is chosen", least=1)
@@ -163,6 +164,7 @@ class TrialStage(TrainStage):
 
     def _on_calibration(self, kind: type[StageSettings], **own: Any) -> Any:
         text = {"data": self.calibration or self.data, "recall_share": self.calibration_recall_share}
+        text |= self.row_flags()
         return kind(**self.shared() | text | own)
 
     def _untrained(self, schedule: Path) -> Any:

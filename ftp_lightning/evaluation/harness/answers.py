@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ftp_lightning.evaluation.harness.accounts import Answer
+from ftp_lightning.evaluation.harness.accounts import Answer, Spent
 from ftp_lightning.fingerprint import code_version, digest
 
 
@@ -39,7 +39,7 @@ class AnswerBook:
         if self._path is None:
             return
         self._known |= answers
-        lines = [json.dumps([key, a.value, a.sparsity, a.skipped, a.flops_cut]) for key, a in answers.items()]
+        lines = [json.dumps([key, a.value, a.sparsity, a.skipped, a.spent]) for key, a in answers.items()]
         # Begins with a line's end: what a kill left of the line before cannot spoil this one.
         content = "\n".join(["", *lines, ""]).encode()
         with open(self._path, "ab", buffering=0) as file:
@@ -78,7 +78,8 @@ def asked_identity(model, pruner, **more) -> str:
 
 def _parsed(line: bytes) -> tuple[str, Answer] | None:
     try:
-        key, value, *rest = json.loads(line)
-        return key, Answer(tuple(value) if isinstance(value, list) else value, *rest)
+        key, value, sparsity, skipped, spent = json.loads(line)
+        value = tuple(value) if isinstance(value, list) else value
+        return key, Answer(value, sparsity, skipped, spent and Spent(*spent))
     except (ValueError, TypeError):
         return None

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftp_lightning.data.task_names import LONG
-
-RECALL = ("story_recall", *LONG)
-"""Tasks whose answer is nowhere but in the passage; each has a twin NAME_deleted, the same without its facts."""
+from ftp_lightning.data.task_names import LAST_WORD, LONG, READING, RULER
 
 PAPER = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "winogrande")
 """The paper's five tasks, over which it takes its retention."""
@@ -19,11 +16,16 @@ PAPER = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "winogrande")
 
 @dataclass(frozen=True)
 class Declared:
-    """`metric` of lm-eval; `shots` before each item, None: the task's own; `needs`: fields of the Hub's schema."""
+    """What lm-eval leaves open about a task.
+
+    metric: the one it is told in. shots: examples before each item, None: the task's own. needs: fields of the Hub's
+    schema. right: the metric whose value 1 makes an answer right, where that is neither accuracy nor exact match.
+    """
 
     metric: str
     shots: int | None = None
     needs: tuple[str, ...] = ()
+    right: str | None = None
 
 
 DECLARED: dict[str, Declared] = {
@@ -40,14 +42,16 @@ DECLARED: dict[str, Declared] = {
     "wikitext": Declared("word_perplexity", 0, ("page",)),
     "gsm8k": Declared("exact_match", 5, ("question", "answer")),
     "drop": Declared("f1", 0, ("passage", "question", "answer", "validated_answers")),
+    **dict.fromkeys(("story_recall", *LONG), Declared("exact_match", 0, right="exact_match")),
+    **dict.fromkeys(RULER, Declared("string_match", 0, right="string_match")),
+    "ruler_qa": Declared("string_match", 0, right="contains"),
+    **dict.fromkeys(READING, Declared("f1", 0, right="contains")),
+    LAST_WORD: Declared("acc", 0),
 }
 """`drop` is the reading comprehension whose answers are generated (Dua et al. 2019)."""
 
 
 def declared(task: str) -> Declared:
     """What a task is told in; of an MMLU subject as of MMLU. Of others the first metric that counts answers."""
-    if task.startswith("mmlu_"):
-        return DECLARED["mmlu"]
-    if task in RECALL or task.endswith("_deleted"):
-        return Declared("exact_match", 0)
-    return DECLARED.get(task, Declared("acc"))
+    name = "mmlu" if task.startswith("mmlu_") else task.removesuffix("_deleted")
+    return DECLARED.get(name, Declared("acc"))

@@ -80,11 +80,21 @@ def generate(lm, batch: Sequence[Job]) -> list[Answer]:
     ids, mask = pad_rows([job.context for job in batch], "left", lm.device)
     length = ids.shape[1] + new_tokens
     rows = lm._model_generate(context=ids, attention_mask=mask, stop=stop, max_length=length, **options)
-    rows, prompts = rows[:, ids.shape[1] :].tolist(), realised_rows(lm.model, lm.pruner, len(batch))
+    rows = rows[:, ids.shape[1] :].tolist()
+    realised = realised_rows(lm.model, lm.pruner, [[_answer_tokens(lm, row, stop)] for row in rows])
     return [
-        Answer(_text(lm, row, stop), realised.sparsity, None, realised.flops_cut(len(row)))
-        for row, realised in zip(rows, prompts, strict=True)
+        Answer(_text(lm, row, stop), prompt.sparsity, None, prompt.spent[0])
+        for row, prompt in zip(rows, realised, strict=True)
     ]
+
+
+def _answer_tokens(lm, tokens: list[int], stop: list[str]) -> int:
+    """Tokens up to the first that ends the answer; what a batch computes after that belongs to its longer rows."""
+    known = lm.model.generation_config.eos_token_id
+    ends = {lm.eot_token_id, *(known if isinstance(known, list) else [known])}
+    length = next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    texts = ((place, lm.tok_decode(tokens[:place])) for place in range(1, length + 1))
+    return next((place for place, text in texts if any(sequence in text for sequence in stop)), length)
 
 
 def _text(lm, tokens: list[int], stop: list[str]) -> str:

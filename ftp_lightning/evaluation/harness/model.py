@@ -154,14 +154,11 @@ class FtpLM(Ranked, HFLM):
         else:
             pairs = score_in_sequence(self.model, contexts, [group[0] for group in choices])
             scores = [[score] for score in pairs]
+        fed = [[len(items[i].continuation) - 1 if self.mode == "prompt" else 0 for i in group] for group in batch]
         answers = {}
-        for group, ours, realised in zip(
-            batch, scores, realised_rows(self.model, self.pruner, len(batch)), strict=True
-        ):
-            for i, score in zip(group, ours, strict=True):
-                new = len(items[i].continuation) - 1 if self.mode == "prompt" else 0
-                value, cut = (score.logprob, score.greedy), realised.flops_cut(new)
-                answers[i] = Answer(value, realised.sparsity, score.skipped, cut)
+        for group, ours, realised in zip(batch, scores, realised_rows(self.model, self.pruner, fed), strict=True):
+            for i, score, spent in zip(group, ours, realised.spent, strict=True):
+                answers[i] = Answer((score.logprob, score.greedy), realised.sparsity, score.skipped, spent)
         self.book.add({items[i].key: answer for i, answer in answers.items()})
         return answers
 
@@ -231,7 +228,7 @@ class FtpLM(Ranked, HFLM):
         schedule = None if self.pruner is None else self.pruner.schedule  # a FixedRouter goes without
         exercised = schedule is None or answer.sparsity >= schedule.budget / 2
         what = (request, prompt_tokens, new_tokens, answer.sparsity, exercised, truncated)
-        self.accounts.append(Account(*what, answer.skipped, answer.flops_cut))
+        self.accounts.append(Account(*what, answer.skipped, answer.spent))
 
     def _batch_rows(self, requests: Sequence[Request]) -> int:
         """Contexts or texts per forward; `auto` is what fits this process, which need not be what fits the others."""
@@ -275,5 +272,6 @@ def _source(name: str, device: str, dtype: str | torch.dtype, tokenizer) -> tupl
         return models.load_model(name, dtype=dtype, device=device), tokenizer or models.load_tokenizer(name)
     if name == "embedded":
         return str(models.EMBEDDED), tokenizer
+    name = models.locate(name)
     # A relative folder reads like a Hub name, and lm-eval would ask the Hub for its commit.
     return str(Path(name).resolve()) if Path(name).is_dir() else name, tokenizer

@@ -8,14 +8,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftp_lightning.evaluation.harness.declared import RECALL, declared
+from ftp_lightning.evaluation.harness.declared import declared
+from ftp_lightning.evaluation.statistics import chance_of
 
 METRICS = ("acc", "acc_norm", "exact_match")
 PASSED_ON = ("distance", "kind", "document")
-ACCOUNTED = ("prompt_tokens", "sparsity", "skipped", "flops_cut", "exercised", "truncated")
-ASKED = (*RECALL, *(f"{name}_deleted" for name in RECALL))
-"""Tasks whose answer counts as right only where it is what the model would write; elsewhere the likeliest choice."""
-COUNTING = (*METRICS, "em", "f1", "contains", "score", "qa_f1_score")
+ACCOUNTED = ("prompt_tokens", "continuation_tokens", "sparsity", "skipped", "exercised", "truncated")
+COUNTING = (*METRICS, "em", "f1", "string_match", "contains", "score", "qa_f1_score")
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
 
@@ -39,10 +38,19 @@ def summaries(
         tree = results.get("group_subtasks", {})
         members = _members(name, tree) or _members(f"local_{name}", tree)
         if name not in summary and members:
-            pooled = [item for member in members for item in items.get(member, [])]
+            pooled = [_within(member, item) for member in members for item in items.get(member, [])]
             summary[name] = summarize(pooled, results["results"].get(name, {}))
             summary[name]["left_out"] = sum(gone.get(member, 0) for member in members)
     return summary
+
+
+def _within(member: str, item: dict) -> dict:
+    """The item of a group's member under ids of its own: every member counts items and documents from 0."""
+    document = item["document"]
+    return item | {
+        "id": f"{member}/{item['id']}",
+        "document": None if document is None else f"{member}/{document}",
+    }
 
 
 def summarize(items: list[dict], metrics: Mapping) -> dict:
@@ -61,7 +69,7 @@ def summarize(items: list[dict], metrics: Mapping) -> dict:
         "acc_norm": means["acc_norm"],
         "exact_match": means["exact_match"],
         "n": len(items),
-        "chance": means["chance"],
+        "chance": _best_constant(items, means["chance"]),
         **{key: means[key] for key in ACCOUNTED[:-1]},
         "truncated": sum(bool(item["truncated"]) for item in items),
         "metrics": _plain_metrics(metrics),
@@ -75,20 +83,21 @@ def _item(task: str, sample: Mapping, book: Mapping) -> dict:
     doc, values = sample["doc"], {metric: sample.get(metric) for metric in METRICS}
     asked = [_asked(arguments) for arguments in sample["arguments"]]
     account = book.get(asked[0])
-    order = ("exact_match", "acc") if task in ASKED else ("acc", "exact_match")
     metric, score = _score(task, sample)
-    right = next((values[m] for m in order if values[m] is not None), None)
     return {
         "id": doc.get("id", sample["doc_id"]),
+        "subject": task,
         "hash": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
-        "right": bool(right) if right is not None else (None if score is None else score >= 0.5),
+        "right": _right(task, sample, score),
         "metric": metric,
         "score": score,
         **values,
         "chance": _chance(sample, metric, score),
+        "label": None if metric == "exact_match" else _label(sample),
         "answers": [_plain_answer(answer) for answer in sample["filtered_resps"]],
         **{key: doc.get(key) for key in PASSED_ON},
         **{key: getattr(account, key, None) for key in ACCOUNTED},
+        **(account.spent._asdict() if account is not None and account.spent else {}),
     }
 
 
@@ -106,10 +115,43 @@ def _score(task: str, sample: Mapping) -> tuple[str, float | None]:
     return metric, float(value) if isinstance(value, int | float) and 0.0 <= value <= 1.0 else None
 
 
+def _right(task: str, sample: Mapping, score: float | None) -> bool | None:
+    """Whether the answer counts as right: by the metric declared for that, else by accuracy or exact match, else where
+    the score is at least one half."""
+    asked = declared(task).right
+    names = (asked,) if asked else ("acc", "exact_match")
+    value = next((sample[name] for name in names if sample.get(name) is not None), None)
+    if value is not None:
+        return value >= 1.0
+    return None if score is None else score >= 0.5
+
+
+def _label(sample: Mapping) -> list | None:
+    """The choices of an item and the place of the right one; None where that is not known, or nothing is chosen."""
+    choices = [arguments[1] for arguments in sample["arguments"] if len(arguments) > 1]
+    gold = sample.get("target")
+    try:
+        place = int(gold)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return [choices, place] if len(set(map(str, choices))) > 1 and 0 <= place < len(choices) else None
+
+
 def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
     """1 / number of choices; 0 of what the model has to write itself, be it one of several choices."""
     choices = len(sample["filtered_resps"])
     return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
+
+
+def _best_constant(items: Sequence[Mapping], mean: float | None) -> float | None:
+    """Mean chance of the items; where all offer the same choices, what always giving one answer scores.
+
+    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`.
+    """
+    labels = [item.get("label") for item in items]
+    if not mean or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
+        return mean
+    return chance_of([label[1] for label in labels if label], len(labels[0][0]))  # type: ignore[index]
 
 
 def _plain_answer(answer: Any) -> Any:

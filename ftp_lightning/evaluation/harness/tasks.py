@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -13,42 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.data.task_names import LONG, OURS
 from ftp_lightning.errors import UserError, hub_errors
-from ftp_lightning.evaluation.harness.declared import RECALL, declared
-from ftp_lightning.evaluation.harness.results import METRICS, summaries
+from ftp_lightning.evaluation.harness.declared import declared
+from ftp_lightning.evaluation.harness.made import CONTEXTS, local_data, made_task, unknown_task
+from ftp_lightning.evaluation.harness.results import summaries
 from ftp_lightning.evaluation.harness.seen import leave_out
+from ftp_lightning.evaluation.harness.shots import set_shots
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
-
-FEWSHOT_SEED = 1234
-"""lm-eval's own."""
-
-# name -> the field that holds the context; the rows are made by ftp_lightning.data.choices and long_tasks
-EMBEDDED = dict.fromkeys((*OURS, *LONG), "context") | {f"{name}_deleted": "context_deleted" for name in RECALL}
-
-
-def embedded_task(name: str, jsonl_path: str | Path, cache_dir: str | Path | None = None) -> dict:
-    """The lm-eval task `name` on JSONL rows with keys id, context, choices, answer (index), and more that pass through.
-
-    exact_match: the gold choice is the greedy continuation. Choices begin with their space, hence no delimiter.
-    cache_dir: where `datasets` puts its copy. UserError for an unknown name, a missing file, or a row without a key.
-    """
-    if name not in EMBEDDED:
-        raise unknown_task(name, EMBEDDED)
-    read_rows(name, Path(jsonl_path), keys=(EMBEDDED[name], "choices", "answer"))
-    return {
-        "task": name,
-        **_local_data({"test": jsonl_path}, cache_dir),
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": f"{{{{{EMBEDDED[name]}}}}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS],
-        "metadata": {"version": 1.0},
-    }
 
 
 def local_task(name: str, files: str | Path | Mapping[str, str | Path], cache_dir: str | Path | None = None) -> dict:
@@ -73,7 +43,7 @@ def _on_files(name: str, files: Mapping[str, Any], cache_dir: str | Path | None)
     """Splits without a file are not there: lm-eval would look for their examples while it loads the task."""
     keys = {"train": "training_split", "validation": "validation_split", "test": "test_split", "dev": "fewshot_split"}
     missing = {key: None for split, key in keys.items() if split not in files}
-    return {"task": name, "dataset_name": None, **missing, **_local_data(files, cache_dir)}
+    return {"task": name, "dataset_name": None, **missing, **local_data(files, cache_dir)}
 
 
 def _has_subjects(files: Mapping[str, Any]) -> bool:
@@ -106,7 +76,7 @@ def run_tasks(
     Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
     and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
     (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
-    metrics (lm-eval's own numbers) and items. An item: id, right (see `task_results.ASKED`), its metrics, distance,
+    metrics (lm-eval's own numbers) and items. An item: id, right (see `Declared.right`), its metrics, distance,
     kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
     0. seen: documents that a search has looked at (`Schedule.seen`) are left out; `left_out` counts them.
     UserError: unknown task, file missing or broken, Hub out of reach.
@@ -117,55 +87,31 @@ def run_tasks(
     with tempfile.TemporaryDirectory() as cache, contextlib.nullcontext() if progress else _quiet():
         loaded = _loaded(lm, tasks, cache)
         for name, task in loaded["tasks"].items():
-            _set_shots(name, task, num_fewshot)
+            set_shots(name, task, num_fewshot)
         left_out = {name: leave_out(name, task, seen or {}) for name, task in loaded["tasks"].items()}
-        try:
-            results = evaluate(
-                lm=lm,
-                task_dict=loaded,
-                limit=limit,
-                apply_chat_template=apply_chat_template,
-                fewshot_as_multiturn=apply_chat_template,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        except AssertionError as error:
-            if "fewshot samples" not in str(error):
-                raise
-            what = str(error).removeprefix("Error: ").rstrip(".")
-            raise UserError(f"{', '.join(tasks)}: {what}\nGive a smaller --num_fewshot, or more rows.") from None
+        results = evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
     return summaries(results, list(tasks), accounts, left_out) if results else {}
 
 
-def _set_shots(name: str, task, num_fewshot: int | None) -> None:
-    """The examples asked for, else those declared; a task that fixes none at all keeps none, as in lm-eval.
-
-    UserError where local files have none to take them from.
-    """
-    own = task.get_config("num_fewshot")
-    asked = declared(name).shots if num_fewshot is None else num_fewshot
-    if own != 0 and asked is not None:
-        task.set_config(key="num_fewshot", value=asked)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    local = task.config.dataset_path == "json" and name not in EMBEDDED
-    if local and task.get_config("num_fewshot") and not (task.config.fewshot_split or task.config.training_split):
-        split = "dev" if name.startswith("mmlu") else "train"
-        raise UserError(
-            f"task {name} takes its {task.get_config('num_fewshot')} examples from the split {split}, which has no file"
-            f"\nPut {name.split('_')[0] if split == 'dev' else name}_{split}.jsonl beside it, or give --num_fewshot 0."
-        )
-
-
-def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None]) -> list:
-    """lm-eval's task objects, groups taken apart; files as in `run_tasks`.
+def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None], num_fewshot: int | None = None) -> list:
+    """lm-eval's task objects with the examples that `run_tasks` gives them, groups taken apart; files as there.
 
     UserError: unknown task, broken file, Hub out of reach.
     """
     with tempfile.TemporaryDirectory() as cache, _quiet():
-        return list(_loaded(None, files, cache)["tasks"].values())
+        loaded = _loaded(None, files, cache)["tasks"]
+        for name, task in loaded.items():
+            set_shots(name, task, num_fewshot)
+        return list(loaded.values())
 
 
 def _loaded(lm, tasks: Mapping, cache: str) -> dict:
@@ -193,10 +139,10 @@ def _for_makers(lm) -> dict:
 
 def _definition(name: str, files, cache_dir: str) -> str | dict:
     if files is None:
-        if name in EMBEDDED:
-            raise UserError(f"task {name} needs its JSONL file\nftp_lightning.data.choices makes the rows.")
+        if name in CONTEXTS:
+            raise UserError(f"task {name} needs its JSONL file\nftp_lightning.stages.task_files makes the rows.")
         return name
-    return embedded_task(name, files, cache_dir) if name in EMBEDDED else local_task(name, files, cache_dir)
+    return made_task(name, files, cache_dir) if name in CONTEXTS else local_task(name, files, cache_dir)
 
 
 def _task_manager(definitions: list[str | dict], metadata: dict):
@@ -207,7 +153,7 @@ def _task_manager(definitions: list[str | dict], metadata: dict):
     manager = _index(bool(wanted), json.dumps(metadata, sort_keys=True))
     for name in wanted:
         if name not in manager.all_tasks:
-            raise unknown_task(name, [*EMBEDDED, *manager.all_tasks])
+            raise unknown_task(name, [*CONTEXTS, *manager.all_tasks])
     return manager
 
 
@@ -219,25 +165,11 @@ def _index(defaults: bool, metadata: str):
     return TaskManager(include_defaults=defaults, metadata=json.loads(metadata))
 
 
-def unknown_task(name: str, known: Iterable[str]) -> UserError:
-    """The sentence for a name that nobody knows, with the nearest ones that are known."""
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return UserError(
-        f"unknown task {name!r}\n" + (f"Did you mean {', '.join(close)}?" if close else "See lm-eval's list.")
-    )
-
-
 def _unreachable(names: Iterable[str], error: Exception) -> UserError:
     return UserError(
         f"the Hub is out of reach for the tasks {', '.join(names)}: {str(error).splitlines()[0]}\n"
         f"Run `ftp-lightning prefetch` where there is a network, or give files by --task_data DIR: {LAYOUT}."
     )
-
-
-def _local_data(files: Mapping[str, Any], cache_dir: str | Path | None) -> dict:
-    """lm-eval's keys for JSONL files; absolute, as it reads relative ones from the working directory."""
-    options = {"data_files": {split: str(Path(path).resolve()) for split, path in files.items()}}
-    return {"dataset_path": "json", "dataset_kwargs": options | ({"cache_dir": str(cache_dir)} if cache_dir else {})}
 
 
 @contextlib.contextmanager

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A median over pairs and its 95 % bootstrap interval [low, high]."""
-
-    value: float
-    low: float
-    high: float
+from ftp_lightning.evaluation.statistics import Interval
 
 
 def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: int, warmup: int = 0) -> Tensor:
@@ -60,7 +52,16 @@ def wait(device: torch.device) -> None:
 
 
 def median_interval(values: Tensor, generator: torch.Generator, samples: int = 2000) -> Interval:
-    """The median of `values` (n,) and its 95 % percentile bootstrap interval."""
-    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
-    low, high = values[drawn].median(dim=1).values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(values.median().item(), low, high)
+    """The median of `values` (n,) and its 95 % percentile bootstrap interval; no ends beyond the value of a single
+    pair."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    median = float(np.median(values.numpy()))
+    n = len(values)
+    if n < 2:
+        return Interval(median, median, median, n, n)
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    found = bootstrap((values.numpy(),), np.median, n_resamples=samples, method="percentile", rng=rng)
+    low, high = found.confidence_interval
+    return Interval(median, float(low), float(high), n, n)
