@@ -135,6 +135,9 @@ def test_a_chat_template_is_counted(records, monkeypatch):
     [item] = rows("ruler_niah_single", records, count=1, apply_chat_template=True)
     text = f"<user>{item['context']}|<assistant>{item['gen_prefix']}"
     assert len(TOKENIZER.encode(text, add_special_tokens=False)) <= item["tokens"] <= LENGTH
+    [item] = rows("squad", records, count=1, apply_chat_template=True)
+    assert item["context"].startswith("Answer the question with words of the text.\n\nThe harbour")
+    assert (item["gen_prefix"], item["new_tokens"]) == ("", 32)
     with pytest.raises(UserError, match="has no chat template"):
         monkeypatch.setattr(TOKENIZER, "chat_template", None)
         rows("squad", records, apply_chat_template=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import family
 from tiny import random_llama
 from transformers import LlamaForCausalLM
 
@@ -252,3 +253,15 @@ def test_the_noise_floor_runs_another_attention_kernel(windows, own, other):
     attention.register_forward_pre_hook(lambda module, _: ran.append(module.config._attn_implementation))
     noise_floor(model, windows, batch_size=5)
     assert list(dict.fromkeys(ran)) == [own, other] and model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("kv", ["keep", "evict"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mistral_sliding", "gemma3"])
+def test_of_other_families_a_row_among_others_is_what_it_is_alone(ragged, name, kv):
+    """Learned positions, an offset of positions, sliding windows."""
+    other, pruner = family(name), TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.75, 0.5]), kv=kv)
+    together = evaluate_rows(other, ragged, pruner, batch_size=4)
+    alone = [evaluate_rows(other, ragged.subset([i]), pruner) for i in range(len(ragged))]
+    for column in ("kl_rows", "nll_rows", "dense_nll_rows"):
+        expected = [value for one in alone for value in getattr(one, column)]
+        assert getattr(together, column) == pytest.approx(expected, abs=1e-6)

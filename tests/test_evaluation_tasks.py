@@ -374,6 +374,19 @@ def test_a_long_chat_suffix_does_not_fill_the_attention_window(ftp, model, token
     assert len(lm.loglikelihood(choices(), True)) == 6 and lm.accounts[0].sparsity > 0.2  # in force, widened
 
 
+def test_the_first_words_of_an_answer_do_not_widen_the_attention_window(ftp, tokenizer):
+    after = " so it was gone so it was gone "
+    between = f"{{% if not loop.last %}}{after}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m['content'] }}}}{between}{{% endfor %}}"
+    messages = [{"role": "user", "content": text(1, 20)}, {"role": "assistant", "content": "The answer is"}]
+    try:
+        lm = ftp(pruner=TokenPruner(StaticRouter(), SCHEDULE, window=8))
+        lm.apply_chat_template(messages, add_generation_prompt=False)
+    finally:
+        tokenizer.chat_template = None
+    assert lm.pruner.window == 8 + len(lm.tok_encode(after, add_special_tokens=False))
+
+
 @pytest.mark.parametrize(("mode", "leaks"), [("prompt", False), ("sequence", True)])
 def test_later_tokens_move_earlier_ones_in_sequence_but_not_in_prompt(model, mode, leaks):
     """The leak: the same pruner and context, and choices that begin alike; what follows moves their first token."""

@@ -4,11 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from ftp_lightning.stages.task_cells import kept_cell
 from ftp_models import ftp_models
+from pandas import DataFrame
 from tiny import random_llama
 
 from ftp_lightning.data.task_names import GENERATED, LAST_WORD, READING, TWINNED
+from ftp_lightning.evaluation.cells import kept_cell
 from ftp_lightning.evaluation.harness import made, results, tasks
 from ftp_lightning.evaluation.harness.task_data import find_files
 from ftp_lightning.models import load_tokenizer
@@ -123,12 +124,10 @@ def test_what_makes_an_answer_right(task, values, right):
 
 
 def test_kept_is_told_of_tasks_whose_answer_has_no_place():
-    items = [{"right": right, "distance": None} for right in (True, True, False)]
-    without = [{"right": False, "distance": None}] * 3
-    pruned = [{"right": right, "distance": None} for right in (True, False, False)]
-    dense = {"ruler_cwe": {"items": items}, "ruler_cwe_deleted": {"items": without}}
-    cell = kept_cell("ruler_cwe", dense, {"ruler_cwe": {"items": pruned}})
-    assert (cell["share"], cell["items"], cell["by_distance"]) == (0.5, 2, {})
+    rows = {"right": [True, False, False], "dense_right": [True, True, False], "needed": [True, True, False]}
+    about = {"document": [0, 1, 2], "seed": 0, "distance": None, "task": "x", "item": [0, 1, 2]}
+    cell = kept_cell(DataFrame(rows | about))
+    assert (cell["share"], cell["items"], "by_distance" in cell) == (0.5, 2, False)
 
 
 # ---------------------------------------------------------------- lm-eval's own, on the Hub's schema
@@ -150,17 +149,17 @@ HUB = {
     "winogrande_validation": {"sentence": "A cat saw _ was big.", "option1": "cat", "option2": "dog", "answer": "1"},
 }  # fmt: skip
 ASKED = {
-    "boolq": (("A dog ran.\nQuestion: did a dog run?\nAnswer:", " no"), "acc", 1.0),
-    "piqa": (("Question: Eat soup\nAnswer:", " Use a spoon"), "acc_norm", 1.0),
-    "openbookqa": (("The sun is", " w"), "acc_norm", 1.0),
+    "boolq": (("A dog ran.\nQuestion: did a dog run?\nAnswer:", " no"), "acc", 0.5),
+    "piqa": (("Question: Eat soup\nAnswer:", " Use a spoon"), "acc_norm", 0.5),
+    "openbookqa": (("The sun is", " w"), "acc_norm", 0.25),
     "lambada_openai": (("The old man saw the", " dog"), "acc", 0.0),
     "lambada_standard": (("the old man saw the", " dog"), "acc", 0.0),
-    "arc_easy": (("Question: What is it?\nAnswer:", " w"), "acc_norm", 1.0),
-    "arc_challenge": (("Question: What is it?\nAnswer:", " w"), "acc_norm", 1.0),
-    "hellaswag": (("Cooking: A man cooks. Then he", " eats"), "acc_norm", 1.0),
+    "arc_easy": (("Question: What is it?\nAnswer:", " w"), "acc_norm", 0.25),
+    "arc_challenge": (("Question: What is it?\nAnswer:", " w"), "acc_norm", 0.25),
+    "hellaswag": (("Cooking: A man cooks. Then he", " eats"), "acc_norm", 0.25),
     "winogrande": (("A cat saw cat", " was big."), "acc", 0.5),
 }
-"""Task -> its first request, the metric, and chance (1: the same choice is always right)."""
+"""Task -> its first request, the metric, and chance."""
 
 
 def test_definitions_of_lm_eval_run_on_the_hubs_schema(ftp, tmp_path):

@@ -62,11 +62,21 @@ class PromptLength:
         return sizes[low]
 
     def item(
-        self, name: str, texts: Sequence[str], prefix: str, outputs: Sequence[str], said: str, **more: Any
+        self,
+        name: str,
+        texts: Sequence[str],
+        prefix: str,
+        outputs: Sequence[str],
+        said: str,
+        delimiter: str = " ",
+        least_new: int = 0,
+        **labels: Any,
     ) -> Item:
-        """A generated item. texts: with and without what holds the answer. said: the answer in full, for its length."""
-        delimiter = more.pop("delimiter", " ")
-        lengths = [self.count(text, prefix, delimiter) for text in texts]
+        """A generated item.
+
+        texts: with and without what holds the answer. said: the answer in full; as many tokens as it has, and `MARGIN`
+        more, are generated, `least_new` at least.
+        """
         new = len(self.tokenizer.encode(" " + said, add_special_tokens=False)) + MARGIN
         return {
             "id": name,
@@ -74,10 +84,10 @@ class PromptLength:
             "context_deleted": texts[1],
             "gen_prefix": prefix,
             "outputs": list(outputs),
-            "tokens": max(lengths),
-            "new_tokens": new,
+            "tokens": max(self.count(text, prefix, delimiter) for text in texts),
+            "new_tokens": max(new, least_new),
             "kind": None,
             "distance": None,
             "document": None,
-            **more,
+            **labels,
         }

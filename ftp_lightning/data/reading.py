@@ -11,16 +11,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftp_lightning.data.prompt_length import Item, PromptLength
 from ftp_lightning.data.records import jsonl_records
 from ftp_lightning.data.sources import check_split, split_at
 from ftp_lightning.errors import UserError
 
-PREFIX = "Answer:"
-SQUAD = ("{context}\n\nQuestion: {question}", "\n")
-"""The prompt, and what stands between it and "Answer:"."""
+
+class Form(NamedTuple):
+    """How a question is put: the prompt, the answer's first words, what stands between them, new tokens at least."""
+
+    ask: str
+    prefix: str
+    delimiter: str = " "
+    least_new: int = 0
+
+
+ASK = "{context}\n\nQuestion: {question}"
+PLAIN = Form(ASK, "Answer:", "\n")
+CHAT = Form(f"Answer the question with words of the text.\n\n{ASK}", "", least_new=32)
+"""In a chat template the model answers in a sentence of its own, and needs room for it."""
+RULER = Form("", "Answer:")
+"""Its prompt is lm-eval's."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +96,9 @@ def reading_items(task: str, length: PromptLength, questions: Sequence[Question]
 
 
 def _alone(task: str, length: PromptLength, question: Question, *_: Any) -> Item:
-    ask, delimiter = SQUAD
-    whole = ask.format(context=question.passage, question=question.question)
-    return _item(task, length, question, (whole, f"Question: {question.question}"), question.passage, delimiter)
+    form = CHAT if length.chat else PLAIN
+    whole = form.ask.format(context=question.passage, question=question.question)
+    return _item(task, length, question, (whole, f"Question: {question.question}"), form)
 
 
 def _among_others(
@@ -94,9 +107,12 @@ def _among_others(
     """Distractors are passages of other articles."""
     others = _passages(question, [other for other in questions if other.article != question.article])
     rng.shuffle(others)
-    ask, delimiter = SQUAD
-    write = lambda passages: ask.format(context="\n\n".join(passages), question=question.question)  # noqa: E731
-    return _mixed(task, length, question, others, write, delimiter, rng)
+    form = CHAT if length.chat else PLAIN
+
+    def write(passages: Sequence[str]) -> str:
+        return form.ask.format(context="\n\n".join(passages), question=question.question)
+
+    return _mixed(task, length, question, others, write, form, rng)
 
 
 def _ruler(
@@ -116,7 +132,7 @@ def _ruler(
         documents = [DOCUMENT_PROMPT.format(i=i, document=text) for i, text in enumerate(passages, 1)]
         return TEMPLATE.format(context="\n\n".join(documents), query=question.question)
 
-    return _mixed(task, length, question, near + far, write, " ", rng)
+    return _mixed(task, length, question, near + far, write, RULER, rng)
 
 
 def _passages(question: Question, others: Sequence[Question]) -> list[str]:
@@ -132,7 +148,7 @@ def _mixed(
     question: Question,
     others: Sequence[str],
     write: Callable[[Sequence[str]], str],
-    delimiter: str,
+    form: Form,
     rng: random.Random,
 ) -> Item:
     """The passage at a random place among as many others as fit, and the same with another one in its place."""
@@ -141,22 +157,23 @@ def _mixed(
             f"task {task}: question {question.id} has no passage beside it without its answer\nGive more records."
         )
     *fill, instead = others
-    place = rng.random()
+    share = rng.random()
 
-    def passages(count: int, gold: str) -> list[str]:
-        mixed = fill[:count]
-        mixed.insert(int(place * (count + 1)), gold)
-        return mixed
+    def texts(count: int) -> tuple[str, str]:
+        place = int(share * (count + 1))
+        mixed = [[*fill[:place], text, *fill[place:count]] for text in (question.passage, instead)]
+        return write(mixed[0]), write(mixed[1])
 
-    sizes = range(len(fill) + 1)
-    count = length.longest(task, lambda n: (write(passages(n, question.passage)), PREFIX), sizes, delimiter)
-    texts = write(passages(count, question.passage)), write(passages(count, instead))
-    return _item(task, length, question, texts, question.passage, delimiter)
+    def longer(count: int) -> tuple[str, str]:
+        return max(texts(count), key=length.count), form.prefix
+
+    count = length.longest(task, longer, range(len(fill) + 1), form.delimiter)
+    return _item(task, length, question, texts(count), form)
 
 
-def _item(task: str, length: PromptLength, question: Question, texts: Sequence[str], gold: str, delimiter: str) -> Item:
+def _item(task: str, length: PromptLength, question: Question, texts: Sequence[str], form: Form) -> Item:
     longest = max(question.answers, key=len)
     return length.item(
-        f"{task}-{question.id}", texts, PREFIX, question.answers, longest, delimiter=delimiter,
-        distance=length.after(texts[0], gold, PREFIX, delimiter), document=question.article,
+        f"{task}-{question.id}", texts, form.prefix, question.answers, longest, form.delimiter, form.least_new,
+        distance=length.after(texts[0], question.passage, form.prefix, form.delimiter), document=question.article,
     )  # fmt: skip

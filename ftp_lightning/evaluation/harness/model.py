@@ -198,14 +198,16 @@ class FtpLM(Ranked, HFLM):
             self.cache_hook.add_partial("generate_until", request, answer.value)
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        """HFLM's, and what follows the last message's text widens the attention window [ours].
+        """HFLM's, and what the template puts after the last question widens the attention window [ours].
 
         The window is the prompt's last W queries. A template that ends in a long suffix would fill it with tokens that
         ask nothing; so W grows by the longest suffix seen, and at least W queries of the question's text speak.
         """
         text = super().apply_chat_template(chat_history, add_generation_prompt)
-        question = str(chat_history[-1]["content"]).strip()
+        question = next((str(m["content"]).strip() for m in reversed(chat_history) if m["role"] == "user"), "")
         suffix = text.rpartition(question)[2] if question and question in text else ""
+        if chat_history[-1]["role"] == "assistant":  # the answer's first words, which speak as they do without template
+            suffix = suffix.removesuffix(str(chat_history[-1]["content"]).strip())
         self._widen(len(self.tok_encode(suffix, add_special_tokens=False)) if suffix else 0)
         return text
 
