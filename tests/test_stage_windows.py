@@ -4,7 +4,7 @@ import pytest
 from pandas import DataFrame
 
 from ftp_lightning.__main__ import parse
-from ftp_lightning.evaluation.cells import task_cell
+from ftp_lightning.evaluation.outcome import task_cell
 from ftp_lightning.models import load, load_tokenizer
 from ftp_lightning.stages.inputs import unanswered_rows
 from ftp_lightning.stages.methods import choose_methods

@@ -10,7 +10,7 @@ from ftp_lightning import Schedule, TokenPruner, UserError, load_pruned
 from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.evaluation import record as of
-from ftp_lightning.evaluation.cells import counted_tasks, retention
+from ftp_lightning.evaluation.outcome import counted_tasks, retention
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.run import SHARES, RunStage, gains

@@ -169,8 +169,7 @@ def _write(
     from ftp_lightning.evaluation.outcome import results_of
     from ftp_lightning.evaluation.pairing import RECORD
     from ftp_lightning.evaluation.record import as_lines
-    from ftp_lightning.evaluation.result_tables import result_tables
-    from ftp_lightning.evaluation.tables import written
+    from ftp_lightning.evaluation.tables import result_tables, written
     from ftp_lightning.stages.routed_story import story_tokens
 
     results = results_of(bench, items, methods, settings.tasks)
