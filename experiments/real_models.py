@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.studies.grid import Cell, arguments, read_grid, run_grid
+from ftp_lightning.studies.grid import Cell, arguments, pack, read_grid, run_grid, unpack
 from ftp_lightning.studies.method_table import kept_table
 
 MODELS = {"smollm2-135m-instruct": 1000, "gemma3-270m": 1000, "embedded": 440}
@@ -115,8 +115,12 @@ def main() -> None:
         __doc__, output, books="", squad="", prompts="", models="", methods="", cuts="", items=25, chunks=8
     )
     grid, bench = cells(args), Bench(args.output, args.books, args.squad, args.prompts, args.items)
+    if args.packed and args.packed.exists():
+        unpack(args.packed, args.output)
     if not args.tables:
         run_grid(grid, bench.measure, args.output)
+    if args.packed:
+        pack(args.output, args.packed, ("answers", "hash", "metric", "label", "id"))
     print(kept_table(read_grid(grid, args.output)))
 
 
