@@ -29,7 +29,9 @@ def find(args: argparse.Namespace, cell: Seeded) -> tuple[TokenPruner, dict[str,
     with locked(measured):
         SensitivityStage(**calibration(args, cell), output=str(measured)).execute()
     named = {} if cell.method == SEARCHED else {"allocations": (cell.method,), "generations": 0}
-    found = searched(args, cell, args.output / f"search-{cell.name}", sensitivity=str(measured / "sensitivity.json"), **named)
+    found = searched(
+        args, cell, args.output / f"search-{cell.name}", sensitivity=str(measured / "sensitivity.json"), **named
+    )
     tokens = json.loads((found / "metrics.json").read_text())["generations"][-1]["forward_tokens"]
     return TokenPruner(StaticRouter(), Schedule.load(found / "schedule.json")), {"forward_tokens": tokens}
 

@@ -25,7 +25,6 @@ SMALL = [*SMALL.split(), "--prompt_tokens", "96"]
 
 def script(name, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     return runpy.run_path(str(ROOT / "experiments" / name), run_name="__main__")
 
 
@@ -57,18 +56,6 @@ def test_the_papers_tables_with_reduced_limits(monkeypatch, capsys, tmp_path, mo
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("provenance.json")}
     script("reproduce.py", monkeypatch, *words)  # finished stages are not run again
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-@pytest.mark.slow
-def test_decode_policies_are_compared(monkeypatch, capsys, tmp_path):
-    assert main(["train", "--budget", "0.4", "--steps", "2", "--output", str(tmp_path / "train")]) == 0
-    words = f"--pruned {tmp_path}/train/pruned --tasks story_recall,story_name --limit 4 --items 4 --windows 2"
-    words = f"{words} --thresholds 0.3,0.7 --output {tmp_path}/found"
-    capsys.readouterr()
-    script("decode_sensitivity.py", monkeypatch, *words.split())
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0][2:] for row in rows[::2]] == ["dense", "threshold 0.3", "threshold 0.7", "strict"]
-    assert (tmp_path / "found" / "decode_sensitivity.csv").is_file()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ftp_lightning.schedule_family import ScheduleFamily
 
@@ -34,11 +35,25 @@ def test_a_cell_of_every_kind_is_measured_once_and_told_in_tables(monkeypatch, c
     assert capsys.readouterr().out in said and files == {path: path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.slow
+def test_decode_policies_are_compared(monkeypatch, capsys, tmp_path):
+    from ftp_lightning import DynamicRouter, Schedule, TokenPruner
+
+    torch.manual_seed(0)
+    TokenPruner(DynamicRouter(), Schedule.default(12, 0.3)).save(tmp_path / "pruned")
+    words = ["--pruned", tmp_path / "pruned", "--tasks", "story_recall", "--items", 4, "--windows", 2]
+    run(monkeypatch, "decode_sensitivity.py", *words, "--policies", "dense,threshold 0.3", "--output", tmp_path / "out")
+    rows = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["dense", "threshold 0.3"]
+
+
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.name)
 def test_an_experiment_is_short_and_stands_alone(path):
     source = path.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= LONGER.get(path.name, 80)
-    imported = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
+    }
     imported |= {str(node.module) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     assert not imported & {other.stem for other in EXPERIMENTS.rglob("*.py")} and "sys.path" not in source
 
