@@ -40,7 +40,7 @@ def method_of(items: Any, asked: str | None, run: str) -> str:
 def report(args: argparse.Namespace) -> None:
     from ftp_lightning.evaluation.pairing import compare, record_of, side_by_side
     from ftp_lightning.evaluation.record import pairs
-    from ftp_lightning.evaluation.result_tables import pairs_table
+    from ftp_lightning.evaluation.tables import pairs_table
 
     first, second = record_of(args.first), record_of(args.second)
     a, b = method_of(first, args.a, args.first), method_of(second, args.b, args.second)

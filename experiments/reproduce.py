@@ -287,38 +287,34 @@ def speed_table(plan):
 
 # ---------------------------------------------------------------- estimate
 
-LLAMA2_7B = {"blocks": 32, "hidden": 4096, "mlp": 11008, "vocab": 32000, "parameters": 6.74e9}
 REQUESTS = {"arc_challenge": (1172, 40), "arc_easy": (2376, 35), "hellaswag": (10042, 90), "mmlu": (14042, 750),
             "winogrande": (2534, 28)}  # fmt: skip
 """Distinct contexts and their mean tokens under the declared shots (WinoGrande: two contexts an item)."""
-GPU_FLOPS = 150e12
-"""What an A100 reaches of its 312 TFLOP/s in bfloat16 at these batch sizes [ours: assumed, not measured]."""
+GIGABYTES = 80
+"""Of the device that the estimate speaks of."""
 
 
 def estimate(plan):
-    """Lines: forward tokens, GPU hours and memory of this plan for LLaMA2-7B. 2 FLOPs per weight and token, a training
-    step as 4 forwards, answers of a method asked once; everything is counted as dense."""
-    args, per_token = plan.args, 2 * LLAMA2_7B["parameters"]
-    asked = [name for name in args.tasks.split(",") if name in REQUESTS]
-    task_tokens = sum(min(args.limit or n, n) * tokens for n, tokens in (REQUESTS[name] for name in asked))
-    kinds = [type(stage).stage for stage in plan.stages.values()]
-    methods = 1 + sum(1 + len(s.compare) + bool(s.before) for s in plan.stages.values() if type(s).stage == "evaluate")
-    window = 256
-    tokens = {
-        "sensitivity": kinds.count("sensitivity") * args.search_windows * window * LLAMA2_7B["blocks"] * 3,
-        "search": kinds.count("search") * args.search_windows * window * args.generations * args.offspring,
-        "train": kinds.count("train") * args.steps * 4 * window * 4,
-        "evaluate": methods * (task_tokens + 2 * (args.windows or 1000) * window),
-    }
-    hours = {name: count * per_token / GPU_FLOPS / 3600 for name, count in tokens.items()}
-    weights, cache = 2 * LLAMA2_7B["parameters"] / 1e9, 2 * 32 * 4096 * 2 * 2048 * args.batch_size / 1e9
-    logits = 4 * args.batch_size * window * LLAMA2_7B["vocab"] / 1e9
+    """Lines: what the stages of this plan take on one device, by `ftp_lightning.estimate`, the tasks as large as they
+    are."""
+    from functools import partial
+
+    from ftp_lightning import models
+    from ftp_lightning.estimate import NEEDS, Shape, empty_model, rate
+
+    args = plan.args
+    shape = Shape.of(empty_model(models.load_config(args.model), models.DTYPES[args.dtype]))
+    sums = NEEDS | {"evaluate": partial(NEEDS["evaluate"], windows=1000, known=REQUESTS)}
+    needs = {}
+    for stage in plan.stages.values():
+        if stage.stage in sums:
+            needs.setdefault(stage.stage, []).append(sums[stage.stage](shape, stage))
+    hours = {kind: sum(need.seconds(1, GIGABYTES) for need in found) / 3600 for kind, found in needs.items()}
+    memory = {kind: max(need.memory for need in found) / 1e9 for kind, found in needs.items()}
     return [
-        f"LLaMA2-7B, {len(plan.stages)} stages, {methods} methods, bfloat16 at {GPU_FLOPS / 1e12:.0f} TFLOP/s:",
-        *(f"  {name}: {tokens[name] / 1e6:,.0f} M tokens, {hours[name]:.1f} GPU hours" for name in tokens),
+        f"{args.model}, {len(plan.stages)} stages on one {rate(GIGABYTES)[0]} of {GIGABYTES} GB:",
+        *(f"  {kind}: {hours[kind]:.1f} GPU hours, {memory[kind]:.1f} GB" for kind in needs),
         f"  in all {sum(hours.values()):.1f} GPU hours; loading, timing and the Hub not counted",
-        f"  memory at batch {args.batch_size}: weights {weights:.1f} GB, cache {cache:.1f} GB, logits {logits:.1f} GB;"
-        f" training about {weights + 4 * 32 * 256 * 4096 * 2 * 12 / 1e9:.0f} GB",
     ]
 
 

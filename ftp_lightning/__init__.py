@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ftp_lightning.hub import from_pretrained, push_to_hub
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.pruning.compensation import fit_compensation
-    from ftp_lightning.pruning.pruned_folder import load_pruned
+    from ftp_lightning.pruning.pruned_model import load_pruned
     from ftp_lightning.routing import (
         DynamicRouter,
         FixedRouter,
@@ -53,7 +53,7 @@ _HOMES = {
     "make_router": "ftp_lightning.routing",
     "fit_compensation": "ftp_lightning.pruning.compensation",
     "from_pretrained": "ftp_lightning.hub",
-    "load_pruned": "ftp_lightning.pruning.pruned_folder",
+    "load_pruned": "ftp_lightning.pruning.pruned_model",
     "push_to_hub": "ftp_lightning.hub",
     "UserError": "ftp_lightning.errors",
 }

@@ -19,6 +19,17 @@ class Interrupted(UserError):
     once the cause is gone."""
 
 
+def hub_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """The errors of the Hub's client, its own and the base class of its HTTP library, and `more`.
+
+    The client passes on the errors of its HTTP library, which differs by version: so the class is found through it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    library = tuple(kind for kind in HfHubHTTPError.__bases__ if kind is not OSError)
+    return (*more, HFValidationError, HfHubHTTPError, *library)
+
+
 def unwritable(error: BaseException | None) -> Interrupted | None:
     """What to say where a disk is full, over its quota, read-only or broken; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:

@@ -20,6 +20,7 @@ device keeps for itself is `MARGIN` and `CONTEXT`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,14 +174,32 @@ def train_need(shape: Shape, stage: Any) -> Need:
     return Need(shape.weights, working, forwards * shape.forward_flops(sum(tokens), tokens[1]))
 
 
-def evaluate_need(shape: Shape, stage: Any, windows: int = 200, choices: int = 4) -> Need:
-    """Of `evaluate` on `windows` windows where --windows does not say how many, and tasks of `choices` answers with
-    contexts as long as a prompt and --limit or --items items. Processes share items; each measures all windows."""
+def evaluate_need(
+    shape: Shape,
+    stage: Any,
+    windows: int = 200,
+    choices: int = 4,
+    known: Mapping[str, tuple[int, int]] | None = None,
+) -> Need:
+    """Of `evaluate`. Processes share the items of tasks; each measures all windows of text.
+
+    In mode `prompt` a context is prefilled once for all its answers, in mode `sequence` once for each of them.
+
+    Args:
+        windows: where --windows does not say how many.
+        choices: answers of an item, each as long as a continuation.
+        known: task -> (contexts, mean tokens of one); of others --limit or --items contexts as long as a prompt.
+    """
     tokens = stage.prompt_tokens, stage.continuation_tokens
-    methods, items = len(stage.compare) + 1 + bool(stage.before), stage.limit or stage.items
-    forward = shape.forward_flops(sum(tokens), tokens[1])
-    alone = (stage.windows or windows) * (2 + 2 * methods) * forward
-    answered = len(stage.tasks) * items * choices * (1 + methods) * forward
+    methods = len(stage.compare) + 1 + bool(stage.before)
+    alone = (stage.windows or windows) * (2 + 2 * methods) * shape.forward_flops(sum(tokens), tokens[1])
+    answered = 0.0
+    for task in stage.tasks:
+        items, length = (known or {}).get(task, (stage.limit or stage.items, stage.prompt_tokens))
+        whole, context = shape.forward_flops(length + tokens[1], tokens[1]), shape.forward_flops(length, 0)
+        item = {"prompt": context + choices * (whole - context), "sequence": choices * whole}
+        asked = (1 + methods) * item["prompt"] + methods * item["sequence"] if stage.mode == "both" else 0.0
+        answered += min(stage.limit or items, items) * (asked or (1 + methods) * item[stage.mode])
     working = forward_bytes(shape, stage.batch_size, *tokens, comparing=True)
     return Need(shape.weights, working, alone + answered, alone=alone)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.artifact import read_provenance
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
-from ftp_lightning.pruning.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, load_pruner, read_settings
+from ftp_lightning.pruning.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, read_settings
 from ftp_lightning.pruning.pruner import TokenPruner
 
 FILES = (SETTINGS, WEIGHTS, COMPENSATION)
@@ -38,7 +38,7 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd
 
     folder, api = Path(folder), api or _api()
-    load_pruner(folder)
+    TokenPruner.load(folder)
     card = model_card(folder, results)
     sent = {name: folder / name for name in FILES if (folder / name).exists()}
     operations = [CommitOperationAdd(name, path.read_bytes()) for name, path in sent.items()]
@@ -49,7 +49,7 @@ def push_to_hub(
 
 def from_pretrained(name: str | Path, *, revision: str | None = None, api: Any = None) -> TokenPruner:
     """The pruner in a folder, or in the Hub's repository of this name. UserError as `TokenPruner.load`."""
-    return load_pruner(fetched(name, revision=revision, api=api))
+    return TokenPruner.load(fetched(name, revision=revision, api=api))
 
 
 def fetched(name: str | Path, *, revision: str | None = None, api: Any = None) -> Path:
@@ -129,12 +129,9 @@ def _api() -> Any:
 
 def _asked(name: str, ask) -> Any:
     """`ask()`, with what the Hub and the network answer told in a sentence, which holds no token."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
         return ask()
-    except (OSError, HFValidationError, HfHubHTTPError, httpx.HTTPError) as error:
+    except hub_errors(OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         remedy = "Check the name, the network, HF_HUB_OFFLINE and `hf auth login`."
         raise UserError(f"{name} on the Hub: {reason}\n{remedy}") from None

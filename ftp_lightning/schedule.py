@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftp_lightning.errors import UserError
@@ -30,12 +30,15 @@ class Schedule:
     A schedule is found for a kv mode and is poor under another one [ours], so it may carry the mode it was found for.
     It is a value: equal and hashed by its numbers and modes.
 
+    Where tasks were searched on, `seen` says how far: those documents are not evaluated (`evaluation.harness.seen`).
+
     >>> Schedule([0.0, 0.6], kv="keep").kv
     ('keep', 'keep')
 
     Args:
         sparsity: one number per block.
         kv: "evict", "keep", or one of them per block; None does not say.
+        seen: task -> the last place that a search has looked at, in [0, 1].
 
     Raises:
         ValueError: no block, a number outside [0, 1], an unknown mode, or modes for another number of blocks.
@@ -43,8 +46,11 @@ class Schedule:
 
     sparsity: tuple[float, ...]
     kv: tuple[str, ...] | None = None
+    seen: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
 
-    def __init__(self, sparsity: Sequence[float], kv: str | Sequence[str] | None = None):
+    def __init__(
+        self, sparsity: Sequence[float], kv: str | Sequence[str] | None = None, seen: Mapping[str, float] | None = None
+    ):
         values = tuple(float(s) + 0.0 for s in sparsity)  # + 0.0: no negative zero
         if not values:
             raise ValueError("a schedule needs at least one block, got none")
@@ -53,6 +59,7 @@ class Schedule:
                 raise ValueError(f"sparsity of block {block} is {s}, must be in [0, 1]")
         object.__setattr__(self, "sparsity", values)
         object.__setattr__(self, "kv", None if kv is None else kv_modes(kv, len(values)))
+        object.__setattr__(self, "seen", _seen(seen or {}))
 
     @classmethod
     def uniform(cls, num_blocks: int, budget: float) -> Schedule:
@@ -115,7 +122,13 @@ class Schedule:
 
     def under(self, kv: str | Sequence[str] | None) -> Schedule:
         """The same numbers, labelled as found for another kv mode; None takes the label off."""
-        return Schedule(self.sparsity, kv)
+        return Schedule(self.sparsity, kv, self.seen)
+
+    def after(self, *seen: Mapping[str, float]) -> Schedule:
+        """The same schedule, also selected on the documents that other searches have looked at."""
+        tasks = {task for one in (self.seen, *seen) for task in one}
+        last = {task: max(one.get(task, 0.0) for one in (self.seen, *seen)) for task in sorted(tasks)}
+        return Schedule(self.sparsity, self.kv, last)
 
     def key(self) -> str:
         """16 hex digits of the sha256 of the value: the same value gives the same key on every machine."""
@@ -123,15 +136,16 @@ class Schedule:
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
     def record(self) -> dict:
-        """The value, JSON-able: `sparsity` and, where it is said, `kv`: one mode, or one per block."""
-        if self.kv is None:
-            return {"sparsity": list(self.sparsity)}
-        return {"sparsity": list(self.sparsity), "kv": self.kv[0] if len(set(self.kv)) == 1 else list(self.kv)}
+        """The value, JSON-able: `sparsity` and, where they are known, `kv` (one mode, or one per block) and `seen`."""
+        record: dict = {"sparsity": list(self.sparsity)}
+        if self.kv is not None:
+            record["kv"] = self.kv[0] if len(set(self.kv)) == 1 else list(self.kv)
+        return record | ({"seen": dict(self.seen)} if self.seen else {})
 
     @classmethod
     def from_record(cls, record: dict) -> Schedule:
         """The schedule that `record` describes. KeyError or ValueError where it describes none."""
-        return cls(finite_numbers(record["sparsity"], "sparsity"), record.get("kv"))
+        return cls(finite_numbers(record["sparsity"], "sparsity"), record.get("kv"), record.get("seen"))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedule as JSON, whole or not at all."""
@@ -157,6 +171,12 @@ class Schedule:
         except (ValueError, TypeError) as error:
             reason = str(error)
         raise UserError(f"{path} is not a schedule: {reason}\nMake one with `ftp-lightning search` or Schedule.save.")
+
+
+def _seen(seen: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(seen, Mapping) or not all(isinstance(s, int | float) and 0 <= s <= 1 for s in seen.values()):
+        raise ValueError("seen must give a number in [0, 1] for each task")
+    return {str(task): float(last) for task, last in seen.items()}
 
 
 def kv_modes(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:

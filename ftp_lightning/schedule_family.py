@@ -65,7 +65,7 @@ class ScheduleFamily:
             return high
         t = (budget - low.budget) / (high.budget - low.budget)
         between = [round((1 - t) * a + t * b, 15) for a, b in zip(low.sparsity, high.sparsity)]
-        return Schedule(between, high.kv)
+        return Schedule(between, high.kv).after(low.seen, high.seen)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedules as JSON, whole or not at all."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import shutil
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +20,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import digest
 
 KINDS = ("csv", "tensorboard", "wandb", "none")
-LOGS, RUN = "logs", "wandb-run.json"
+LOGS, RUN = "logs", "run.json"
 
 
 @contextmanager
@@ -44,18 +46,17 @@ def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, 
     `csv`: folder/logs/metrics.csv. `tensorboard`: folder/logs. `wandb`: online where wandb finds a key that the user
     has configured, unless WANDB_MODE says otherwise; else offline, under folder/wandb. A key is never asked for and
     never written. Runs are grouped by `group`, by default the folder that `folder` lies in: the chain's. A stage that
-    goes on after an interruption goes on in its run, one of `wandb agent` in the run that the agent has named.
-    ValueError for another kind.
+    resumes with the same settings continues its log: what was logged from the resumed step on is replaced. A run of
+    `wandb agent` is the one that the agent has named. ValueError for another kind.
     """
     if kind == "none":
         return False
-    if kind in ("csv", "tensorboard"):
-        # Of an interrupted run; one that is resumed logs only what follows.
-        shutil.rmtree(folder / LOGS, ignore_errors=True)
-        return _csv(folder) if kind == "csv" else _tensorboard(folder)
+    if kind not in KINDS:
+        raise ValueError(f"tracking is {kind!r}, must be one of {', '.join(KINDS)}")
+    run = _run_id(folder, config)
     if kind == "wandb":
-        return _wandb(folder, config, job_type, group or folder.resolve().parent.name)
-    raise ValueError(f"tracking is {kind!r}, must be one of {', '.join(KINDS)}")
+        return _wandb(folder, config, job_type, group or folder.resolve().parent.name, run)
+    return _csv(folder) if kind == "csv" else _tensorboard(folder)
 
 
 def log_outcome(
@@ -128,22 +129,65 @@ def _array(png: bytes) -> Any:
     return numpy.asarray(_pixels(png))
 
 
+def _before_the_first(logger: Any, begin: Callable[[int | None], None]) -> Any:
+    """The logger, made to call `begin` with the step of the first metrics, before it logs them."""
+    log_metrics = logger.log_metrics
+
+    def first(metrics: dict[str, float], step: int | None = None) -> None:
+        logger.log_metrics = log_metrics
+        begin(step)
+        log_metrics(metrics, step)
+
+    logger.log_metrics = first
+    return logger
+
+
 def _csv(folder: Path) -> Any:
     from lightning.pytorch.loggers import CSVLogger
 
-    return CSVLogger(save_dir=folder, name="", version=LOGS)
+    file = folder / LOGS / "metrics.csv"
+    former = _rows(file)  # read first: Lightning deletes the file
+    logger = CSVLogger(save_dir=folder, name="", version=LOGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of that deletion
+        logger.experiment.metrics = list(former)
+
+    def begin(step: int | None) -> None:
+        file.unlink(missing_ok=True)
+        logger.experiment.metrics = [row for row in former if step is None or row["step"] < step]
+
+    return _before_the_first(logger, begin)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv that may not be there, or end in the middle of a line."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        found = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(lines)]
+    return [row | {"step": int(row["step"])} for row in found if str(row.get("step", "")).isdecimal()]
 
 
 def _tensorboard(folder: Path) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     try:
-        return TensorBoardLogger(save_dir=folder, name="", version=LOGS)
+        logger = TensorBoardLogger(save_dir=folder, name="", version=LOGS)
     except ModuleNotFoundError:
         raise UserError("tracking is tensorboard, which is not installed\nRun `pip install tensorboard`.") from None
 
+    def begin(step: int | None) -> None:
+        """Tell readers that a session starts at this step: they drop what an interrupted one logged from there on."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
-def _wandb(folder: Path, config: dict[str, Any], job_type: str, group: str) -> Any:
+        if step is not None:
+            started = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            logger.experiment.file_writer.add_event(started)
+
+    return _before_the_first(logger, begin)
+
+
+def _wandb(folder: Path, config: dict[str, Any], job_type: str, group: str, run: str) -> Any:
     from lightning.pytorch.loggers import WandbLogger
 
     online = _may_go_online()
@@ -155,14 +199,21 @@ def _wandb(folder: Path, config: dict[str, Any], job_type: str, group: str) -> A
         config=config,
         job_type=job_type,
         group=os.environ.get("WANDB_RUN_GROUP", group),
-        name=job_type,
-        id=os.environ.get("WANDB_RUN_ID") or _run_id(folder, config),
+        name=_run_name(config, job_type),
+        id=os.environ.get("WANDB_RUN_ID") or run,
         resume="allow",
     )
 
 
+def _run_name(config: dict[str, Any], job_type: str) -> str | None:
+    """A run of a study is named by its label and seed, one that an agent started without a label by wandb."""
+    if config.get("label"):
+        return f"{config['label']}, seed {config.get('seed')}"
+    return None if "WANDB_RUN_ID" in os.environ else job_type
+
+
 def _run_id(folder: Path, config: dict[str, Any]) -> str:
-    """The id of this folder's run: that of the interrupted one with these settings, else a new one.
+    """The id of this folder's run: that of the interrupted one with these settings, else a new one without its logs.
 
     It lies among the logs, which go when a finished stage is run again.
     """
@@ -173,6 +224,7 @@ def _run_id(folder: Path, config: dict[str, Any]) -> str:
             return known["id"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    shutil.rmtree(file.parent, ignore_errors=True)
     fresh = uuid.uuid4().hex[:8]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"id": fresh, "settings": settings}) + "\n")

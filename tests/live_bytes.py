@@ -19,7 +19,7 @@ class LiveBytes(TorchDispatchMode):
         for key in [key for key, (made, _) in self.alive.items() if made.expired()]:
             self.now -= self.alive.pop(key)[1]
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":  # which occupies nothing
                 storage = tensor.untyped_storage()
                 if storage._cdata not in before and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

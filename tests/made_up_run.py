@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCKS = 12
-STAGES = ("sensitivity", "search", "train", "finetune", "evaluate", "benchmark")
+STAGES = ("sensitivity", "search", "train", "finetune", "static", "evaluate", "benchmark")
 CONFIG = "model: embedded\ndata: embedded\nkv: keep\nseed: 0\nprompt_tokens: 192\ncontinuation_tokens: 64\n"
 STORY = (
     "Mara hid the brass key under the third flowerpot. Then the rain came, and for an hour nobody left the house. Her "
@@ -125,6 +125,7 @@ def write_run(folder: Path, stages: tuple[str, ...] = STAGES) -> Path:
         "search": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.004)},
         "train": {"metrics.json": train_metrics(rng)},
         "finetune": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.0015)},
+        "static": {"schedule.json": {"sparsity": schedule(rng)}, "metrics.json": search_metrics(rng, 0.002)},
         "evaluate": {"results.json": results(rng), "tokens.json": story_tokens(rng)},
         "benchmark": {"benchmark.json": benchmark(rng)},
     }

@@ -86,3 +86,59 @@ def test_public_names_exist():
     assert all(callable(getattr(ftp_lightning, name)) for name in ftp_lightning.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Shedule'"):
         ftp_lightning.Shedule  # noqa: B018
+
+
+def module_of(path: Path) -> str:
+    parts = ("ftp_lightning", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def at_run_time(node: ast.AST):
+    """The nodes below, functions included; what stands under `if TYPE_CHECKING` is never run."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from at_run_time(child)
+
+
+def imports_of(module: str, tree: ast.AST) -> set[str]:
+    """Modules of this package that a module imports, wherever in it."""
+    found = set()
+    for node in at_run_time(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in whole}
+    return (found & MODULES.keys()) - {module}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen, rest = set(), [start]
+        while rest:
+            for name in graph[rest.pop()] - seen:
+                seen.add(name)
+                rest.append(name)
+        return seen
+
+    beyond = {name: reached(name) for name in graph}
+    groups = {tuple(sorted(other for other in beyond[name] if name in beyond[other])) for name in graph}
+    return sorted(list(group) for group in groups if group)
+
+
+def test_imports_go_in_no_circle():
+    graph = {name: imports_of(name, ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found_wherever_its_import_stands():
+    lazy = ast.parse("def f():\n    from ftp_lightning.schedule import Schedule")
+    typed = ast.parse("if TYPE_CHECKING:\n    from ftp_lightning.schedule import Schedule")
+    assert imports_of("x", lazy) == {"ftp_lightning.schedule"} and imports_of("x", typed) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]

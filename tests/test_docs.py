@@ -67,8 +67,9 @@ def check(words: list[str]) -> None:
         source = (ROOT / rest[0]).read_text(encoding="utf-8")
         flags = {word.split("=")[0] for word in rest[1:] if word.startswith("--")}
         studies = re.findall(r"from (ftp_lightning\.studies\.\w+) import", source)
-        for name in [*studies, *["ftp_lightning.studies.grid"][: len(studies)]]:  # they make flags of keywords
-            source += (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+        if studies:  # they make flags of keywords
+            read = (ROOT / f"{name.replace('.', '/')}.py" for name in {*studies, "ftp_lightning.studies.grid"})
+            source += "".join(path.read_text(encoding="utf-8") for path in read)
             flags = {flag for flag in flags if not re.search(rf'\b{flag[2:]}=|"{flag[2:]}":', source)}
         assert all(f'"{flag}"' in source for flag in flags), flags
     elif "/" in program:

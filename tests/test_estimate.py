@@ -4,6 +4,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from scripts import ROOT, script
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner, UserError
@@ -46,14 +47,19 @@ def ids_of(model):
     return torch.randint(0, model.config.vocab_size, (ROWS, PROMPT + CONTINUATION))
 
 
-def measured_training(model, **settings):
+def training_step(model, **settings):
+    """Teacher, student and back, as `RouterTraining` does it."""
     system = RouterTraining(model, pruner_of(model, DynamicRouter()), TrainingSettings(batch_size=ROWS, **settings))
     batch = {"input_ids": ids_of(model), "prompt_tokens": PROMPT}
+    student, teacher, pruner = system.student_and_teacher(batch)
+    loss = system._distillation(student, teacher, None) + sum(d.probability.mean() for d in pruner.decisions)
+    del student, teacher
+    loss.backward()
+
+
+def measured_training(model, **settings):
     with LiveBytes() as live:
-        student, teacher, pruner = system.student_and_teacher(batch)
-        loss = system._distillation(student, teacher, None) + sum(d.probability.mean() for d in pruner.decisions)
-        del student, teacher
-        loss.backward()
+        training_step(model, **settings)
     return live.peak
 
 
@@ -120,6 +126,33 @@ def test_weights_and_flops_are_those_of_the_model():
     assert evaluate_need(shape, evaluate).flops == pytest.approx(40 * shape.forward_flops(256, 64))
 
 
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}])
+def test_a_training_step_costs_what_torch_counts(settings):
+    """The teacher's forward, the student's, and back through frozen weights; --recompute: the student's once more."""
+    model = model_of(blocks=16, hidden=384, mlp=1024, words=200)
+    with FlopCounterMode(display=False) as counter:
+        training_step(model, **settings)
+    flags = ["--batch_size", ROWS, "--prompt_tokens", PROMPT, "--continuation_tokens", CONTINUATION]
+    flags += ["--recompute", str("recompute" in settings).lower()]
+    one, two = (train_need(Shape.of(model), parse("train", [*map(str, flags), f"--steps={n}"])).flops for n in (1, 2))
+    assert two - one == pytest.approx(counter.get_total_flops(), rel=0.2)
+
+
+def test_a_context_is_prefilled_once_for_all_answers_unless_the_whole_text_is_routed():
+    shape = Shape.of(model_of())
+    prefill, whole = shape.forward_flops(192, 0), shape.forward_flops(256, 64)
+
+    def tasks(*more, **known):
+        asked, none = (parse("evaluate", [f"--tasks={names}", "--limit=7", *more]) for names in ("piqa,boolq", ""))
+        return evaluate_need(shape, asked, choices=3, **known).flops - evaluate_need(shape, none).flops
+
+    prompt, sequence = prefill + 3 * (whole - prefill), 3 * whole
+    assert tasks() == pytest.approx(2 * 7 * 2 * prompt) and 1.5 < sequence / prompt < 3.0
+    assert tasks("--mode=sequence") == pytest.approx(2 * 7 * 2 * sequence)
+    assert tasks("--mode=both") == pytest.approx(2 * 7 * (2 * prompt + sequence))
+    assert tasks(known={"piqa": (5, 192)}) == pytest.approx(2 * (5 + 7) * prompt)
+
+
 def test_what_does_not_fit_is_said():
     need = Need(weights=20e9, working=2e9, flops=1e15)
     assert not need.fits(24) and need.fits(40) and need.seconds(2, 80) == pytest.approx(1e15 / (2 * 0.35 * 312e12))
@@ -137,7 +170,9 @@ def test_the_command_line_says_it_and_does_nothing(command, tmp_path):
     wanted = ["--model", "random:tiny", "--estimate", "8x80"]
     status, out, err = command("run", *wanted)
     assert status == 0, err
-    assert [line.split(":")[0] for line in out.splitlines()] == "sensitivity search train search evaluate".split()
+    assert [
+        line.split(":")[0] for line in out.splitlines()
+    ] == "sensitivity search train search search evaluate".split()
     assert all("fits 80 GB" in line for line in out.splitlines()) and list(tmp_path.iterdir()) == []
     status, out, err = command("benchmark", *wanted)
     assert status == 2 and "has no estimate" in err

@@ -245,6 +245,16 @@ def test_the_noise_floor_of_rows_is_that_of_each_alone(model, ragged):
     assert floor.kl_rows == pytest.approx(alone, abs=1e-9) and max(floor.kl_rows) < 1e-6
 
 
+@pytest.mark.parametrize(("own", "other"), [("sdpa", "eager"), ("eager", "sdpa")])
+def test_the_noise_floor_runs_another_attention_kernel(windows, own, other):
+    model = random_llama(48, num_key_value_heads=2, attn_implementation=own)
+    ran = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda module, _: ran.append(module.config._attn_implementation))
+    noise_floor(model, windows, batch_size=5)
+    assert list(dict.fromkeys(ran)) == [own, other] and model.config._attn_implementation == own
+
+
 @pytest.mark.parametrize("kv", ["keep", "evict"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "mistral_sliding", "gemma3"])
 def test_of_other_families_a_row_among_others_is_what_it_is_alone(ragged, name, kv):

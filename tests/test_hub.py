@@ -40,6 +40,35 @@ class LocalHub:
         return str(fetched)
 
 
+def transport_error():
+    """What the Hub's client lets through where there is no network: an error of the HTTP library that it imports."""
+    import huggingface_hub.utils._http as client
+
+    library = next(getattr(client, name) for name in ("httpx2", "httpx") if hasattr(client, name))
+    return library.ConnectError("no route to host")
+
+
+def test_an_error_of_the_clients_http_library_is_a_sentence_wherever_the_hub_is_asked(monkeypatch):
+    import datasets
+    import transformers
+
+    from ftp_lightning.data.records import hub_records
+    from ftp_lightning.models import load_tokenizer
+    from ftp_lightning.stages.prefetch import _attempt
+
+    def fail(*_, **__):
+        raise transport_error()
+
+    with pytest.raises(UserError, match="org/name cannot be had from the Hub: no route to host\n"):
+        _attempt("org/name", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match="not to be had as a Hub data set .no route to host"):
+        hub_records("org/name", str)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match="cannot be had from the Hub: no route to host"):
+        load_tokenizer("org/name")
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """(pruned folder, folder of its evaluation)."""
@@ -89,6 +118,8 @@ def test_what_the_hub_refuses_is_told_and_holds_no_token(evaluated, tmp_path, mo
     with pytest.raises(UserError, match="me/pruner on the Hub: 403 Forbidden\n") as told:
         push_to_hub(evaluated[0], "me/pruner", api=hub)
     assert "hf_secret" not in str(told.value)
+    with pytest.raises(UserError, match="on the Hub: no route to host"):
+        push_to_hub(evaluated[0], "me/pruner", api=LocalHub(tmp_path, fail=transport_error()))
     with pytest.raises(UserError, match="on the Hub"):
         from_pretrained("me/no-such-pruner")  # the real client, offline
     with pytest.raises(UserError, match="is not a pruner"):

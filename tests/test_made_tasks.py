@@ -9,9 +9,9 @@ from pandas import DataFrame
 from tiny import random_llama
 
 from ftp_lightning.data.task_names import GENERATED, LAST_WORD, READING, TWINNED
-from ftp_lightning.evaluation.cells import kept_cell
 from ftp_lightning.evaluation.harness import made, results, tasks
 from ftp_lightning.evaluation.harness.task_data import find_files
+from ftp_lightning.evaluation.outcome import kept_cell
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.stages.inputs import check_questions
 from ftp_lightning.stages.task_files import MAKERS, TaskFiles

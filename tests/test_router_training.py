@@ -116,3 +116,16 @@ def test_nan_loss_is_a_clear_error(tmp_path):
             TrainingSettings(steps=2),
             tmp_path,
         )
+
+
+def test_the_learning_rate_falls_linearly_to_a_twentieth():
+    pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
+    system = RouterTraining(tiny_llama(torch.float32), pruner, TrainingSettings(steps=10, learning_rate=0.02))
+    made = system.configure_optimizers()
+    optimizer, decay, rates = made["optimizer"], made["lr_scheduler"]["scheduler"], []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        decay.step()
+    assert rates == pytest.approx([0.02 * (1 - step / 10) for step in range(10)] + [0.001])
+    assert made["lr_scheduler"]["interval"] == "step"

@@ -8,10 +8,11 @@ import pytest
 from ftp_lightning.errors import UserError
 from ftp_lightning.processes import Processes
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.search import allocations
+from ftp_lightning.search import allocations, genetic
 from ftp_lightning.search.family import NEIGHBOUR, search_family
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.genetic import enough_chunks, genetic_search
+from ftp_lightning.search.operators import budget_crossover
 from ftp_lightning.search.settings import SearchSettings
 
 BLOCKS, BUDGET = 8, 0.4
@@ -152,9 +153,35 @@ def test_a_stage_of_more_windows_than_there_are_is_refused():
         genetic_search(Distance(), BLOCKS, settings(stage_windows=(13,)), seeds())
 
 
-def test_a_tournament_prefers_the_better_parent():
-    tried = settings(generations=12, parents=8, tournament=4, crossover=0.5)
-    assert genetic_search(Distance(), BLOCKS, tried, seeds()).value < 0.5 * Distance()(seeds()["uniform"])
+@pytest.mark.parametrize(("size", "expected"), [(1, 3.5), (3, 784 / 512)])
+def test_a_parent_is_the_best_of_so_many_random_ones(size, expected):
+    """The least of `size` draws from 0 ... 7 is k or more with probability ((8 - k) / 8) ** size."""
+    alone = settings(tournament=size, crossover=0.0)
+    search, rng = genetic._Search(Distance(), BLOCKS, alone, Processes()), random.Random(0)
+    population = [genetic.Individual([0] * BLOCKS, loss) for loss in range(8)]
+    picked = [search._origin(population, rng).loss for _ in range(4000)]
+    assert sum(picked) / 4000 == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize(("crossover", "happens"), [(0.0, False), (1.0, True)])
+def test_children_are_mixed_as_often_as_asked(monkeypatch, crossover, happens):
+    mixed = []
+
+    def mate(one, other, rng):
+        mixed.append((one, other))
+        return budget_crossover(one, other, rng)
+
+    monkeypatch.setattr(genetic, "budget_crossover", mate)
+    genetic_search(Distance(), BLOCKS, settings(generations=3, proposed=0.0, crossover=crossover), seeds())
+    assert bool(mixed) == happens and all(one is not other for one, other in mixed)
+
+
+def test_a_proposal_that_improves_the_best_is_counted_for_its_reach():
+    states = []
+    genetic_search(Distance(), BLOCKS, settings(generations=10, proposed=1.0), seeds(), states.append)
+    bests = [entry["best"] for entry in states[-1]["log"]]
+    improved = sum(after < before for before, after in zip(bests, bests[1:]))
+    assert sum(states[-1]["wins"]) == improved > 0 and len(states[-1]["wins"]) == len(genetic.REACH)
 
 
 def test_bounds_hold_for_every_block():

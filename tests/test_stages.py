@@ -10,7 +10,7 @@ from ftp_lightning import Schedule, TokenPruner, UserError, load_pruned
 from ftp_lightning.__main__ import main, parse
 from ftp_lightning.artifact import read_provenance
 from ftp_lightning.evaluation import record as of
-from ftp_lightning.evaluation.cells import counted_tasks, retention
+from ftp_lightning.evaluation.outcome import counted_tasks, retention
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.run import SHARES, RunStage, gains
@@ -48,7 +48,7 @@ def test_products_hold_no_paths(chain):
 
 
 def test_both_searches_meet_the_budget_exactly(chain):
-    for stage in ("search", "finetune"):
+    for stage in ("search", "finetune", "static"):
         schedule = Schedule.load(chain / stage / "schedule.json")
         assert schedule.num_blocks == 12 and abs(schedule.budget - 0.3) <= 1e-9
         found = read(chain / stage / "metrics.json")
@@ -144,7 +144,7 @@ def test_a_finished_run_is_left_alone_and_an_interrupted_one_resumes_to_the_same
     (folder / "finetune" / "schedule.json").unlink()
     assert main(["run", "--output", str(folder), *SIZES]) == 0
     told = capsys.readouterr().err
-    assert told.count("is done already") == 5 and "finetune: measuring" in told
+    assert told.count("is done already") == 6 and "finetune: measuring" in told
     assert (hash_path(folder / "finetune" / "pruned"), (folder / "finetune" / "schedule.json").read_bytes()) == before
 
 

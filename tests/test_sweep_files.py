@@ -16,6 +16,7 @@ from ftp_lightning.studies.sweep_file import arguments, expand, read_sweep, with
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 GRIDS = [path for path in SWEEPS if yaml.safe_load(path.read_text(encoding="utf-8"))["method"] == "grid"]
+DRAWN = [path for path in SWEEPS if path not in GRIDS]
 PROMISED = "allocation budgets choice data decode factors kv losses routers skip window".split()
 TINY = {
     "model": "random:tiny", "device": "cpu", "prompt_tokens": 96, "continuation_tokens": 8, "test_windows": 2,
@@ -85,6 +86,34 @@ def test_a_study_asks_a_question_and_names_its_commands(path):
     assert study.question() == question[2:]
     assert {trial.seed for trial in trials} == {0, 1, 2}
     assert len({trial.folder for trial in trials}) == len(trials) == 3 * len({trial.label for trial in trials})
+
+
+def drawn(parameters, end):
+    """A run with every range at its `end`, min or max, and every list of values at its first or last."""
+    listed = {"min": 0, "max": -1}[end]
+    return {
+        name: told["value"] if "value" in told else told["values"][listed] if "values" in told else told[end]
+        for name, told in parameters.items()
+    }
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=name)
+def test_a_sweep_that_draws_its_runs_can_find_that_the_defaults_are_best(path):
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stage, _ = arguments(sweep, {})
+    default = parse(stage, [])
+    varied = {key: told for key, told in sweep["parameters"].items() if "value" not in told}
+    assert varied
+    for key, told in varied.items():
+        value = getattr(default, key)
+        assert value in told["values"] if "values" in told else told["min"] <= value <= told["max"], key
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=name)
+def test_two_agents_of_a_sweep_that_draws_its_runs_work_side_by_side(path):
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    one, other = (parse(*arguments(sweep, drawn(sweep["parameters"], end))) for end in ("min", "max"))
+    assert one.folder != other.folder and not one.overwrite
 
 
 def test_an_agent_and_a_local_sweep_put_a_run_into_one_folder(monkeypatch, tmp_path):

@@ -41,6 +41,47 @@ def test_csv_holds_what_was_logged_and_an_interrupted_log_goes(tmp_path):
         assert list(csv.DictReader(file)) == [{"loss": "2.0", "step": "0"}]
 
 
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+@pytest.mark.parametrize(
+    ("settings", "resumed", "left"),
+    [({"seed": 0}, 3, [0, 1, 2, 3]), ({"seed": 0}, 2, [0, 1, 2]), ({"seed": 1}, 3, [3])],
+    ids=["goes on", "repeats a step", "other settings"],
+)
+def test_a_log_survives_resuming(tmp_path, kind, settings, resumed, left):
+    with logging_to(kind, tmp_path, {"seed": 0}, "train") as logger:
+        for step in range(3):
+            logger.log_metrics({"loss": float(step)}, step=step)
+    with logging_to(kind, tmp_path, settings, "train") as logger:
+        logger.save()  # as Lightning's Trainer does before it logs
+        logger.log_metrics({"loss": 9.0, "new": 1.0}, step=resumed)
+    assert logged(kind, tmp_path / "logs") == [(step, 9.0 if step == resumed else float(step)) for step in left]
+    with logging_to(kind, tmp_path, settings, "train"):
+        pass
+    assert len(logged(kind, tmp_path / "logs")) == len(left)
+
+
+def logged(kind, folder):
+    """(step, loss) of every row that a reader of the log is shown."""
+    if kind == "csv":
+        with (folder / "metrics.csv").open() as file:
+            return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def test_a_csv_log_that_was_cut_loses_its_last_line_alone(tmp_path):
+    with logging_to("csv", tmp_path, {}, "train") as logger:
+        for step in range(2):
+            logger.log_metrics({"loss": float(step)}, step=step)
+    with (tmp_path / "logs" / "metrics.csv").open("a") as file:
+        file.write("0.5")
+    with logging_to("csv", tmp_path, {}, "train") as logger:
+        logger.log_metrics({"loss": 2.0}, step=2)
+    assert logged("csv", tmp_path / "logs") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
 def test_csv_takes_a_history_after_the_fact(tmp_path):
     with logging_to("csv", tmp_path, {}, "trial") as logger:
         log_outcome(logger, numbers={"kl": 0.5, "kept": None}, history=[{"step": 1, "total": 3.0}])
@@ -112,9 +153,10 @@ def test_an_interrupted_stage_goes_on_in_its_run_and_another_one_does_not(tmp_pa
 
 def test_under_an_agent_the_run_is_the_agents(tmp_path, wandb_home, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "agents")
-    with logging_to("wandb", tmp_path, {}, "trial") as logger:
+    with logging_to("wandb", tmp_path, {"label": "four factors", "seed": 2}, "trial") as logger:
         logger.log_metrics({"kl": 1.0}, step=0)
-    assert read_run(tmp_path)["id"] == "agents"
+    run = read_run(tmp_path)
+    assert (run["id"], run["name"]) == ("agents", "four factors, seed 2")
 
 
 def test_a_key_is_in_no_file_and_no_line(tmp_path, wandb_home, monkeypatch, capfd):

@@ -43,7 +43,7 @@ def _items(items) -> dict:
 
 
 def read_run(folder: Path, patience: float = 20.0) -> dict:
-    """The one offline run under `folder`: id, group, job_type, config, history, artifacts [(name, type, paths)], exit.
+    """The one offline run under `folder`: id, name, group, job_type, config, history, artifacts (name, type, paths).
 
     wandb's own process writes on after `finish` has come back, so this waits for the run's end.
     """
@@ -61,6 +61,7 @@ def _read(path: Path) -> dict:
         if kind == "run":
             told = record.run
             run |= {"id": told.run_id, "group": told.run_group, "job_type": told.job_type, "sweep": told.sweep_id}
+            run["name"] = told.display_name
             run["config"] |= _items(told.config.update)
         elif kind == "config":
             run["config"] |= _items(record.config.update)

@@ -23,7 +23,11 @@ class GemFilterSelector(ScoutedSelector):
 
     def __init__(self, blocks: int):
         super().__init__()
+        self.blocks = blocks
         self.scout = Scout("attention", blocks)
+
+    def config(self) -> dict:
+        return {"blocks": self.blocks}
 
     def score(self, context: RoutingContext) -> Tensor:
         if self not in context.memo:

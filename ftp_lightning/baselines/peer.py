@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ftp_lightning.baselines.setting import Profile, Setting
@@ -100,10 +101,61 @@ def from_block(blocks: int, first: int) -> Schedule:
 
 
 def steps(blocks: int) -> Schedule:
-    """Progressive: a dense quarter, then a third, two thirds and all of it in one quarter of the blocks each."""
+    """Progressive: a dense quarter, then one, two and three thirds of a share in one quarter of the blocks each."""
     return Schedule([min(3, 4 * block // blocks) / 3 for block in range(blocks)])
 
 
 def ramp(blocks: int) -> Schedule:
     """Rising evenly from a dense first block."""
     return Schedule([block / max(1, blocks - 1) for block in range(blocks)])
+
+
+def ever_flatter(form: Schedule) -> Iterator[Schedule]:
+    """The form, then ever flatter ones, to the same sparsity in all blocks that it prunes.
+
+    A high budget drives the last blocks of a rising form to a sparsity of 1, where nothing is left to select.
+    """
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        yield Schedule([(1.0 - share) * s + share if s else 0.0 for s in form.sparsity])
+
+
+FORMS = ("own", "first dense", "searched")
+
+
+def best_form(
+    peer: Peer, setting: Setting, cut: float, profile: Profile, measure: Callable[[TokenPruner], float]
+) -> tuple[str, TokenPruner]:
+    """The peer under the best of its own schedule, the uniform one behind a dense first block, and the searched one.
+
+    A rival is judged by its selector: it is not to lose by a schedule that we gave it.
+
+    Args:
+        peer: one with `own_schedule_only` is asked under its own schedule alone.
+        setting: without `searched` that form is left out.
+        cut: FLOPs cut of the profile's request.
+        measure: loss on validation rows, the lower the better; it may train the pruner's router.
+
+    Returns:
+        (name of FORMS, pruner); of equal losses the earlier form.
+
+    Raises:
+        OutOfReach: no form reaches the cut.
+    """
+    forms: dict[str, Schedule | None] = {"own": None}
+    if not peer.own_schedule_only:
+        forms["first dense"] = first_dense(even(setting.blocks))
+        if setting.searched is not None:
+            forms["searched"] = setting.searched
+    found: dict[str, tuple[float, TokenPruner]] = {}
+    for name, form in forms.items():
+        try:
+            pruner = peer.place(setting, cut, profile, form)
+        except OutOfReach as error:
+            reason = error
+            continue
+        loss = measure(pruner)
+        found[name] = (math.inf if math.isnan(loss) else loss, pruner)
+    if not found:
+        raise reason
+    best = min(found, key=lambda name: found[name][0])
+    return best, found[best][1]

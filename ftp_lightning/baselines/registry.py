@@ -13,7 +13,7 @@ from ftp_lightning.baselines.late_blocks import LateBlocks
 from ftp_lightning.baselines.lazy_llm import LazyLLM
 from ftp_lightning.baselines.mixture_of_depths import MixtureOfDepths
 from ftp_lightning.baselines.ours import Ftp, FtpProjected, FtpStatic
-from ftp_lightning.baselines.peer import Peer, first_dense
+from ftp_lightning.baselines.peer import Peer, best_form, first_dense
 from ftp_lightning.baselines.random_tokens import RandomTokens
 from ftp_lightning.baselines.recent_sink import RecentSink
 from ftp_lightning.baselines.setting import PROFILES, Profile, Setting
@@ -33,4 +33,4 @@ METHODS: dict[str, Peer] = {method.name: method() for method in _ALL}
 PEERS = {name: METHODS[name] for name in METHODS if name not in ("uniform", "block_influence", "static")}
 """Methods that the comparison with peers places at equal FLOPs."""
 
-__all__ = ["METHODS", "PEERS", "PROFILES", "FtpProjected", "Peer", "Profile", "Setting", "first_dense"]
+__all__ = ["METHODS", "PEERS", "PROFILES", "FtpProjected", "Peer", "Profile", "Setting", "best_form", "first_dense"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.baselines.peer import Peer, even
+from ftp_lightning.baselines.peer import Peer, even, first_dense
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.routing import Router
 from ftp_lightning.routing.base import RoutingContext, check_made_for
@@ -44,8 +44,9 @@ class SkipGPT(Peer):
     by a decision of its own; keys and values of all tokens are kept.
 
     Adapted: the routers alone are trained, with our losses (its first stage; its second one, adapters in the model, is
-    left out); both parts are decided on the block's input (SkipGPT's MLP router sees what the attention has added); the
-    share is the same in every block and part, where SkipGPT's floats under a global one.
+    left out); both parts are decided on the block's input (SkipGPT's MLP router sees what the attention has added).
+    SkipGPT learns how much each block and part skips under one global share; that is not trained here. Its own schedule
+    is ours: the same share in every block and part, and a dense first block, which such a learner would hardly touch.
     """
 
     name, title, paper = "skip_gpt", "SkipGPT (attention and MLP apart)", "SkipGPT, arXiv 2506.04179"
@@ -56,4 +57,4 @@ class SkipGPT(Peer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setting.seed)
             router = SkipGPTRouter(setting.blocks, setting.hidden_size)
-        yield router, even(setting.blocks)
+        yield router, first_dense(even(setting.blocks))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ftp_lightning.baselines.peer import Peer, steps
+from ftp_lightning.baselines.peer import Peer, ever_flatter, steps
 from ftp_lightning.baselines.selectors import AttentionSelector, nested
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.pruning.scores import attention_rank
@@ -33,6 +33,8 @@ class ZeroTPrune(Peer):
     """
 
     name, title, paper = "zero_tprune", "Zero-TPrune (page rank, cascade)", "Zero-TPrune, arXiv 2305.17328"
+    most = 0.8
 
     def tries(self, setting: Setting) -> Iterator[tuple[Router, Schedule]]:
-        yield PageRankSelector(), steps(setting.blocks)
+        for form in ever_flatter(steps(setting.blocks)):
+            yield PageRankSelector(), form

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.json_file import parse_json, read_json
 
 ALPACA_WITH_INPUT = (
@@ -144,7 +144,7 @@ def hub_records(name: str, make: Callable[[Any], T]) -> list[T]:
     repository, _, config = name.partition(":")
     try:
         parts = load_dataset(repository, config or None)
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except hub_errors(OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
             f"data source {name}: no such file, and not to be had as a Hub data set ({_first_line(error)})\n"
             "give a local file or folder, or fetch it where there is network: python -m ftp_lightning prefetch --data "

@@ -90,7 +90,7 @@ def _out_of_reach(reduction: float, length: int, most: float) -> OutOfReach:
 
 
 def _scaled(schedule: Schedule, factor: float) -> Schedule:
-    return Schedule([min(1.0, factor * s) for s in schedule.sparsity], schedule.kv)
+    return Schedule([min(1.0, factor * s) for s in schedule.sparsity], schedule.kv, schedule.seen)
 
 
 def _nearest(saved: Callable[[float], float], wanted: float, top: float) -> float:

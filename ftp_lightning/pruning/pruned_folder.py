@@ -138,16 +138,14 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
-def load_pruner(folder):
-    """The pruner in `folder`; UserError where a file is missing, too large, broken, or of another shape."""
-    from ftp_lightning.pruning.pruner import TokenPruner
-
+def load_pruner(folder, kind):
+    """The pruner of class `kind` in `folder`; UserError where a file is missing, too large, broken or another one."""
     record = read_settings(folder)
     try:
         router = _build_router(dict(record["router"]))
         schedule = Schedule.from_record(record)
         compensation = _load_compensation(record.get("compensation"), Path(folder) / COMPENSATION)
-        pruner = TokenPruner(router, schedule, compensation=compensation, **record["settings"])
+        pruner = kind(router, schedule, compensation=compensation, **record["settings"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, UserError) and len(str(error)) < 300:
             raise
@@ -185,25 +183,6 @@ def _check_base_name(base: Any, path: Path) -> None:
     """UserError where a base is named by something else than a name."""
     if base is not None and not (isinstance(base, str) and 0 < len(base) <= 4096 and base.isprintable()):
         raise UserError(f"{path} names a base model that cannot be one: {str(base)[:80]!r}.")
-
-
-def load_pruned(folder, *, dtype: str = "float32", device: str = "cpu"):
-    """(model, tokenizer): the base model that the folder names, with the pruner attached.
-
-    Raises:
-        UserError: the folder names no base, or the base is not the model the pruner was made for.
-    """
-    from ftp_lightning.models import load
-
-    base = read_settings(folder).get("base")
-    if not base:
-        raise UserError(
-            f"{folder} names no base model.\nLoad one yourself and use TokenPruner.load(folder).attach(model)."
-        )
-    pruner = load_pruner(folder)
-    model, tokenizer = load(base, dtype=dtype, device=device)
-    pruner.attach(model)
-    return model, tokenizer
 
 
 def check_base(record: dict, model: nn.Module) -> None:

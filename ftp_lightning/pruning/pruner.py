@@ -216,10 +216,18 @@ class TokenPruner:
         names = ("choice", "threshold", "decode", "attention", "window", "skip", "parts")
         return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
 
+    def identity(self) -> dict:
+        """JSON-able: all that decides what the pruner does. Pruners of one identity answer alike on the same model."""
+        schedule = None if self.schedule is None else [self.schedule.sparsity, self.schedule.kv]
+        compensation = None if self.compensation is None else self.compensation.digest()
+        own = {"router": self.router.identity(), "schedule": schedule, "removed": self.removed}
+        return own | {"compensation": compensation} | self.settings()
+
     def changed(self, **changes) -> TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`.
 
         A changed schedule brings the kv mode that it was found for; a changed kv is meant, and becomes the schedule's.
+        Documents that this pruner's schedule was selected on stay seen.
         """
         own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
         own |= {"removed": self.removed} | self.settings() | changes
@@ -227,6 +235,8 @@ class TokenPruner:
         if schedule is not None and schedule.kv is not None:
             own["schedule"] = schedule.under(changes["kv"]) if changes.get("kv") else schedule
             own["kv"] = None
+        if own["schedule"] is not None and self.schedule is not None:
+            own["schedule"] = own["schedule"].after(self.schedule.seen)
         return TokenPruner(**own)
 
     def with_schedule(self, schedule: Schedule) -> TokenPruner:
@@ -252,7 +262,7 @@ class TokenPruner:
         """Read what `save` wrote. See `pruned_folder.load_pruner`."""
         from ftp_lightning.pruning.pruned_folder import load_pruner
 
-        return load_pruner(folder)
+        return load_pruner(folder, TokenPruner)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

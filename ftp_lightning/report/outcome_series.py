@@ -24,7 +24,7 @@ def realised(run: Run) -> Rows:
 SCHEDULES = {
     "dynamic": "finetune_schedule",
     "dynamic (before fine-tuning)": "search_schedule",
-    "static": "search_schedule",
+    "static": "static_schedule",
 }
 """Method of an evaluation -> the product that holds its schedule."""
 

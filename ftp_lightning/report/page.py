@@ -98,7 +98,7 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "noise_floor": wording.noise_floor_text(results),
         "method_labels": [label for _, label in wording.method_labels(results)],
         "tasks": wording.task_rows(results) if results else [],
-        "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune") if run[stage]},
+        "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune", "static") if run[stage]},
         "training": run["train"],
         "story": story(run["tokens"]),
         "origins": origins,

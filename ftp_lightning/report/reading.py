@@ -6,7 +6,7 @@ from typing import Any
 
 from ftp_lightning.errors import UserError
 
-STAGES = ("sensitivity", "search", "train", "finetune", "evaluate", "benchmark")
+STAGES = ("sensitivity", "search", "train", "finetune", "static", "evaluate", "benchmark")
 
 PRODUCTS = {
     "sensitivity": "sensitivity/sensitivity.json",
@@ -15,6 +15,8 @@ PRODUCTS = {
     "train": "train/metrics.json",
     "finetune": "finetune/metrics.json",
     "finetune_schedule": "finetune/schedule.json",
+    "static": "static/metrics.json",
+    "static_schedule": "static/schedule.json",
     "evaluate": "evaluate/results.json",
     "tokens": "evaluate/tokens.json",
     "benchmark": "benchmark/benchmark.json",
@@ -32,7 +34,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.\nGive the output folder of `run`.")
     run = {name: read_json(folder / path) for name, path in PRODUCTS.items()}
-    criteria = {stage: read_config(folder / stage).get("criterion", "kl") for stage in ("search", "finetune")}
+    criteria = {stage: read_config(folder / stage).get("criterion", "kl") for stage in ("search", "finetune", "static")}
     if all(product is None for product in run.values()):
         raise UserError(
             f"{folder} holds nothing that a stage of a run has written.\n"

@@ -81,6 +81,9 @@ SEARCH = (
     Plot("finetune", "Fine-tuning with the trained router", "The same search, from the schedule found (start), with "
          "the router that will be deployed. Other lines: allocations that need no search.",
          partial(series.convergence, stage="finetune"), figures.convergence),
+    Plot("static", "Search with the static router, continued", "From the schedule found, for as many generations as "
+         "the fine-tuning: the static router that the evaluation compares with has searched as long.",
+         partial(series.convergence, stage="static"), figures.convergence),
 )  # fmt: skip
 
 TRAINING = (
@@ -110,6 +113,7 @@ SECTIONS = (
     Section("tasks", "Tasks", "", {"evaluate": "evaluate"}),
     Section("blocks", "Sensitivity of the blocks", "What the search begins with.",
             {"sensitivity": "sensitivity"}, BLOCKS),
-    Section("search", "Search", "", {"search": "search", "finetune": "finetune"}, SEARCH),
+    Section("search", "Search", "", {"search": "search", "finetune": "finetune",
+            "static": "static"}, SEARCH),
     Section("training", "Training of the router", "", {"train": "train"}, TRAINING),
 )  # fmt: skip

@@ -5,6 +5,7 @@ Shapes, here and everywhere: B rows of a batch, T tokens of the routed part, pad
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -125,6 +126,14 @@ class Router(nn.Module):
     def config(self) -> dict:
         """JSON-able arguments that rebuild the router (its weights are stored apart)."""
         return {}
+
+    def identity(self) -> list:
+        """JSON-able: the kind of the router, its arguments and its weights by content; equal routers decide alike."""
+        weights = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            weights.update(f"{name}{tuple(value.shape)}".encode() + value.detach().cpu().double().numpy().tobytes())
+        kind = type(self)
+        return [f"{kind.__module__}.{kind.__qualname__}", self.config(), weights.hexdigest()[:16]]
 
     def forward(self, context: RoutingContext) -> Tensor:
         return self.score(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,13 @@ class FixedRouter(Router):
         held = [masks for masks in self._host.values() if masks is not None]
         self._all_kept = [all(bool(masks[block].all()) for masks in held) for block in range(self.num_blocks)]
         self._sent: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def identity(self) -> list:
+        """As of every router, with the decisions by content: `config` does not hold them."""
+        masks = hashlib.sha256()
+        for part, held in self._host.items():
+            masks.update(part.encode() + b"".join(mask.numpy().tobytes() for mask in held or ()))
+        return [*super().identity(), masks.hexdigest()[:16]]
 
     def decision(self, block: int, real: Tensor, part: str = "block", past: int = 0, longer: bool = False) -> Tensor:
         """(B, T) bool for the real tokens of this block, on their device.

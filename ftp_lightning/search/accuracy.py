@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.harness.seen import SEARCHED, furthest, place
 from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.places import home
 from ftp_lightning.pruning.pruner import TokenPruner
@@ -30,16 +31,11 @@ class Item:
         return float(self.task.process_results(self.document, list(answers))["acc"])
 
 
-def searched_half(document: dict) -> bool:
-    """Whether a document is in the half that searches may look at: by the parity of a hash of its content, so that
-    another order or another split moves nothing. The other half is for evaluation."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).digest()[0] % 2 == 0
-
-
 def task_items(name: str, file: str | Path | dict[str, Path] | None, limit: int | None = None) -> list[Item]:
-    """The first `limit` documents of a multiple-choice task that searches may look at.
+    """The first `limit` documents, by `seen.place`, of a multiple-choice task that searches may look at.
 
-    file: JSONL in the Hub's schema, None for the Hub. UserError for an unknown task, or one that has no accuracy.
+    `evaluate` leaves these out. file: JSONL in the Hub's schema, None for the Hub.
+    UserError for an unknown task, or one that has no accuracy.
     """
     from ftp_lightning.evaluation.harness.tasks import load_tasks
 
@@ -52,11 +48,16 @@ def task_items(name: str, file: str | Path | dict[str, Path] | None, limit: int 
         for request in task.instances:
             requests.setdefault(request.doc_id, []).append(request)
         for made in requests.values():
-            if searched_half(made[0].doc):
+            if place(made[0].doc) < SEARCHED:
                 items.append(Item(task, made[0].doc, tuple(made)))
     if not items:
         raise UserError(f"task {name} has no documents in the half that searches look at\nGive more data.")
-    return items[:limit]
+    return sorted(items, key=lambda item: place(item.document))[:limit]
+
+
+def seen_by(items: Sequence[Item]) -> dict[str, float]:
+    """Task -> the last place that a search on these items looks at, as `Schedule.seen` keeps it."""
+    return furthest({item.task.config.task: place(item.document)} for item in items)
 
 
 class TaskAccuracy(MemoFitness):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -213,14 +212,8 @@ class ContinuationFitness(MemoFitness):
 
 
 def pruner_identity(model: torch.nn.Module, make_pruner: Callable[[Schedule], TokenPruner]) -> dict[str, Any]:
-    """JSON-able: settings, kind and weights of the router, and the compensation, that a search measures with."""
-    pruner = make_pruner(Schedule.uniform(len(find_blocks(model)), 0.0))
-    weights = hashlib.sha256()
-    for name, value in sorted(pruner.router.state_dict().items()):
-        weights.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    router = [type(pruner.router).__name__, pruner.router.config(), weights.hexdigest()[:16]]
-    compensation = None if pruner.compensation is None else pruner.compensation.digest()
-    return pruner.settings() | {"router": router, "compensation": compensation}
+    """`TokenPruner.identity` of what a search measures with, under no schedule of its own."""
+    return make_pruner(Schedule.uniform(len(find_blocks(model)), 0.0)).identity()
 
 
 def _key(schedule: Schedule, chunk: int) -> str:

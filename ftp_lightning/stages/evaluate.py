@@ -87,6 +87,7 @@ def carry_out(
     """Measure all methods, the same in every process; the first writes. Returns the names of the files written."""
     import shutil
 
+    from ftp_lightning.evaluation.harness.seen import furthest
     from ftp_lightning.stages.inputs import check_chat_template, load_model
     from ftp_lightning.stages.methods import choose_methods
 
@@ -95,7 +96,8 @@ def carry_out(
         check_chat_template(settings.model, tokenizer)
     methods = choose_methods(settings, model)
     place = Path(settings.answers).expanduser() if settings.answers else folder.path / ANSWERS
-    bench = bench_of(settings, model, tokenizer, processes if processes.count > 1 else None, place)
+    seen = furthest(pruner.schedule.seen for _, pruner in methods if pruner.schedule)
+    bench = bench_of(settings, model, tokenizer, processes if processes.count > 1 else None, place, seen)
     if processes.rank == 0:
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
     items = _measured(settings, bench, methods, Progress(**timing) if processes.rank == 0 else None)
@@ -106,8 +108,18 @@ def carry_out(
     return folder.files
 
 
-def bench_of(settings: EvaluateStage, model: Any, tokenizer: Any, processes: Processes | None, answers: Path) -> Bench:
-    """The rows of text and the tasks that the settings ask for. UserError for what cannot be had."""
+def bench_of(
+    settings: EvaluateStage,
+    model: Any,
+    tokenizer: Any,
+    processes: Processes | None,
+    answers: Path,
+    seen: dict[str, float] | None = None,
+) -> Bench:
+    """The rows of text and the tasks that the settings ask for, without the documents that a search has `seen`.
+
+    UserError for what cannot be had.
+    """
     from ftp_lightning.evaluation.bench import OWN_ANSWERS, TEXT, Bench
     from ftp_lightning.evaluation.harness.asking import HarnessTasks
     from ftp_lightning.stages.inputs import answered, check_questions
@@ -120,6 +132,7 @@ def bench_of(settings: EvaluateStage, model: Any, tokenizer: Any, processes: Pro
     names = ("batch_size", "prompt_tokens", "continuation_tokens")
     about = {name: getattr(settings, name) for name in names} | {"answers": answers}
     run = {name: getattr(settings, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
+    run["seen"] = seen
     texts = {OWN_ANSWERS if settings.rows == "own_answers" else TEXT: rows}
     return Bench(model, texts, HarnessTasks(model, tokenizer, files, about, run, processes), settings.batch_size)
 
@@ -156,11 +169,14 @@ def _write(
     from ftp_lightning.evaluation.outcome import results_of
     from ftp_lightning.evaluation.pairing import RECORD
     from ftp_lightning.evaluation.record import as_lines
-    from ftp_lightning.evaluation.result_tables import result_tables
-    from ftp_lightning.evaluation.tables import written
+    from ftp_lightning.evaluation.tables import result_tables, written
     from ftp_lightning.stages.routed_story import story_tokens
 
     results = results_of(bench, items, methods, settings.tasks)
+    for task, cell in results["dense"]["tasks"].items():
+        cell["left_out"] = getattr(bench.ask, "left_out", {}).get(task, 0)
+        if cell["left_out"]:
+            progress.say(f"{task}: {cell['left_out']} documents that a schedule was searched on are left out")
     folder.write_json("results.json", results)
     folder.write_text(RECORD, as_lines(items))
     tokens = story_tokens(settings, bench.model, tokenizer, methods[-1][1])

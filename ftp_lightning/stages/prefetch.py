@@ -9,7 +9,7 @@ from typing import ClassVar
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import Settings
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -73,12 +73,11 @@ def _tasks(names: list[str]) -> None:
 
 def _attempt(name: str, fetch):
     """`fetch()`, with what the Hub and the network answer told in a sentence."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         return fetch()
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+    except UserError:
+        raise
+    except hub_errors(OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         remedy = "Check the name, the network and HF_HUB_OFFLINE."
         raise UserError(f"{name} cannot be had from the Hub: {reason}\n{remedy}") from error

@@ -20,7 +20,7 @@ from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
 
-SHARES = {"sensitivity": 3, "search": 16, "train": 19, "finetune": 11, "evaluate": 49, "benchmark": 2}
+SHARES = {"sensitivity": 3, "search": 15, "train": 18, "finetune": 10, "static": 7, "evaluate": 45, "benchmark": 2}
 """Rough shares of the time at the default sizes, for the time left."""
 ROUND = ("train", "finetune")
 COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")
@@ -28,9 +28,11 @@ COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")
 
 @dataclass(frozen=True, kw_only=True)
 class RunStage(BudgetSettings, RowsSettings):
-    """Run sensitivity, search, train, finetune, evaluate, benchmark, report; each in a folder of its own in OUTPUT.
+    """Run sensitivity, search, train, finetune, static, evaluate, benchmark, report; each in a folder of its own.
 
-    With --device_map without the benchmark, which times one device."""
+    `static` continues the search with the static router for as many generations as the fine-tuning had, so that the
+    baseline of this name has searched as long as the trained router. Without that baseline it is left out, with
+    --device_map the benchmark, which times one device."""
 
     stage: ClassVar[str] = "run"
 
@@ -115,15 +117,21 @@ class RunStage(BudgetSettings, RowsSettings):
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
         search = sizes | budget | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
         search |= self.row_flags()
-        evaluate = {"compare": self.compare, "before": trained, "static_schedule": searched, "sensitivity": measured}
+        evaluate = {"compare": self.compare, "before": trained, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations}
+        longer = search | {"generations": self.rounds * self.finetune_generations, "schedule": searched}
         chain: dict[str, tuple[type[StageSettings], dict[str, Any]]] = {
             "sensitivity": (SensitivityStage, self._sensitivity()),
             "search": (SearchStage, search | {"generations": self.generations}),
             **self._rounds(tuning, searched),
+            "static": (SearchStage, longer),
             "evaluate": (EvaluateStage, self._evaluation() | evaluate | {"pruned": tuned}),
             "benchmark": (BenchmarkStage, {"lengths": self.lengths, "pairs": self.pairs, "pruned": tuned}),
         }
+        if "static" in self.compare:
+            chain["evaluate"][1]["static_schedule"] = self._at("static/schedule.json")
+        else:
+            del chain["static"]
         if read_device_map(self.device_map) is not None:  # it times one device
             del chain["benchmark"]
         shared = self.shared()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ftp_lightning.processes import Processes
     from ftp_lightning.pruning import TokenPruner
+    from ftp_lightning.schedule import Schedule
     from ftp_lightning.search.fitness import MemoFitness
     from ftp_lightning.search.genetic import SearchResult
     from ftp_lightning.search.settings import SearchSettings
@@ -52,7 +53,9 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
         "kl",
         "loss on continuations: KL or total variation to dense, cross-entropy, error of the last state; or of --task",
     )
-    task: str | None = option(None, "multiple-choice task of lm-eval for --criterion accuracy; half of it is used")
+    task: str | None = option(
+        None, "multiple-choice task of lm-eval for --criterion accuracy; `evaluate` leaves out what is searched on"
+    )
     task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema", is_file=True)
     windows: int = option(32, "calibration rows to measure on, at most", least=1)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
@@ -171,18 +174,18 @@ def carry_out(
 
 
 def _fitness(settings: SearchStage, model: Any, tokenizer: Any, start: TokenPruner) -> tuple[MemoFitness, dict]:
-    """What is minimised, and for the metrics the hash of what it is measured on."""
+    """What is minimised, and the hash of what it is measured on; of tasks also how far is looked (`Schedule.seen`)."""
     from ftp_lightning.search.criteria import CRITERIA
     from ftp_lightning.search.fitness import ContinuationFitness
     from ftp_lightning.stages.inputs import measured_rows
 
     if settings.task is not None:
-        from ftp_lightning.search.accuracy import TaskAccuracy, task_items
+        from ftp_lightning.search.accuracy import TaskAccuracy, seen_by, task_items
         from ftp_lightning.stages.task_files import local_file
 
         items = task_items(settings.task, local_file(settings.task, settings.task_data), settings.windows)
         fitness = TaskAccuracy(model, tokenizer, items, start.with_schedule, settings.chunk, settings.batch_size)
-        return fitness, {"items": fitness.identity()["items"]}
+        return fitness, {"items": fitness.identity()["items"], "seen": seen_by(items)}
     rows = measured_rows(settings, model, tokenizer, settings.windows, settings.recall_share)
     criterion = CRITERIA[settings.criterion]()
     on_text = ContinuationFitness(model, rows, start.with_schedule, settings.chunk, criterion)
@@ -277,6 +280,7 @@ def _write(
     """schedule.json (a family: schedules.json), pruned/ where one was fine-tuned, metrics.json."""
     from ftp_lightning.pruning.flops import flops_reduction
     from ftp_lightning.schedule_family import ScheduleFamily
+    from ftp_lightning.stages.inputs import read_schedule
 
     def metrics(result: SearchResult) -> dict[str, Any]:
         numbers = {"value": result.value, "allocations": result.allocations, "generations": result.generations}
@@ -285,13 +289,19 @@ def _write(
             numbers["flops_reduction"] = cut
         return numbers | {"stopped": result.stopped}
 
+    given = [read_schedule(settings.schedule, settings.budget).seen] if settings.schedule else []
+
+    def told(schedule: Schedule) -> Schedule:
+        """With the kv mode it was found for, and the documents it was selected on."""
+        return schedule.under(start.kv).after(start.scheduled.seen, more.get("seen", {}), *given)
+
     if settings.budgets:
-        schedules = [result.schedule.under(start.kv) for result in found.values()]
+        schedules = [told(result.schedule) for result in found.values()]
         ScheduleFamily(schedules).save(folder.place("schedules.json"))
         folder.write_json("metrics.json", {"budgets": {str(b): metrics(one) for b, one in found.items()}} | more)
         return
     (result,) = found.values()
-    schedule = result.schedule.under(start.kv)
+    schedule = told(result.schedule)
     schedule.save(folder.place("schedule.json"))
     if settings.writes_pruner:
         start.with_schedule(schedule).save(folder.place("pruned"), base=settings.model, model=model)

@@ -10,8 +10,8 @@ from ftp_lightning.data.choices import recall_items
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.task_names import OURS
 from ftp_lightning.evaluation.bench import OWN_ANSWERS, TEXT, Bench
-from ftp_lightning.evaluation.cells import kept_cell
 from ftp_lightning.evaluation.greedy import Questions
+from ftp_lightning.evaluation.outcome import kept_cell
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.stages.inputs import check_questions, load_model, measured_rows, text_named
 

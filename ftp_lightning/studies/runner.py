@@ -48,8 +48,9 @@ def to_do(trials: Sequence[TrialStage]) -> list[TrialStage]:
     states = [is_finished(trial) for trial in trials]
     foreign = [trial.folder for trial, state in zip(trials, states) if state is False and not trial.overwrite]
     if foreign:
+        others = f" and {len(foreign) - 1} more hold runs" if len(foreign) > 1 else " holds a run"
         raise UserError(
-            f"{foreign[0]} and {len(foreign) - 1} more hold runs of other inputs or of other code of this package\n"
+            f"{foreign[0]}{others} of other inputs or of other code of this package\n"
             "--overwrite makes those again; or give another --output."
         )
     return [trial for trial, state in zip(trials, states) if not state]
@@ -77,7 +78,7 @@ def _each(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> Iterat
             try:
                 yield future.result()
             except BrokenProcessPool:
-                raise UserError("a process that made runs was killed\nThe same command goes on.") from None
+                raise UserError("a process that made runs was killed\nRun the same command again to resume.") from None
 
 
 @contextmanager

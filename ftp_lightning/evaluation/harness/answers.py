@@ -12,8 +12,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from ftp_lightning.evaluation.harness.accounts import Answer, Spent
 from ftp_lightning.fingerprint import code_version, digest
 
@@ -58,32 +56,24 @@ def request_key(*parts) -> str:
 
 
 def asked_identity(model, pruner, **more) -> str:
-    """16 hex digits of who was asked: the model's weights and precision, all that the pruner is made of, this code,
-    and `more`."""
+    """16 hex digits of who was asked: the model and its precision, the pruner, this code, and `more`.
+
+    Args:
+        model: its weights, its dtype and the kernel of its attention count.
+        pruner: a TokenPruner, by its `identity`, or None.
+        more: JSON-able.
+    """
     from ftp_lightning.models import model_identity
 
-    who = {"model": model_identity(model), "dtype": str(model.dtype), "code": code_version(), **more}
-    if pruner is not None:
-        who |= {"pruner": type(pruner).__qualname__, "settings": pruner.settings(), **_plain(pruner)}
-        who |= {"router": [type(pruner.router).__qualname__, _plain(pruner.router), pruner.router.state_dict()]}
-        who |= {"compensation": None if pruner.compensation is None else pruner.compensation.tensors}
-    return digest(json.dumps(who, sort_keys=True, default=_content).encode())
-
-
-def _plain(thing) -> dict:
-    """Its attributes, but for what belongs to torch, to a forward, or to a model it is attached to."""
-    passing = ("training", "trace", "decisions", "gates", "router", "compensation")
-    return {name: value for name, value in vars(thing).items() if not name.startswith("_") and name not in passing}
-
-
-def _content(value):
-    """What JSON cannot hold, by content: tensors by their bytes, modules by their weights, values by their fields."""
-    if isinstance(value, torch.Tensor):
-        return digest(str(tuple(value.shape)).encode(), value.detach().cpu().double().contiguous().numpy().tobytes())
-    if isinstance(value, torch.nn.Module):
-        return [type(value).__qualname__, _plain(value), value.state_dict()]
-    plain = hasattr(value, "__dict__") and not callable(value)  # a function is known by its place alone: never again
-    return [type(value).__qualname__, vars(value)] if plain else repr(value)
+    kernel = getattr(model.config, "_attn_implementation", None)
+    who = {
+        "model": model_identity(model),
+        "dtype": str(model.dtype),
+        "attention_kernel": kernel,
+        "code": code_version(),
+    }
+    who |= {"pruner": None if pruner is None else pruner.identity(), **more}
+    return digest(json.dumps(who, sort_keys=True).encode())
 
 
 def _parsed(line: bytes) -> tuple[str, Answer] | None:

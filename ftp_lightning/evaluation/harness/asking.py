@@ -30,9 +30,10 @@ class HarnessTasks:
     Attributes:
         files: of the tasks.
         about: arguments of `FtpLM` that are the same for all methods: batch_size, prompt_tokens, answers ...
-        run: arguments of `run_tasks`: limit, num_fewshot, apply_chat_template.
+        run: arguments of `run_tasks`: limit, num_fewshot, apply_chat_template, seen.
         processes: those that share the items, if there are several.
         metrics: lm-eval's own numbers of the last call, by task.
+        left_out: documents that were not asked, as a search has seen them, by task.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class HarnessTasks:
     run: dict[str, Any] = field(default_factory=dict)
     processes: Processes | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, pruner: TokenPruner | None, mode: str = "prompt") -> DataFrame:
         """Ask all tasks; the questions without their passages are asked of the dense model alone."""
@@ -59,5 +61,6 @@ class HarnessTasks:
         if self.processes is not None:
             found = self.processes.from_first(found)
         self.metrics = {task: summary["metrics"] for task, summary in found.items()}
+        self.left_out = {task: summary["left_out"] for task, summary in found.items()}
         parts = [record(told["items"], "", task).assign(chance=told["chance"]) for task, told in found.items()]
         return joined(parts)

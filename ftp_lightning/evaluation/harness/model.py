@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ftp_lightning import models
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.continuation import MODES
 from ftp_lightning.evaluation.harness.accounts import Account, Answer, realised_rows
 from ftp_lightning.evaluation.harness.answers import AnswerBook, asked_identity
@@ -70,7 +70,7 @@ class FtpLM(Ranked, HFLM):
             pretrained, tokenizer = _source(str(pretrained), device, dtype, tokenizer)
         try:
             super().__init__(pretrained=pretrained, device=device, dtype=dtype, tokenizer=tokenizer, **kwargs)
-        except OSError as error:  # the Hub out of reach included
+        except hub_errors(OSError) as error:
             raise UserError(
                 f"the model {pretrained} cannot be loaded: {str(error).splitlines()[0]}\n{REMEDY}"
             ) from error
@@ -85,7 +85,8 @@ class FtpLM(Ranked, HFLM):
 
     def _open_book(self) -> None:
         """Answers of this model under this very pruner."""
-        who = "" if self._folder is None else asked_identity(self.model, self.pruner, mode=self.mode)
+        about = {"mode": self.mode, "autocast": str(self.mixed_precision_dtype)}
+        who = "" if self._folder is None else asked_identity(self.model, self.pruner, **about)
         self.book = AnswerBook(self._folder, who, self.rank)
 
     def close(self) -> None:

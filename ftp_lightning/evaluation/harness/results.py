@@ -18,19 +18,29 @@ COUNTING = (*METRICS, "em", "f1", "string_match", "contains", "score", "qa_f1_sc
 """Metrics that count answers, in the order in which they are told where none is declared."""
 
 
-def summaries(results: Mapping, names: Sequence[str], accounts: Iterable) -> dict[str, dict]:
-    """Summary per task that ran and, pooled, per named group; results: what `simple_evaluate` returns."""
+def summaries(
+    results: Mapping, names: Sequence[str], accounts: Iterable, left_out: Mapping[str, int] | None = None
+) -> dict[str, dict]:
+    """Summary per task that ran and, pooled, per named group; results: what `simple_evaluate` returns.
+
+    left_out: task -> documents of it that were not asked.
+    """
     book = {_asked(account.request): account for account in accounts if account.request is not None}
     items = {
         task: [_item(task, sample, book) for sample in _first_filter(log)] for task, log in results["samples"].items()
     }
-    summary = {task: summarize(group, results["results"].get(task, {})) for task, group in items.items()}
+    gone = left_out or {}
+    summary = {
+        task: summarize(group, results["results"].get(task, {})) | {"left_out": gone.get(task, 0)}
+        for task, group in items.items()
+    }
     for name in names:
         tree = results.get("group_subtasks", {})
         members = _members(name, tree) or _members(f"local_{name}", tree)
         if name not in summary and members:
             pooled = [_within(member, item) for member in members for item in items.get(member, [])]
             summary[name] = summarize(pooled, results["results"].get(name, {}))
+            summary[name]["left_out"] = sum(gone.get(member, 0) for member in members)
     return summary
 
 

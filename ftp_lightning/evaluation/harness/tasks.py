@@ -12,10 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.harness.declared import declared
 from ftp_lightning.evaluation.harness.made import CONTEXTS, local_data, made_task, unknown_task
 from ftp_lightning.evaluation.harness.results import summaries
+from ftp_lightning.evaluation.harness.seen import leave_out
 from ftp_lightning.evaluation.harness.shots import set_shots
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
 
@@ -68,6 +69,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     progress: bool = False,
+    seen: Mapping[str, float] | None = None,
 ) -> dict[str, dict]:
     """Run tasks on an lm-eval model; tasks: name -> JSONL file(s), or None for the data lm-eval fetches from the Hub.
 
@@ -76,7 +78,8 @@ def run_tasks(
     (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
     metrics (lm-eval's own numbers) and items. An item: id, right (see `Declared.right`), its metrics, distance,
     kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
-    0. UserError: unknown task, file missing or broken, Hub out of reach.
+    0. seen: documents that a search has looked at (`Schedule.seen`) are left out; `left_out` counts them.
+    UserError: unknown task, file missing or broken, Hub out of reach.
     """
     from lm_eval import evaluate
 
@@ -85,6 +88,7 @@ def run_tasks(
         loaded = _loaded(lm, tasks, cache)
         for name, task in loaded["tasks"].items():
             set_shots(name, task, num_fewshot)
+        left_out = {name: leave_out(name, task, seen or {}) for name, task in loaded["tasks"].items()}
         results = evaluate(
             lm=lm,
             task_dict=loaded,
@@ -95,7 +99,7 @@ def run_tasks(
             log_samples=True,
         )
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
-    return summaries(results, list(tasks), accounts) if results else {}
+    return summaries(results, list(tasks), accounts, left_out) if results else {}
 
 
 def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None], num_fewshot: int | None = None) -> list:
@@ -119,7 +123,7 @@ def _loaded(lm, tasks: Mapping, cache: str) -> dict:
     metadata = {} if lm is None else _for_makers(lm)
     try:
         return _task_manager(definitions, metadata).load(definitions)
-    except ConnectionError as error:
+    except hub_errors(ConnectionError) as error:
         raise _unreachable(tasks, error) from None
     except ImportError as error:
         raise UserError(
