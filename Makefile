@@ -49,7 +49,7 @@ bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense an
 ablation-%: $(SETUP)  ## one study of sweeps/, as ablation-factors [MODEL=... BUDGET=... SEEDS=3]; goes on where it stopped
 	$(PYTHON) -m ftp_lightning sweep --study sweeps/$*.yaml $(WISHES)
 
-schedules-study: $(SETUP)  ## the deep study of allocations: ways to a schedule at equal forward tokens (hours)
+schedules-study: $(SETUP)  ## the ways to a schedule, compared on the embedded model (hours)
 	$(PYTHON) experiments/schedules.py
 
 reproduce: $(SETUP)  ## the paper's tables for MODEL (embedded), its own numbers beside them; ARGS: flags of the script

@@ -17,7 +17,7 @@ from ftp_lightning.models import load_model
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="random:llama-110m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kv", default="evict", choices=("evict", "keep"))
@@ -32,7 +32,7 @@ def main() -> None:
     pruner = TokenPruner(DynamicRouter(), schedule, kv=asked.kv)
     ids = torch.randint(model.config.vocab_size, (1, asked.length))
     compiled = {"stock": torch.compile(model), "pruned": torch.compile(model)}
-    runs = {(who, how): [] for who in compiled for how in ("eager", "compiled")}
+    runs: dict[tuple[str, str], list[float]] = {(who, how): [] for who in compiled for how in ("eager", "compiled")}
     logits = {}
     for turn in range(asked.rounds + 2):  # the first two compile
         for who, how in runs:

@@ -8,6 +8,7 @@ turn in one process, on caches of their own. The limit is the ratio of the bytes
 
 import argparse
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -28,13 +29,13 @@ def keep_lists(blocks: int, prompt: int, steps: int, share: float) -> list[torch
     return [row[None] for row in keep]
 
 
-def step_seconds(model, token, cache) -> float:
+def step_seconds(model: Any, token: torch.Tensor, cache: Any) -> float:
     return seconds(lambda: model(token, past_key_values=cache, use_cache=True), model.device)
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="random:llama-110m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -59,9 +60,8 @@ def main() -> None:
         held = [layer.get_seq_length() for layer in stock.layers]
         stored = [layer.keys.shape[2] for layer in pruned.layers]
         skipped = [not bool(row[0, asked.prompt_tokens + step]) for row in keep]
-        limits.append(
-            decode_bytes(model, costs, held) / decode_bytes(model, costs, stored, skipped=skipped, kv=asked.kv)
-        )
+        read = decode_bytes(model, costs, stored, skipped=skipped, kv=asked.kv)
+        limits.append(decode_bytes(model, costs, held) / read)
         times = {}
         for name in ("stock", "pruned") if step % 4 == 1 else ("pruned", "stock"):
             within, cache = (nullcontext(), stock) if name == "stock" else (pruner(model), pruned)
@@ -72,10 +72,8 @@ def main() -> None:
     found = median_interval(torch.tensor(ratios[WARMUP:], dtype=torch.float64), torch.Generator().manual_seed(0))
     limit = sum(limits[WARMUP:]) / asked.steps
     about = f"{asked.model} {asked.dtype} {asked.kv}, {asked.share:.0%} of the blocks skipped"
-    print(
-        f"{about} at {asked.prompt_tokens} tokens: {found.value:.2f}x [{found.low:.2f}, {found.high:.2f}], "
-        f"bytes allow {limit:.2f}x: {found.value / limit:.2f} of it"
-    )
+    saved = f"{found.value:.2f}x [{found.low:.2f}, {found.high:.2f}], bytes allow {limit:.2f}x"
+    print(f"{about} at {asked.prompt_tokens} tokens: {saved}: {found.value / limit:.2f} of it")
 
 
 if __name__ == "__main__":

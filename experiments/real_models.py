@@ -87,11 +87,11 @@ class Bench:
         """What methods may look at, measured once on the calibration books and kept in OUTPUT/MODEL."""
         from ftp_lightning.studies.calibrated import calibrated
 
-        about = {"model": model, "data": f"{self.books}/calibration", "split": "all"}
+        about: dict[str, Any] = {"model": model, "data": f"{self.books}/calibration", "split": "all"}
         return calibrated(self.model(model), self.output / model, **about)
 
     @lru_cache(maxsize=1)  # noqa: B019
-    def model(self, name: str) -> Any:
+    def model(self, name: str) -> tuple[Any, Any]:
         from ftp_lightning.models import load
 
         return load(name)

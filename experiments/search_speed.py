@@ -1,5 +1,6 @@
-"""How much faster do two processes search than one, and what memory does a search take?  python
-experiments/search_speed.py --help
+"""How much faster do two processes search than one, and what memory does a search take?
+
+    python experiments/search_speed.py --generations 2
 
 One search of the embedded model, in one process of one thread and in two of one thread each, in turn: measured
 candidates per second after the first population, as a ratio of medians, and whether both found the same schedule. Then
@@ -11,6 +12,8 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,7 +29,7 @@ from ftp_lightning.search.settings import SearchSettings
 GIB = 1 << 30
 
 
-def search(processes, device, count, generations):
+def search(processes: Any, device: torch.device, count: int, generations: int) -> tuple[float, Sequence[float], float]:
     """Candidates per second after the first population, what was found, and GiB above the model's at the peak."""
     torch.set_num_threads(1)
     model, tokenizer = load("embedded")
@@ -34,9 +37,10 @@ def search(processes, device, count, generations):
     windows = calibration_windows(tokenizer, documents, 192, 64, count, seed=0)
     loaded, blocks = peak_memory(), model.config.num_hidden_layers
     fitness = ContinuationFitness(model, windows, lambda schedule: TokenPruner(StaticRouter(), schedule, kv="keep"), 8)
-    marks, settings = [], SearchSettings(budget=0.3, generations=generations)
+    marks: list[tuple[int, float]] = []
+    settings = SearchSettings(budget=0.3, generations=generations)
 
-    def mark(state):
+    def mark(state: dict[str, Any]) -> None:
         marks.append((fitness.evaluations, time.perf_counter()))
 
     seeds = {"uniform": Schedule.uniform(blocks, 0.3)}
@@ -46,17 +50,18 @@ def search(processes, device, count, generations):
     return rate, found.schedule.sparsity, (peak_memory() - loaded) / GIB
 
 
-def peak_memory():
+def peak_memory() -> int:
     """Bytes of this process, at its peak so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--generations", type=int, default=4)
     args = parser.parse_args()
-    rates, schedules = {1: [], 2: []}, set()
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    schedules = set()
     for _ in range(args.repeats):
         for count in rates:
             rate, schedule, _ = launch(count, torch.device("cpu"), search, 32, args.generations)

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def script(path):
-    """The module of a script, by its path in the repository; what it puts on `sys.path` stays."""
+    """The module of a script, by its path in the repository."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -77,7 +77,8 @@ def train(model: LlamaForCausalLM, mixer: Mixer, arguments: argparse.Namespace) 
     """Steps until `--minutes` or `--steps` are over, whichever is first; returns the loss of every step."""
     optimizer = make_optimizer(model)
     forward = torch.compile(model) if arguments.compile else model
-    plan, began, losses = PLANS[arguments.plan], time.monotonic(), []
+    plan, began = PLANS[arguments.plan], time.monotonic()
+    losses: list[float] = []
     while (done := progress(arguments, time.monotonic() - began, len(losses))) < 1:
         tokens = mixer.batch(phase_at(plan, done), arguments.batch_size).to(model.device)
         losses.append(train_step(forward, model, optimizer, tokens, learning_rate(plan, done, len(losses))))
