@@ -26,6 +26,9 @@ class Cell:
         return "-".join(str(value).replace("/", "_").replace(" ", "_") for value in asdict(self).values())
 
 
+LABELS = ("answers", "hash", "metric", "label", "id")
+"""Columns that no table reads: they are not published."""
+
 AnyCell = TypeVar("AnyCell", bound=Cell)
 
 
@@ -93,12 +96,26 @@ def unpack(file: Path, folder: Path) -> None:
             write_text(path, "".join(json.dumps(row) + "\n" for row in cell["items"]))
 
 
-def arguments(doc: str | None, output: str, **more: Any) -> argparse.Namespace:
-    """The flags that every experiment has: where to write, and whether to show tables alone; `more`: name=default."""
+def arguments(doc: str | None, output: str, packed: str | None = None, **more: Any) -> argparse.Namespace:
+    """The flags that every experiment has: where to write, whether to show tables alone; `more`: name=default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the measured cells")
-    parser.add_argument("--packed", type=Path, help="file of finished cells to go on from; written anew at the end")
+    known = packed and Path(packed)
+    parser.add_argument("--packed", type=Path, default=known, help="file of finished cells: go on from it, update it")
     parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of what is finished")
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     return parser.parse_args()
+
+
+def finished(
+    cells: Sequence[AnyCell], measure: Callable[[AnyCell], DataFrame | None], args: argparse.Namespace
+) -> DataFrame:
+    """All items of a grid, for an experiment with `arguments`: unpacked, measured unless --tables, packed again."""
+    if args.packed and args.packed.exists():
+        unpack(args.packed, args.output)
+    if not args.tables:
+        run_grid(cells, measure, args.output)
+        if args.packed:
+            pack(args.output, args.packed, LABELS)
+    return read_grid(cells, args.output)
