@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
     from ftp_lightning.evaluation.bench import Bench
     from ftp_lightning.pruning import TokenPruner
+
+
+NAMED_BY_SCHEDULE = ("recent_sink",)
+VALIDATION_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Comparison:
 
     Attributes:
         output: folder of what was found.
-        books: folder with the folders `calibration` and `test` of text files.
+        books: folder with the folders `calibration`, `validation` and `test` of text files.
         squad: file of SQuAD's records. prompts: file of prompts that the model answers itself.
         items: of a chunk.
         prompt_tokens: model -> tokens of its prompts, at which methods are placed.
@@ -53,7 +58,8 @@ class Comparison:
         bench = self.bench(cell.model, cell.task, cell.chunk)
         if cell.method == "dense":
             return bench.dense
-        return bench.measure(cell.method, self.pruner(cell.model, cell.method, cell.cut))
+        form, pruner = self.pruner(cell.model, cell.method, cell.cut)
+        return bench.measure(cell.method, pruner).assign(form=form)
 
     @lru_cache(maxsize=4)  # noqa: B019  it lives as long as the process
     def bench(self, model: str, task: str, chunk: int) -> Bench:
@@ -70,15 +76,33 @@ class Comparison:
         return bench_of(EvaluateStage(**about), *self.loaded(model), None, self.output / "answers")
 
     @cache  # noqa: B019
-    def pruner(self, model: str, method: str, cut: float) -> TokenPruner:
-        """The method where a prompt of the model's length saves `cut` of its FLOPs."""
-        from ftp_lightning.baselines.registry import METHODS, Profile
+    def pruner(self, model: str, method: str, cut: float) -> tuple[str, TokenPruner]:
+        """The method where a prompt of the model's length saves `cut` of its FLOPs, and the form of its schedule.
+
+        A rival is judged by the best of three schedules on validation rows; what is named by its schedule has that one.
+        """
+        from ftp_lightning.baselines.allocated import Allocated
+        from ftp_lightning.baselines.registry import METHODS, Profile, best_form
         from ftp_lightning.studies.calibrated import keep_order
 
-        setting = self.setting(model)
-        pruner = METHODS[method].place(setting, cut, Profile(self.tokens(model)))
+        setting, peer, profile = self.setting(model), METHODS[method], Profile(self.tokens(model))
+        if isinstance(peer, Allocated) or method in NAMED_BY_SCHEDULE:
+            found = "own", peer.place(setting, cut, profile)
+        else:
+            found = best_form(peer, setting, cut, profile, self.validation(model))
         keep_order(setting, self.output / model)
-        return pruner
+        return found
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def validation(self, model: str) -> Callable[[TokenPruner], float]:
+        """KL of a pruner on rows of the validation books."""
+        from ftp_lightning.evaluation.bench import TEXT, Bench
+        from ftp_lightning.stages.inputs import measured_rows
+        from ftp_lightning.stages.search import SearchStage
+
+        settings = SearchStage(model=model, data=f"{self.books}/validation", split="all")
+        bench = Bench(self.loaded(model)[0], {TEXT: measured_rows(settings, *self.loaded(model), VALIDATION_ROWS, 0.5)})
+        return lambda pruner: bench.score("", pruner).kl_mean
 
     @lru_cache(maxsize=1)  # noqa: B019
     def setting(self, model: str) -> Any:
