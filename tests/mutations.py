@@ -40,7 +40,7 @@ MUTATIONS = {
         P + "studies/bench.py", "OTHER_SEED = 1_000_003", "OTHER_SEED = 0",
         "test_stage_windows.py::test_a_study_measures_on_other_windows_than_its_training_was_validated_on"),
     "a task is near chance by the pruned model's error": (
-        P + "evaluation/cells.py", 'base["chance"], base["stderr"])', 'base["chance"], standard_error(items))',
+        P + "evaluation/outcome.py", 'base["chance"], base["stderr"])', 'base["chance"], standard_error(items))',
         "test_stage_windows.py::test_a_task_is_near_chance_by_the_dense_models_error"),
     "crossover never happens": (
         P + "search/genetic.py", "rng.random() < self.settings.crossover:", "False:",

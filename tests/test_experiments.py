@@ -50,16 +50,12 @@ def test_decode_policies_are_compared(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.name)
 def test_an_experiment_is_short_and_stands_alone(path):
     source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= LONGER.get(path.name, 80)
+    assert len(source.splitlines()) <= 80
     imported = {
         alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
     }
     imported |= {str(node.module) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     assert not imported & {other.stem for other in EXPERIMENTS.rglob("*.py")} and "sys.path" not in source
-
-
-LONGER = {"real_models.py": 125}
-"""The one that may have more than 80 lines."""
 
 
 @pytest.mark.parametrize("kv", ["evict", "keep"])

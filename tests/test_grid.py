@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.studies.grid import Cell, read_grid, run_grid
+from ftp_lightning.studies.grid import Cell, pack, read_grid, run_grid, unpack
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,14 @@ def test_two_processes_measure_each_cell_once(tmp_path):
         for worker in workers:
             worker.join()
         assert sorted(seen) == sorted(cell.name for cell in CELLS)
+
+
+def test_a_packed_grid_goes_on_where_it_was(tmp_path):
+    run_grid(CELLS[:2], record, tmp_path / "a", say=lambda _: None)
+    pack(tmp_path / "a", tmp_path / "all.xz", left_out=("score",))
+    unpack(tmp_path / "all.xz", tmp_path / "b")
+    seen = []
+    run_grid(CELLS, lambda cell: seen.append(cell) or record(cell), tmp_path / "b", say=lambda _: None)
+    assert seen == CELLS[2:]
+    found = read_grid(CELLS, tmp_path / "b")
+    assert len(found) == 8 and found.score.notna().sum() == 2  # what was left out is gone

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from ftp_lightning.data.examples import load_examples
 from real_models import needs_model
 from tokenizers.processors import TemplateProcessing
 
 from ftp_lightning.data.choices import recall_items
 from ftp_lightning.data.long_tasks import long_items
+from ftp_lightning.data.prompts import load_prompts
 from ftp_lightning.data.stories import load_stories
 from ftp_lightning.data.text import leading_ids, prompt_ids
 from ftp_lightning.data.windows import calibration_windows
@@ -49,8 +49,8 @@ def test_rows_and_questions_have_bos_where_the_tokenizer_adds_it(kind, tmp_path)
     rows = calibration_windows(tokenizer, STORIES, 64, 16, 6, seed=0).input_ids.tolist()
     assert all(row[:1].count(bos) == row.count(bos) == count for row in rows)
     (tmp_path / "records.jsonl").write_text(RECORD)
-    [example] = load_examples(str(tmp_path / "records.jsonl"), "all", tokenizer).rows
-    assert example.prompt_ids.count(bos) == count and example.response_ids[-1] == tokenizer.eos_token_id
+    [example] = load_prompts(str(tmp_path / "records.jsonl"), "all", tokenizer).rows
+    assert example.prompt.count(bos) == count and example.continuation[-1] == tokenizer.eos_token_id
     items = recall_items(tokenizer, STORIES, random.Random(0), 2, 64)
     items += long_items("multi_key_recall", tokenizer, STORIES, random.Random(0), 1, 96)
     for item in items:

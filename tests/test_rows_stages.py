@@ -82,4 +82,4 @@ def test_wrong_prompts_are_refused(run):
 def test_a_run_hands_its_rows_to_every_stage():
     stages = RunStage(rows="own_answers", own_answers="kept").stages()
     asked = {name: stage.row_flags() for name, stage in stages.items() if name != "benchmark"}
-    assert len(asked) == 5 and all(one == {"rows": "own_answers", "own_answers": "kept"} for one in asked.values())
+    assert len(asked) == 6 and all(one == {"rows": "own_answers", "own_answers": "kept"} for one in asked.values())

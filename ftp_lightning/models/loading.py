@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.models.named import is_named, locate
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 from ftp_lightning.models.random_weights import random_config, random_model
@@ -142,7 +142,7 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
                 where, revision=None if local else revision, trust_remote_code=False, **options
             )
     except Exception as error:
-        if local or not isinstance(error, OSError | ValueError):
+        if local or not isinstance(error, hub_errors(ValueError)):
             what = f"model {name}" if is_named(name) or not local else f"model folder {name}"
             raise UserError(f"{what} cannot be loaded\n{cause(error)}") from error
         raise UserError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import lzma
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ftp_lightning.artifact import Lock, make_folder, write_text
+from ftp_lightning.artifact import Lock, make_folder, write_bytes, write_text
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ class Cell:
     def name(self) -> str:
         return "-".join(str(value).replace("/", "_").replace(" ", "_") for value in asdict(self).values())
 
+
+LABELS = ("answers", "hash", "metric", "label", "id")
+"""Columns that no table reads: they are not published."""
 
 AnyCell = TypeVar("AnyCell", bound=Cell)
 
@@ -71,11 +76,46 @@ def read_grid(cells: Sequence[AnyCell], folder: Path) -> DataFrame:
     return pandas.concat(parts, ignore_index=True)
 
 
-def arguments(doc: str | None, output: str, **more: Any) -> argparse.Namespace:
-    """The flags that every experiment has: where to write, and whether to show tables alone; `more`: name=default."""
+def pack(folder: Path, file: Path, left_out: Sequence[str] = ()) -> None:
+    """Put the records of all finished cells into one compressed file, without the columns `left_out`."""
+    lines = []
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        kept = [{name: value for name, value in row.items() if name not in left_out} for row in rows]
+        lines.append(json.dumps({"cell": path.stem, "items": kept}))
+    write_bytes(file, lzma.compress("\n".join(lines).encode()))
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Write the cells of a packed file into a folder, so that a grid goes on from them; those that are there stay."""
+    make_folder(folder)
+    for line in lzma.decompress(file.read_bytes()).decode().splitlines():
+        cell = json.loads(line)
+        path = folder / f"{cell['cell']}.jsonl"
+        if not path.exists():
+            write_text(path, "".join(json.dumps(row) + "\n" for row in cell["items"]))
+
+
+def arguments(doc: str | None, output: str, packed: str | None = None, **more: Any) -> argparse.Namespace:
+    """The flags that every experiment has: where to write, whether to show tables alone; `more`: name=default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the measured cells")
+    known = packed and Path(packed)
+    parser.add_argument("--packed", type=Path, default=known, help="file of finished cells: go on from it, update it")
     parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of what is finished")
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     return parser.parse_args()
+
+
+def finished(
+    cells: Sequence[AnyCell], measure: Callable[[AnyCell], DataFrame | None], args: argparse.Namespace
+) -> DataFrame:
+    """All items of a grid, for an experiment with `arguments`: unpacked, measured unless --tables, packed again."""
+    if args.packed and args.packed.exists():
+        unpack(args.packed, args.output)
+    if not args.tables:
+        run_grid(cells, measure, args.output)
+        if args.packed:
+            pack(args.output, args.packed, LABELS)
+    return read_grid(cells, args.output)

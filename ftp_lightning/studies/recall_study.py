@@ -39,7 +39,7 @@ Find = Callable[[argparse.Namespace, Seeded], "tuple[TokenPruner, dict[str, Any]
 def recall_study(doc: str | None, output: str, methods: Iterable[str], find: Find, **flags: Any) -> None:
     """The whole experiment: flags, grid, measurements and tables. `flags`: those that `find` needs besides `SIZES`."""
     names = {"model": "embedded", "data": "embedded", "test": "embedded", "methods": ",".join(methods)}
-    args = arguments(doc, output, **names, kv="keep,evict", cuts="0.2,0.3,0.5", **SIZES, **flags)
+    args = arguments(doc, output, None, **names, kv="keep,evict", cuts="0.2,0.3,0.5", **SIZES, **flags)
     cuts = [float(cut) for cut in args.cuts.split(",")]
     every = product(range(args.seeds), args.kv.split(","), cuts, args.methods.split(","))
     grid = [Seeded(kv, cut, seed, method) for seed, kv, cut, method in every]

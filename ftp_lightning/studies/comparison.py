@@ -1,0 +1,98 @@
+"""Methods of the registry compared at equal FLOPs, on tasks and on the dense model's own answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftp_lightning.studies.grid import Cell
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ftp_lightning.evaluation.bench import Bench
+    from ftp_lightning.pruning import TokenPruner
+
+
+@dataclass(frozen=True)
+class Compared(Cell):
+    """One method at one FLOPs cut on one chunk of one task; `method` "dense" is the model itself."""
+
+    model: str
+    task: str
+    chunk: int
+    cut: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measures cells. What is dear is made once per process: the model, what methods look at, dense answers.
+
+    Attributes:
+        output: folder of what was found.
+        books: folder with the folders `calibration` and `test` of text files.
+        squad: file of SQuAD's records. prompts: file of prompts that the model answers itself.
+        items: of a chunk.
+        prompt_tokens: model -> tokens of its prompts, at which methods are placed.
+        templated: model -> tasks that are put into its chat template.
+    """
+
+    output: Path
+    books: str
+    squad: str
+    prompts: str
+    items: int
+    prompt_tokens: tuple[tuple[str, int], ...]
+    templated: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def measure(self, cell: Compared) -> DataFrame:
+        """The record of one method on one chunk of one task."""
+        bench = self.bench(cell.model, cell.task, cell.chunk)
+        if cell.method == "dense":
+            return bench.dense
+        return bench.measure(cell.method, self.pruner(cell.model, cell.method, cell.cut))
+
+    @lru_cache(maxsize=4)  # noqa: B019  it lives as long as the process
+    def bench(self, model: str, task: str, chunk: int) -> Bench:
+        """The items of one chunk, drawn with the seed `chunk`, and the dense answers to them."""
+        from ftp_lightning.stages.evaluate import EvaluateStage, bench_of
+
+        about: dict[str, Any] = {"model": model, "prompt_tokens": self.tokens(model), "seed": chunk, "batch_size": 4}
+        about |= {"items": self.items, "data": f"{self.books}/test", "split": "all", "windows": self.items}
+        if task == "own_answers":
+            about |= {"rows": task, "data": self.prompts, "continuation_tokens": 24, "tasks": ()}
+        else:
+            about |= {"apply_chat_template": task in dict(self.templated).get(model, ()), "task_data": self.squad}
+            about |= {"tasks": (task,), "windows": 1, "continuation_tokens": 8}
+        return bench_of(EvaluateStage(**about), *self.loaded(model), None, self.output / "answers")
+
+    @cache  # noqa: B019
+    def pruner(self, model: str, method: str, cut: float) -> TokenPruner:
+        """The method where a prompt of the model's length saves `cut` of its FLOPs."""
+        from ftp_lightning.baselines.registry import METHODS, Profile
+        from ftp_lightning.studies.calibrated import keep_order
+
+        setting = self.setting(model)
+        pruner = METHODS[method].place(setting, cut, Profile(self.tokens(model)))
+        keep_order(setting, self.output / model)
+        return pruner
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def setting(self, model: str) -> Any:
+        """What methods may look at, measured on the calibration books and kept in `output`."""
+        from ftp_lightning.studies.calibrated import calibrated
+
+        about: dict[str, Any] = {"model": model, "data": f"{self.books}/calibration", "split": "all"}
+        return calibrated(self.loaded(model), self.output / model, **about)
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def loaded(self, model: str) -> tuple[Any, Any]:
+        from ftp_lightning.models import load
+
+        return load(model)
+
+    def tokens(self, model: str) -> int:
+        return dict(self.prompt_tokens)[model]
