@@ -142,7 +142,7 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
                 where, revision=None if local else revision, trust_remote_code=False, **options
             )
     except Exception as error:
-        if local or not isinstance(error, hub_errors(ValueError)):
+        if local or not isinstance(error, hub_errors(OSError, ValueError)):
             what = f"model {name}" if is_named(name) or not local else f"model folder {name}"
             raise UserError(f"{what} cannot be loaded\n{cause(error)}") from error
         raise UserError(
