@@ -10,10 +10,10 @@ task, then the items that changed.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.studies.grid import sentences
 
 
 def arguments() -> argparse.Namespace:
@@ -58,11 +58,8 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    try:
+    with sentences():
         report(arguments())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

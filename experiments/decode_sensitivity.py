@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ftp_lightning.studies.grid import Cell, arguments, read_grid, run_grid
+from ftp_lightning.studies.grid import Cell, arguments, finished, sentences
 
 POLICIES = "dense,threshold 0.3,threshold 0.5,threshold 0.7,strict"
 
@@ -47,9 +47,8 @@ def main() -> None:
         changes = {"threshold": float(threshold)} if threshold else {}
         return bench.measure(cell.policy, pruner.changed(decode=decode, **changes))
 
-    if not args.tables:
-        run_grid(grid, measure, args.output)
-    found = read_grid(grid, args.output)
+    with sentences():
+        found = finished(grid, measure, args)
     shown = found.pivot_table(["right", "skipped", "kl"], "policy", "task", dropna=False, sort=False)
     print(shown.dropna(axis="columns", how="all").to_markdown())
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from ftp_lightning.studies.comparison import Compared, Comparison
-from ftp_lightning.studies.grid import arguments, finished
+from ftp_lightning.studies.grid import arguments, finished, sentences
 from ftp_lightning.studies.method_table import kept_table
 
 MODELS = {"smollm2-135m-instruct": 1000, "gemma3-270m": 1000, "embedded": 440}
@@ -45,7 +45,8 @@ def main() -> None:
     files = {"books": "", "squad": "", "prompts": ""}
     args = arguments(__doc__, "runs/real_models", PACKED, **files, models="", methods="", cuts="", items=25, chunks=8)
     about = (args.books, args.squad, args.prompts, args.items, tuple(MODELS.items()), tuple(TEMPLATED.items()))
-    print(kept_table(finished(cells(args), Comparison(args.output, *about).measure, args)))
+    with sentences():
+        print(kept_table(finished(cells(args), Comparison(args.output, *about).measure, args)))
 
 
 if __name__ == "__main__":

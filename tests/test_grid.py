@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.studies.grid import Cell, pack, read_grid, run_grid, unpack
+from ftp_lightning.studies.grid import Cell, pack, read_grid, run_grid, sentences, unpack
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ def test_a_refused_cell_is_said_and_left_out(tmp_path):
     assert sum("left out: out of reach" in line for line in said) == 2 and len(read_grid(CELLS, tmp_path)) == 4
     with pytest.raises(UserError, match="no finished cell"):
         read_grid(CELLS, tmp_path / "other")
+
+
+def test_a_refusal_ends_a_script_with_its_sentence(capsys):
+    with pytest.raises(SystemExit) as left, sentences():
+        raise UserError("nothing is finished\nRun it first.")
+    assert left.value.code == 2 and capsys.readouterr().err == "nothing is finished\nRun it first.\n"
 
 
 def test_an_interrupted_cell_leaves_nothing(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,6 +108,16 @@ def arguments(doc: str | None, output: str, packed: str | None = None, **more: A
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     return parser.parse_args()
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """A UserError inside ends the script with its sentence and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def finished(

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.studies.grid import Cell, arguments, read_grid, run_grid
+from ftp_lightning.studies.grid import Cell, arguments, finished, sentences
 from ftp_lightning.studies.method_table import kept_table
 from ftp_lightning.studies.runner import locked
 
@@ -50,12 +50,11 @@ def recall_study(doc: str | None, output: str, methods: Iterable[str], find: Fin
         bench = _bench(args.model, args.test, args.items, args.windows, cell.seed, place)
         return bench.measure(cell.method, pruner, cell.seed).assign(**columns)
 
-    if not args.tables:
-        run_grid(grid, measure, args.output)
-    found = read_grid(grid, args.output)
+    with sentences():
+        found = finished(grid, measure, args)
     print(kept_table(found, by=("kv", "task")))
     text = found[found["task"] == "text"]
-    for column in {"kl", "forward_tokens"} & set(text):
+    for column in (name for name in ("kl", "forward_tokens") if name in text):
         print(f"Mean {column}\n\n{text.pivot_table(column, 'method', ['kv', 'cut']).to_markdown()}\n")
 
 
