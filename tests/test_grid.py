@@ -34,6 +34,12 @@ def test_finished_cells_are_not_measured_again(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"{cell.name}.jsonl" for cell in CELLS}
 
 
+def test_columns_of_a_record_are_not_those_of_its_cell(tmp_path):
+    """A cell of the task `squad` also holds rows of text, which are no answers to it."""
+    run_grid(CELLS[:1], lambda cell: record(cell).assign(method=["static", "text"]), tmp_path, say=lambda _: None)
+    assert read_grid(CELLS[:1], tmp_path).method.tolist() == ["static", "text"]
+
+
 def test_a_refused_cell_is_said_and_left_out(tmp_path):
     said = []
 

@@ -65,14 +65,15 @@ def run_grid(
 
 
 def read_grid(cells: Sequence[AnyCell], folder: Path) -> DataFrame:
-    """The items of all finished cells in one table, each with the fields of its cell as columns."""
+    """The items of all finished cells in one table, each with the fields of its cell that it lacks."""
     import pandas
 
     parts = []
     for cell in cells:
         path = folder / f"{cell.name}.jsonl"
         if path.exists() and path.stat().st_size:
-            parts.append(pandas.read_json(path, orient="records", lines=True).assign(**asdict(cell)))
+            found = pandas.read_json(path, orient="records", lines=True)
+            parts.append(found.assign(**{name: value for name, value in asdict(cell).items() if name not in found}))
     if not parts:
         raise UserError(f"{folder} holds no finished cell of this grid\nRun the experiment without --tables first.")
     return pandas.concat(parts, ignore_index=True)
