@@ -4,7 +4,8 @@ import pytest
 from pandas import DataFrame
 
 from ftp_lightning.__main__ import parse
-from ftp_lightning.evaluation.outcome import task_cell
+from ftp_lightning.evaluation.outcome import retention, task_cell
+from ftp_lightning.evaluation.record import record
 from ftp_lightning.models import load, load_tokenizer
 from ftp_lightning.stages.inputs import unanswered_rows
 from ftp_lightning.stages.methods import choose_methods
@@ -50,3 +51,11 @@ def test_a_task_is_near_chance_by_the_dense_models_error():
     few, many = answers(3, 4), answers(75)
     assert task_cell(few, many, {}, False)["skill"] == 1.0 and not task_cell(few, many, {}, False)["near_chance"]
     assert task_cell(many, few, {}, False)["near_chance"]
+
+
+def test_an_interval_leaves_out_items_that_dense_was_not_asked():
+    rows = [{"score": score, "document": name} for score, name in zip([1, 0, 1, 1, 0, 1], "aabbcc", strict=True)]
+    pruned = record(rows, "m", "t")
+    dense = record([{"score": 1.0, "document": row["document"]} for row in rows], "dense", "t")
+    whole = retention(pruned.iloc[2:], dense.iloc[2:], ["t"])
+    assert retention(pruned, dense.iloc[2:], ["t"])["retention_interval"] == whole["retention_interval"] is not None

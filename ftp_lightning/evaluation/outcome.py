@@ -10,8 +10,9 @@ from ftp_lightning.evaluation import statistics
 from ftp_lightning.evaluation.bench import DELETED, OWN_ANSWERS, Bench
 from ftp_lightning.evaluation.continuation import other_attention
 from ftp_lightning.evaluation.pairing import claims, compare
-from ftp_lightning.evaluation.record import DENSE, documents, flops_cut, joined, kept, mean, outcomes
+from ftp_lightning.evaluation.record import DENSE, documents, flops_cut, joined, kept, mean, outcomes, pairs
 from ftp_lightning.evaluation.statistics import Interval, mcnemar_p
+from ftp_lightning.schedule import kv_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -76,7 +77,7 @@ def _method(bench: Bench, items: DataFrame, name: str, pruner: TokenPruner, task
     return {
         "name": name,
         "budget": pruner.scheduled.budget,
-        "kv": pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed",
+        "kv": kv_name(pruner.kv),
         "realised_sparsity": prompt.mean_sparsity,
         "realised_per_block": prompt.sparsity,
         "flops_reduction": prompt.flops_cut,
@@ -128,7 +129,7 @@ def dense_cell(items: DataFrame, metrics: Metrics) -> dict[str, Any]:
         "high": found.high,
         "metric": items["metric"].iloc[0],
         "stderr": standard_error(items) if scored(items) else None,
-        "chance": chance(items),
+        "chance": average(items, "chance"),
         "n": len(items),
         "prompt_tokens": average(items, "prompt_tokens"),
         "truncated": int((items["truncated"].fillna(0) > 0).sum()) if "truncated" in items else 0,
@@ -194,11 +195,6 @@ def retention(items: DataFrame, dense: DataFrame, tasks: Sequence[str]) -> dict[
     return {"retention": statistics.retention(ours, whole), "retention_interval": ends and [100 * end for end in ends]}
 
 
-def chance(items: DataFrame) -> float | None:
-    """Share of right answers without reading the question; None where it is not known."""
-    return average(items, "chance")
-
-
 def scored(items: DataFrame) -> bool:
     """Whether every item has a score."""
     return len(items) > 0 and bool(items["score"].notna().all())
@@ -220,8 +216,8 @@ def _ends(parts: Sequence[tuple[DataFrame, DataFrame, float]]) -> list[float] | 
     """Interval of the mean over tasks of (pruned - chance) / (dense - chance)."""
     tasks = []
     for items, dense, at_chance in parts:
-        both = items[["item", "score"]].merge(dense[["item", "score"]], on="item", suffixes=("", "_dense"))
-        labels = documents(items)
-        tasks.append((both["score"].tolist(), both["score_dense"].tolist(), at_chance, labels))
+        named = joined([items.assign(method="pruned"), dense.assign(method=DENSE)])
+        both = pairs(named, "pruned", DENSE, "score")
+        tasks.append((both["a"].tolist(), both["b"].tolist(), at_chance, documents(both)))
     found = statistics.ratio_interval(tasks)
     return None if found is None or found.low is None or found.high is None else [found.low, found.high]

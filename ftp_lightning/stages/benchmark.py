@@ -12,6 +12,7 @@ from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import PrunedSettings
 from ftp_lightning.errors import UserError
+from ftp_lightning.schedule import kv_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -243,18 +244,13 @@ def measure(
     clock = BlockClock(bench.model, prompts)
     for number, pruner in enumerate(grid_pruners):
         step(number / len(grid_pruners))
-        about = {"length": length, "batch": batch, "kv": kv_name(pruner), "budget": pruner.scheduled.budget}
+        about = {"length": length, "batch": batch, "kv": kv_name(pruner.kv), "budget": pruner.scheduled.budget}
         try:
             row = bench.cell(pruner, prompts, clock)
         except torch.OutOfMemoryError:
             found["left_out"].append(about | {"reason": "out of memory"})
         else:
             found["rows"].append(about | row | how(pruner, prompts.mask is not None) | machine(bench.model))
-
-
-def kv_name(pruner: TokenPruner) -> str:
-    """The kv mode of all blocks, or "mixed"."""
-    return pruner.kv[0] if len(set(pruner.kv)) == 1 else "mixed"
 
 
 def how(pruner: TokenPruner, mixed: bool) -> dict[str, Any]:
