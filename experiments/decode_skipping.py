@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ftp_lightning import FixedRouter, TokenPruner
+from ftp_lightning.costs.flops import block_costs, decode_bytes
 from ftp_lightning.evaluation.speed.timing import median_interval, seconds
 from ftp_lightning.models import load_model
-from ftp_lightning.pruning.flops import block_costs, decode_bytes
 
 WARMUP = 4
 

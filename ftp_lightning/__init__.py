@@ -9,11 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ftp_lightning.disk.pruned_model import load_pruned
     from ftp_lightning.errors import UserError
     from ftp_lightning.hub import from_pretrained, push_to_hub
     from ftp_lightning.pruning import TokenPruner
-    from ftp_lightning.pruning.compensation import fit_compensation
-    from ftp_lightning.pruning.pruned_model import load_pruned
     from ftp_lightning.routing import (
         DynamicRouter,
         FixedRouter,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     )
     from ftp_lightning.schedule import Schedule
     from ftp_lightning.schedule_family import ScheduleFamily
+    from ftp_lightning.training.compensation import fit_compensation
 
 __version__ = "0.1.0"
 
@@ -51,9 +51,9 @@ _HOMES = {
     "ProjectedOnceRouter": "ftp_lightning.routing",
     "UntrainedRouter": "ftp_lightning.routing",
     "make_router": "ftp_lightning.routing",
-    "fit_compensation": "ftp_lightning.pruning.compensation",
+    "fit_compensation": "ftp_lightning.training.compensation",
     "from_pretrained": "ftp_lightning.hub",
-    "load_pruned": "ftp_lightning.pruning.pruned_model",
+    "load_pruned": "ftp_lightning.disk.pruned_model",
     "push_to_hub": "ftp_lightning.hub",
     "UserError": "ftp_lightning.errors",
 }

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftp_lightning.costs.flops import block_costs, head_flops, prompt_flops
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.flops import block_costs, head_flops, prompt_flops
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.schedule import Schedule
 
 MARGIN, CONTEXT = 1.05, 1.0e9

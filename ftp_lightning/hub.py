@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.artifact import read_provenance
+from ftp_lightning.disk.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, read_settings
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
-from ftp_lightning.pruning.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, read_settings
 from ftp_lightning.pruning.pruner import TokenPruner
 
 FILES = (SETTINGS, WEIGHTS, COMPENSATION)

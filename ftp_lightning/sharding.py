@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.blocks import find_decoder
+from ftp_lightning.pruning.family import find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ import inspect
 
 import torch
 
-from ftp_lightning.pruning.blocks import find_attention, find_blocks, find_mlp, sliding_window
+from ftp_lightning.pruning.family import find_attention, find_blocks, find_mlp, sliding_window
 from ftp_lightning.pruning.scores import attention_rank, attention_sums, last_logits
 from ftp_lightning.routing import RoutingContext
 from ftp_lightning.schedule import kept_tokens

@@ -14,12 +14,12 @@ from ftp_lightning.lit.block_sensitivity import BlockSensitivity
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.models import model_identity
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.compensation import fit_compensation
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.routing import make_router
 from ftp_lightning.search.criteria import HiddenError
 from ftp_lightning.search.fitness import ContinuationFitness
+from ftp_lightning.training.compensation import fit_compensation
 
 SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
 GENERATOR = torch.Generator().manual_seed(5)

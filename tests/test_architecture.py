@@ -11,7 +11,18 @@ import pytest
 import ftp_lightning
 
 PACKAGE = Path(ftp_lightning.__file__).parent
-CORE = ("schedule", "schedule_family", "routing", "pruning", "losses", "errors", "json_file")
+CORE = (
+    "schedule",
+    "schedule_family",
+    "routing",
+    "pruning",
+    "costs",
+    "training",
+    "disk",
+    "losses",
+    "errors",
+    "json_file",
+)
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
     "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding",
 )  # fmt: skip

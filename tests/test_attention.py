@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ftp_lightning.pruning import scores as scoring
+from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
-from ftp_lightning.pruning.tokens import Tokens
 
 
 def everyone(tokens, batch=1):

@@ -13,7 +13,7 @@ from ftp_lightning import RandomRouter, Schedule, TokenPruner
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import attention as engine_attention
 from ftp_lightning.pruning.attention import Sight, _chunked_sdpa
-from ftp_lightning.pruning.tokens import Rows, Tokens, visible_keys
+from ftp_lightning.pruning.kept import Rows, Tokens, visible_keys
 from ftp_lightning.routing import Router
 
 TEXT = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(1))

@@ -21,15 +21,15 @@ from ftp_lightning.baselines.selectors import AttentionSelector, nested, pooled
 from ftp_lightning.baselines.skip_gpt import SkipGPTRouter
 from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.baselines.zero_tprune import PageRankSelector
+from ftp_lightning.costs.flops import row_flops
+from ftp_lightning.costs.request import planned_cut, realised_cut, row_costs, scout_flops
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
-from ftp_lightning.pruning.compensation import fit_compensation
-from ftp_lightning.pruning.flops import row_flops
-from ftp_lightning.pruning.request import planned_cut, realised_cut, row_costs, scout_flops
+from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
-from ftp_lightning.pruning.tokens import Tokens
 from ftp_lightning.routing import HiddenRouter, ProjectedRouter, RoutingContext
+from ftp_lightning.training.compensation import fit_compensation
 
 PROMPT = 18
 PROFILE = Profile(PROMPT, 0)

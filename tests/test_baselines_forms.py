@@ -7,8 +7,8 @@ from tiny import random_llama
 
 from ftp_lightning.baselines.peer import ever_flatter, steps
 from ftp_lightning.baselines.registry import PEERS, Profile, Setting, best_form
-from ftp_lightning.pruning.budget import OutOfReach
-from ftp_lightning.pruning.request import planned_cut
+from ftp_lightning.costs.budget import OutOfReach
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.schedule import Schedule
 
 BLOCKS, PROFILE = 8, Profile(128)

@@ -13,12 +13,12 @@ from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_to
 from ftp_lightning.evaluation.redundancy import pooled_jaccard
 from ftp_lightning.lit.block_sensitivity import BlockSensitivity, Share
 from ftp_lightning.processes import launch
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.prefix import capture, first_needed_block, resume_from
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.routing.dynamic import DynamicRouter
 from ftp_lightning.routing.static import StaticRouter
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.training.resume import capture, first_needed_block, resume_from
 
 torch.set_num_threads(1)
 BLOCKS, PROMPT, CONTINUATION, LEVELS = 4, 16, 5, (0.3, 0.9)

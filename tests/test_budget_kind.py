@@ -7,9 +7,9 @@ from test_cli import refused
 
 from ftp_lightning import Schedule
 from ftp_lightning.__main__ import parse
+from ftp_lightning.costs.budget import solve_budget
+from ftp_lightning.costs.flops import flops_reduction
 from ftp_lightning.models import load_model
-from ftp_lightning.pruning.budget import solve_budget
-from ftp_lightning.pruning.flops import flops_reduction
 from ftp_lightning.stages.inputs import chosen_pruner, token_budget
 
 TINY = ["--model", "random:tiny"]

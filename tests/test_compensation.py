@@ -31,10 +31,10 @@ from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import compensation, flops
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.compensation import Moments, gather_moments, solve_compensation
-from ftp_lightning.pruning.prefix import capture
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.search.fitness import pruner_identity
+from ftp_lightning.training.compensation import Moments, gather_moments, solve_compensation
+from ftp_lightning.training.resume import capture
 
 SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
 WIDTH = 32
@@ -452,7 +452,7 @@ def test_broken_folders_are_refused_in_words(tmp_path):
 
 def test_a_compensation_of_no_stored_size_leaves_the_old_pruner(tmp_path, monkeypatch):
     TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p")
-    monkeypatch.setattr("ftp_lightning.pruning.pruned_folder._LARGEST_COMPENSATION", 100)
+    monkeypatch.setattr("ftp_lightning.disk.pruned_folder._LARGEST_COMPENSATION", 100)
     with pytest.raises(UserError, match="more than the 100"):
         pruner_of("low-rank", StaticRouter()).save(tmp_path / "p")
     assert TokenPruner.load(tmp_path / "p").skip == "identity" and len(list(tmp_path.iterdir())) == 1
@@ -501,7 +501,7 @@ def test_the_mean_costs_no_multiplication():
 
 
 def test_padding_is_not_counted_and_a_budget_of_flops_pays_for_it():
-    from ftp_lightning.pruning.budget import solve_budget
+    from ftp_lightning.costs.budget import solve_budget
     from ftp_lightning.pruning.trace import Trace
 
     model, real = tiny_llama(torch.float32), torch.ones(2, 10, dtype=torch.bool)

@@ -12,7 +12,7 @@ from families import family
 from ftp_lightning import Schedule, TokenPruner, UserError
 from ftp_lightning.__main__ import parse
 from ftp_lightning.models import load_model, model_identity
-from ftp_lightning.pruning.places import fetched, home, is_dispatched
+from ftp_lightning.pruning.devices import fetched, home, is_dispatched
 from ftp_lightning.routing import make_router
 
 HERE = Path(__file__).resolve().parent

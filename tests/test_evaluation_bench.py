@@ -5,6 +5,7 @@ import torch
 from test_engine import BLOCKS, MODEL, TEXT
 
 from ftp_lightning.baselines.registry import METHODS, Profile, Setting
+from ftp_lightning.costs.request import realised_cut
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation import record as of
 from ftp_lightning.evaluation.bench import OWN_ANSWERS, Bench
@@ -12,7 +13,6 @@ from ftp_lightning.evaluation.bench import TEXT as PROSE
 from ftp_lightning.evaluation.greedy import Questions, greedy_answers
 from ftp_lightning.evaluation.harness.accounts import realised_rows
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.request import realised_cut
 from ftp_lightning.routing import RandomRouter, StaticRouter
 from ftp_lightning.schedule import Schedule
 

@@ -6,6 +6,8 @@ from families import family
 from tiny import random_llama
 from transformers import LlamaForCausalLM
 
+from ftp_lightning.costs.flops import realised_flops
+from ftp_lightning.costs.request import kept_bytes
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import (
     continuation_logits,
@@ -17,8 +19,6 @@ from ftp_lightning.evaluation.continuation import (
     teacher_logprobs,
 )
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import realised_flops
-from ftp_lightning.pruning.request import kept_bytes
 from ftp_lightning.routing import make_router
 from ftp_lightning.routing.random import RandomRouter
 from ftp_lightning.routing.static import StaticRouter

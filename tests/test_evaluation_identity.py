@@ -9,9 +9,9 @@ from ftp_lightning.baselines.registry import PEERS, Setting
 from ftp_lightning.evaluation.harness.answers import asked_identity
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.compensation import Compensation, shapes
 from ftp_lightning.routing import DynamicRouter, FixedRouter, RandomRouter, StaticRouter
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.training.compensation import Compensation, shapes
 
 SCHEDULE = Schedule([0.0, 0.5, 0.7])
 SIZES = {"parts": ("block",), "num_blocks": 3, "hidden_size": 32, "rank": 0}

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
+from ftp_lightning.costs.flops import block_costs, head_flops, prompt_flops, speedup_limit
 from ftp_lightning.evaluation.speed import block_clock, memory
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.block_clock import BlockClock
 from ftp_lightning.evaluation.speed.limits import most_kept, padded_flops_limit, shape_limit
 from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.flops import block_costs, head_flops, prompt_flops, speedup_limit
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule

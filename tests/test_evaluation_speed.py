@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ftp_lightning.costs.flops import realised_speedup_limit
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed import timing
@@ -10,7 +11,6 @@ from ftp_lightning.evaluation.speed.block_clock import BlockClock
 from ftp_lightning.evaluation.speed.cell import Bench
 from ftp_lightning.evaluation.speed.prompts import mixed_lengths, random_prompts
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import realised_speedup_limit
 from ftp_lightning.routing import DynamicRouter, FixedRouter, RandomRouter, StaticRouter
 from ftp_lightning.schedule import Schedule
 from tests.tiny import random_llama

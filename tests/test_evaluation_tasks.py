@@ -10,6 +10,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from tiny import random_llama
 
+from ftp_lightning.costs.flops import block_costs, continuation_flops, head_flops
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_token, sequence_logits
 from ftp_lightning.evaluation.harness import accounts, results, task_data, tasks
@@ -18,7 +19,6 @@ from ftp_lightning.evaluation.harness.answers import AnswerBook
 from ftp_lightning.evaluation.harness.model import FtpLM
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import block_costs, continuation_flops, head_flops
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing import RandomRouter, StaticRouter
 from ftp_lightning.schedule import Schedule

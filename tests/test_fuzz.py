@@ -14,9 +14,9 @@ from ftp_lightning import DynamicRouter, Schedule, ScheduleFamily, TokenPruner, 
 from ftp_lightning.__main__ import STAGES, main, parse
 from ftp_lightning.artifact import StageFolder, inside
 from ftp_lightning.data.sources import load_documents
+from ftp_lightning.disk.pruned_folder import read_settings
+from ftp_lightning.disk.pruned_model import load_pruned
 from ftp_lightning.models import load_model
-from ftp_lightning.pruning.pruned_folder import read_settings
-from ftp_lightning.pruning.pruned_model import load_pruned
 from ftp_lightning.stages.inputs import load_sensitivity
 
 some = settings(

@@ -8,9 +8,9 @@ from test_router_training import windows
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
 from ftp_lightning.pruning import key_gates
 from ftp_lightning.pruning.attention import Sight
-from ftp_lightning.pruning.gates import StraightThrough
-from ftp_lightning.pruning.key_gates import gated_keys
-from ftp_lightning.pruning.tokens import Tokens
+from ftp_lightning.pruning.kept import Tokens
+from ftp_lightning.training.gates import StraightThrough
+from ftp_lightning.training.key_gates import gated_keys
 
 B, H, G, T, D = 2, 4, 2, 11, 8
 

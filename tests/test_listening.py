@@ -9,8 +9,8 @@ from test_router_training import SCHEDULE, windows
 from ftp_lightning import TokenPruner
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
-from ftp_lightning.pruning.listening import listening, needed_later
 from ftp_lightning.routing import make_router
+from ftp_lightning.training.listening import listening, needed_later
 
 
 def by_hand(attentions, real, last):

@@ -6,9 +6,9 @@ from families import family
 from test_engine import ROUTERS, seeded, tiny_llama
 
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
-from ftp_lightning.pruning.blocks import find_decoder
-from ftp_lightning.pruning.gates import Soft
-from ftp_lightning.pruning.tokens import Rows
+from ftp_lightning.pruning.family import find_decoder
+from ftp_lightning.pruning.kept import Rows
+from ftp_lightning.training.gates import Soft
 
 LENGTHS = ((18, 6), (11, 4), (5, 1), (2, 6))
 """(prompt, response) tokens of every row."""

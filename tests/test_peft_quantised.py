@@ -7,10 +7,10 @@ from test_engine import state_of
 from test_families import SCHEDULE, TEXT, check, relative
 
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner, UserError
+from ftp_lightning.costs.flops import decode_bytes, flops_reduction
+from ftp_lightning.costs.per_block import block_costs
 from ftp_lightning.models import model_identity
-from ftp_lightning.pruning.blocks import find_blocks, find_mlp
-from ftp_lightning.pruning.costs import block_costs
-from ftp_lightning.pruning.flops import decode_bytes, flops_reduction
+from ftp_lightning.pruning.family import find_blocks, find_mlp
 
 KV = ("evict", "keep")
 pytestmark = [  # of peft, transformers and torch.ao, none of them ours to heed

@@ -7,7 +7,7 @@ import torch
 from test_engine import BLOCKS, TEXT, seeded, tiny_llama
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner, UserError
-from ftp_lightning.pruning.pruned_folder import check_base, read_settings
+from ftp_lightning.disk.pruned_folder import check_base, read_settings
 
 SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
 

@@ -16,9 +16,9 @@ from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.lit.fitting import fit, fit_router
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
-from ftp_lightning.pruning.gates import Gumbel, Soft, StraightThrough
 from ftp_lightning.routing import make_router
 from ftp_lightning.schedule_family import ScheduleFamily
+from ftp_lightning.training.gates import Gumbel, Soft, StraightThrough
 
 FAMILY = ScheduleFamily([Schedule([0.0, 0.2, 0.2, 0.0]), Schedule([0.2, 0.8, 0.8, 0.6])])
 

@@ -14,7 +14,7 @@ from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.models import model_identity
 from ftp_lightning.processes import launch
-from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.sharding import shard
 
 TOGETHER = {"steps": 20, "batch_size": 2, "gates": "gumbel", "validations": 2, "seed": 4}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.costs.budget import default_with_cut
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.budget import default_with_cut
 from ftp_lightning.routing import Router, StaticRouter
 from ftp_lightning.schedule import Schedule
 

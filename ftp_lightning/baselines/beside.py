@@ -8,8 +8,8 @@ from ftp_lightning.baselines.allocated import Allocated
 from ftp_lightning.baselines.names import EQUAL_TOKENS
 from ftp_lightning.baselines.registry import METHODS
 from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.request import planned_cut
 
 
 def beside(name: str, chosen: TokenPruner, setting: Setting, prompt_tokens: int) -> TokenPruner:

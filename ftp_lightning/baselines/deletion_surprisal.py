@@ -8,8 +8,8 @@ from typing import Any
 from ftp_lightning.baselines.peer import Peer, even
 from ftp_lightning.baselines.selectors import ScoutedSelector
 from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.costs.budget import solve_budget
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.budget import solve_budget
 from ftp_lightning.routing import Router
 from ftp_lightning.routing.base import Scout
 from ftp_lightning.schedule import Schedule

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.costs.budget import OutOfReach
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.budget import OutOfReach
-from ftp_lightning.pruning.request import planned_cut
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
 

@@ -9,10 +9,10 @@ import torch
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.costs.budget import OutOfReach
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.budget import OutOfReach
-from ftp_lightning.pruning.request import planned_cut
 from ftp_lightning.routing import DynamicRouter, Router, StaticRouter
 from ftp_lightning.schedule import Schedule
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ftp_lightning.baselines.setting import Profile, Setting
+from ftp_lightning.costs.budget import OutOfReach, solve_budget
+from ftp_lightning.costs.request import scout_flops
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.budget import OutOfReach, solve_budget
-from ftp_lightning.pruning.request import scout_flops
 from ftp_lightning.routing import Router
 from ftp_lightning.schedule import Schedule
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.compensation import Compensation, fit_compensation
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.training.compensation import Compensation, fit_compensation
 
 
 @dataclass(frozen=True)

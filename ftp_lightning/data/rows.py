@@ -116,7 +116,7 @@ class Rows:
         """These rows side by side: prompts padded on the left to P, continuations on the right to C.
 
         Returns `{"input_ids": (B, P + C) int64, "prompt_tokens": P}`, and `"attention_mask"` (B, P + C) int64 where
-        something is padded. `pruning.tokens.padding_arguments` says what a model is then given.
+        something is padded. `pruning.kept.padding_arguments` says what a model is then given.
         """
         chosen = [self.rows[row] for row in rows]
         prompt, continuation = max(len(row.prompt) for row in chosen), max(len(row.continuation) for row in chosen)

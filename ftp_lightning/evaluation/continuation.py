@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ftp_lightning.costs.request import row_costs
 from ftp_lightning.data.rows import Batch, Rows, moved
 from ftp_lightning.evaluation.scores import ContinuationScores, Tally
 from ftp_lightning.losses import kl_per_token, nll_per_token
-from ftp_lightning.pruning.places import home
-from ftp_lightning.pruning.request import row_costs
-from ftp_lightning.pruning.tokens import padding_arguments
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.kept import padding_arguments
 
 __all__ = [
     "MODES", "continuation_logits", "evaluate_rows", "kl_per_token", "nll_per_token", "noise_floor", "other_attention",

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ftp_lightning.costs.request import row_costs
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.evaluation.record import joined, record
 from ftp_lightning.evaluation.scoring import score_after_prompt
-from ftp_lightning.pruning.request import row_costs
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -18,8 +18,8 @@ from ftp_lightning.evaluation.harness.accounts import Answer
 from ftp_lightning.evaluation.harness.answers import AnswerBook, request_key
 from ftp_lightning.fingerprint import digest
 from ftp_lightning.models import model_identity
-from ftp_lightning.pruning.places import home
-from ftp_lightning.pruning.tokens import padding_arguments
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.kept import padding_arguments
 
 BATCH = 8
 EMPTY = "empty_answer"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ftp_lightning.costs.request import RowCosts
 from ftp_lightning.data.rows import Rows
 from ftp_lightning.losses import kl_per_token, nll_per_token
-from ftp_lightning.pruning.request import RowCosts
 from ftp_lightning.pruning.trace import Trace
 
 

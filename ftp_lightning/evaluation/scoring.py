@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.losses import nll_per_token
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
 
 Tokens = Sequence[int]
 

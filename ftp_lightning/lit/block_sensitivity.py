@@ -15,10 +15,10 @@ from ftp_lightning.data.rows import Batch, scored_tokens
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import redundancy
 from ftp_lightning.evaluation.continuation import continuation_logits, kl_per_token, nll_per_token, row_means
-from ftp_lightning.pruning.places import home
-from ftp_lightning.pruning.prefix import BlockStates, capture, differentiable, first_needed_block, resume_from
+from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.training.resume import BlockStates, capture, differentiable, first_needed_block, resume_from
 
 POSITION = {
     "jaccard": redundancy.pooled_jaccard,
@@ -82,7 +82,7 @@ class BlockSensitivity(lightning.LightningModule):
     * KL: KL(dense || pruned) per continuation token when block l alone is pruned at a level [ours: method.md, 8].
 
     The dense model runs once per batch, forward and, for the gradient, backward; the pruned forward of block l starts
-    at block l (`pruning.prefix`). That holds for routers that look at nothing below but the attention table.
+    at block l (`training.resume`). That holds for routers that look at nothing below but the attention table.
 
     Args:
         model: a Hugging Face causal LM with nothing attached.

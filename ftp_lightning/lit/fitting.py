@@ -27,7 +27,7 @@ from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
 from ftp_lightning.started import Started
 
 LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"

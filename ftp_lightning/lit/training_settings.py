@@ -9,7 +9,7 @@ import torch
 
 from ftp_lightning import losses
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.gates import Gumbel, Soft, StraightThrough
+from ftp_lightning.training.gates import Gumbel, Soft, StraightThrough
 
 GATES = ("straight-through", "gumbel", "soft")
 SCOPES = ("prompt", "sequence")
@@ -38,10 +38,10 @@ class TrainingSettings:
         distillation: "mse" of the last hidden state (paper), "kl" of the logits, or "both" added.
         sparsity_loss: "one-sided" (paper) or "symmetric".
         guide: what the guide loss teaches: the decisions of the "static" router (paper), or those that the "future"
-            makes: the tokens that the continuation attends to in the dense model [ours], see `pruning.listening`.
+            makes: the tokens that the continuation attends to in the dense model [ours], see `training.listening`.
         guide_share, guide_decay, guide_balanced: see `losses.guide_weight` and `losses.guide_loss`.
-        gates: see `pruning.gates`; all are deterministic at evaluation.
-        key_gates: under `evict` gradients also go through keys and values, see `pruning.key_gates`.
+        gates: see `training.gates`; all are deterministic at evaluation.
+        key_gates: under `evict` gradients also go through keys and values, see `training.key_gates`.
         temperature: of "gumbel" gates, at the first step and at the last, geometric between.
         scope: "prompt" (the deployed computation) or "sequence": the whole text is routed and scored (paper).
         recompute: activation checkpointing of the frozen blocks.

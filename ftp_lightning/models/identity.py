@@ -54,8 +54,8 @@ def _weights_sample(model: "PreTrainedModel") -> str:
 
 def _named_weights(model: "PreTrainedModel") -> "Iterator[tuple[str, torch.Tensor]]":
     """Names and weights, as they are stored; what peft wraps a model in adds no prefix to the names."""
-    from ftp_lightning.pruning.places import fetched
-    from ftp_lightning.pruning.stored import stored_parts
+    from ftp_lightning.costs.stored import stored_parts
+    from ftp_lightning.pruning.devices import fetched
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = {id(weight): name for name, weight in base.named_parameters()}

@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.tokens import Tokens, visible_keys
+from ftp_lightning.pruning.kept import Tokens, visible_keys
 
 TAP = "ftp_lightning_tap"
 QUERY_CHUNK = {"cpu": 64}

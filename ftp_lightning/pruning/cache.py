@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.score_log import ScoreLog
-from ftp_lightning.pruning.tokens import Tokens
 
 
 class RoutedLayer(DynamicLayer):

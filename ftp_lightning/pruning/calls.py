@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.tokens import take_rows
+from ftp_lightning.pruning.kept import take_rows
 
 
 class WrappedMethod:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ftp_lightning.pruning import policies
 from ftp_lightning.pruning.calls import Call
+from ftp_lightning.pruning.kept import Rows
 from ftp_lightning.pruning.state import Chosen, Decision
-from ftp_lightning.pruning.tokens import Rows
 from ftp_lightning.routing.base import RoutingContext
 from ftp_lightning.routing.choice import choose_threshold, choose_topk
 from ftp_lightning.routing.fixed import FixedRouter

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftp_lightning.pruning.attention import Sight
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.calls import Call, tensor_of
-from ftp_lightning.pruning.tokens import Tokens
+from ftp_lightning.pruning.kept import Tokens
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.engine import Engine

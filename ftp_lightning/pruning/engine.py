@@ -14,25 +14,25 @@ from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.attention import Sight, attend, interface, tap_attention
-from ftp_lightning.pruning.blocks import find_decoder
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.calls import Call, WrappedMethod
-from ftp_lightning.pruning.compensation import Compensation
 from ftp_lightning.pruning.deciding import choose
 from ftp_lightning.pruning.dense import run_dense
+from ftp_lightning.pruning.devices import brought, home
+from ftp_lightning.pruning.family import find_decoder
 from ftp_lightning.pruning.gathered import run_gathered
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
-from ftp_lightning.pruning.key_gates import gated_keys
+from ftp_lightning.pruning.kept import Rows, Tokens
 from ftp_lightning.pruning.masked import recomputed, run_masked
 from ftp_lightning.pruning.parts import PartPlan, run_attention_part, run_mlp_entry, run_mlp_exit, run_parts
-from ftp_lightning.pruning.places import brought, home
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query, scaling_of
 from ftp_lightning.pruning.state import Decision, Pass, Site
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable, remember_prompt
-from ftp_lightning.pruning.tokens import Rows, Tokens
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.choice import RoutedPart
 from ftp_lightning.routing.fixed import FixedRouter
+from ftp_lightning.training.compensation import Compensation
+from ftp_lightning.training.key_gates import gated_keys
 
 __all__ = ["Decision", "Engine"]
 

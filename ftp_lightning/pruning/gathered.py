@@ -14,8 +14,8 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.attention import Sight
 from ftp_lightning.pruning.cache import Deposited, DepositPort, Port, RoutedLayer
 from ftp_lightning.pruning.calls import Call, tensor_of
+from ftp_lightning.pruning.kept import Rows, Tokens
 from ftp_lightning.pruning.state import Chosen
-from ftp_lightning.pruning.tokens import Rows, Tokens
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.engine import Engine

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ftp_lightning.pruning.attention import Sight, is_tapped, tap_attention
 from ftp_lightning.pruning.calls import Call, tensor_of
+from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.state import Chosen
-from ftp_lightning.pruning.tokens import Tokens
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.engine import Engine

@@ -17,9 +17,9 @@ from torch import Tensor
 from ftp_lightning.pruning.calls import Call
 from ftp_lightning.pruning.dense import run_dense
 from ftp_lightning.pruning.gathered import run_rows, scattered
+from ftp_lightning.pruning.kept import Rows
 from ftp_lightning.pruning.masked import run_all_rows
 from ftp_lightning.pruning.state import Chosen
-from ftp_lightning.pruning.tokens import Rows
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.engine import Engine

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from torch import nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.compensation import Compensation, check_skip
 from ftp_lightning.pruning.deciding import PARTS
 from ftp_lightning.pruning.engine import Decision, Engine
-from ftp_lightning.pruning.gates import StraightThrough
 from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Router
 from ftp_lightning.routing.fixed import FixedRouter
 from ftp_lightning.schedule import Schedule, kv_modes, kv_name
+from ftp_lightning.training.compensation import Compensation, check_skip
+from ftp_lightning.training.gates import StraightThrough
 
 DEFAULT_KV = "evict"
 """The kv mode where neither pruner nor schedule says one (paper)."""
@@ -143,10 +143,10 @@ class TokenPruner:
         UserError where one is in force already, the block counts differ, or a loaded pruner was made for another base
         model.
         """
-        from ftp_lightning.pruning.blocks import find_decoder
+        from ftp_lightning.disk.pruned_folder import check_base
         from ftp_lightning.pruning.calls import WrappedMethod
-        from ftp_lightning.pruning.places import home
-        from ftp_lightning.pruning.pruned_folder import check_base
+        from ftp_lightning.pruning.devices import home
+        from ftp_lightning.pruning.family import find_decoder
 
         decoder, blocks = find_decoder(model)
         if self._engine is not None:
@@ -251,7 +251,7 @@ class TokenPruner:
         `base` names the base model for `load_pruned`; its identity is taken from `model`, else from the model it is or
         was attached to, else (a loaded pruner) carried over.
         """
-        from ftp_lightning.pruning.pruned_folder import save_pruner
+        from ftp_lightning.disk.pruned_folder import save_pruner
 
         if self.removed:
             raise UserError("a pruner with removed parts cannot be stored: its list is not part of the format.")
@@ -260,7 +260,7 @@ class TokenPruner:
     @staticmethod
     def load(folder) -> TokenPruner:
         """Read what `save` wrote. See `pruned_folder.load_pruner`."""
-        from ftp_lightning.pruning.pruned_folder import load_pruner
+        from ftp_lightning.disk.pruned_folder import load_pruner
 
         return load_pruner(folder, TokenPruner)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ftp_lightning.pruning.tokens import Tokens, visible_keys
+from ftp_lightning.pruning.kept import Tokens, visible_keys
 
 SCORE_CHUNK = 128
 """Queries whose probabilities are held at once [ours]: B x H x 128 x S numbers."""

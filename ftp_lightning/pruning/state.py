@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.pruning.attention import Backend, Sight
-from ftp_lightning.pruning.blocks import cache_name, find_attention, find_mlp, query_projection, sliding_window
 from ftp_lightning.pruning.calls import Signature
-from ftp_lightning.pruning.places import hooked_place
+from ftp_lightning.pruning.devices import hooked_place
+from ftp_lightning.pruning.family import cache_name, find_attention, find_mlp, query_projection, sliding_window
+from ftp_lightning.pruning.kept import Rows, Tokens
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable
-from ftp_lightning.pruning.tokens import Rows, Tokens
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import RoutingContext, Scout
 from ftp_lightning.routing.choice import RoutedPart

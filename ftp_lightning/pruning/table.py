@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.pruning.cache import RoutedLayer
-from ftp_lightning.pruning.tokens import Tokens
+from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.routing.factors import average_rank
 
 UNWRITTEN = -1.0

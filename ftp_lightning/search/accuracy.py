@@ -12,7 +12,7 @@ from typing import Any
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.harness.seen import SEARCHED, furthest, place
 from ftp_lightning.models import model_identity
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.fitness import MemoFitness, pruner_identity

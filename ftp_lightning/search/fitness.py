@@ -13,12 +13,12 @@ from ftp_lightning.data.rows import Batch, Rows, moved, scored_tokens
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits, row_means
 from ftp_lightning.models import model_identity
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.places import home
-from ftp_lightning.pruning.prefix import BlockStates, capture, first_needed_block, resume_from
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.criteria import Criterion, KLDivergence, entering_head
+from ftp_lightning.training.resume import BlockStates, capture, first_needed_block, resume_from
 
 STATES_LIMIT = 256 << 20
 """Bytes of the dense model's hidden states that are kept, so that dense first blocks are computed once [ours]."""

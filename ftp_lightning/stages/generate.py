@@ -59,7 +59,7 @@ class GenerateStage(PrunedSettings):
         import torch
 
         from ftp_lightning.data.text import prompt_ids
-        from ftp_lightning.pruning.places import home
+        from ftp_lightning.pruning.devices import home
         from ftp_lightning.stages.inputs import check_chat_template
 
         if self.apply_chat_template:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ftp_lightning import models
 from ftp_lightning.cli.option import check_reachable
 from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings, holds_family
+from ftp_lightning.costs.budget import default_with_cut, solve_budget
 from ftp_lightning.data.prompts import sampled_prompts
 from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.data.windows import calibration_windows
+from ftp_lightning.disk.pruned_folder import check_base, read_settings
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.blocks import find_blocks
-from ftp_lightning.pruning.budget import default_with_cut, solve_budget
-from ftp_lightning.pruning.pruned_folder import check_base, read_settings
+from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import LARGEST, ScheduleFamily

@@ -12,7 +12,7 @@ from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
 
 
 @torch.no_grad()

@@ -278,7 +278,7 @@ def _write(
     more: dict,
 ) -> None:
     """schedule.json (a family: schedules.json), pruned/ where one was fine-tuned, metrics.json."""
-    from ftp_lightning.pruning.flops import flops_reduction
+    from ftp_lightning.costs.flops import flops_reduction
     from ftp_lightning.schedule_family import ScheduleFamily
     from ftp_lightning.stages.inputs import read_schedule
 

@@ -49,7 +49,7 @@ class SensitivityStage(RowsSettings, StageSettings):
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.data.module import RowsData
-        from ftp_lightning.pruning.places import home
+        from ftp_lightning.pruning.devices import home
         from ftp_lightning.stages.inputs import load_model, measured_rows
 
         model, tokenizer = load_model(self)

@@ -182,8 +182,8 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
     """The untrained router under the schedule, and what a skipped token gets; mean or map are fitted here, before the
     router is trained with them. With --pruned the one that is there."""
     from ftp_lightning.pruning import TokenPruner
-    from ftp_lightning.pruning.compensation import fit_compensation
     from ftp_lightning.stages.inputs import DEFAULT_KV, load_pruner, load_schedule, measured_rows
+    from ftp_lightning.training.compensation import fit_compensation
 
     if settings.pruned:
         loaded = load_pruner(settings.pruned, model)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ftp_lightning.pruning.request import row_costs
+from ftp_lightning.costs.request import row_costs
 
 
 class Spent(NamedTuple):

@@ -49,7 +49,7 @@ class HarnessTasks:
         """Ask all tasks; the questions without their passages are asked of the dense model alone."""
         from ftp_lightning.evaluation.harness.model import FtpLM
         from ftp_lightning.evaluation.harness.tasks import run_tasks
-        from ftp_lightning.pruning.places import home
+        from ftp_lightning.pruning.devices import home
 
         place = str(home(self.model))
         lm = FtpLM(self.model, pruner=pruner, mode=mode, tokenizer=self.tokenizer, device=place, **self.about)

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ftp_lightning import models
+from ftp_lightning.disk.pruned_folder import check_base, read_settings
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.continuation import MODES
 from ftp_lightning.evaluation.harness.accounts import Account, Answer, realised_rows
@@ -21,7 +22,6 @@ from ftp_lightning.evaluation.harness.ranks import Ranked
 from ftp_lightning.evaluation.harness.requests import Item, context_batches, text_batches
 from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.pruned_folder import check_base, read_settings
 
 REMEDY = "Give a Hub name (or run `ftp-lightning prefetch` where there is a network), a folder, or embedded."
 # lm-eval's: the texts (None: nothing to cache), the context's tokens, the continuation's tokens

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ftp_lightning.evaluation.speed.prompts import Prompts
 from ftp_lightning.evaluation.speed.timing import interleaved, seconds
-from ftp_lightning.pruning.blocks import cache_name, find_attention, find_blocks
+from ftp_lightning.pruning.family import cache_name, find_attention, find_blocks
 
 WARMUP = 2
 """Pairs of block calls that are not counted."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from ftp_lightning.costs.flops import realised_speedup_limit
 from ftp_lightning.evaluation.speed import memory
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.block_clock import BlockClock
 from ftp_lightning.evaluation.speed.limits import padded_flops_limit, shape_limit
 from ftp_lightning.evaluation.speed.prompts import Prompts
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.pruning.flops import realised_speedup_limit
 
 LAUNCH_BOUND = 5.0
 """A dense prefill below so many times its own time at one token is mostly launching kernels [ours]."""

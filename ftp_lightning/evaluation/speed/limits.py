@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ftp_lightning.costs.flops import BlockCost, block_costs, causal_pairs, head_flops
 from ftp_lightning.evaluation.speed.block_clock import BlockClock
-from ftp_lightning.pruning.flops import BlockCost, block_costs, causal_pairs, head_flops
 from ftp_lightning.pruning.trace import Trace
 
 

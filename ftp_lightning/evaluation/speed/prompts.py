@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
 
 
 @dataclass(frozen=True)

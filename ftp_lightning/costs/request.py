@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ftp_lightning.pruning.costs import block_costs, remaining_costs
-from ftp_lightning.pruning.flops import (
+from ftp_lightning.costs.flops import (
     continuation_flops,
     head_flops,
     prompt_flops,
     row_flops,
     stored_tokens,
 )
+from ftp_lightning.costs.per_block import block_costs, remaining_costs
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Scout
 from ftp_lightning.schedule import Schedule

@@ -23,10 +23,10 @@ from torch import nn
 
 from ftp_lightning.errors import UserError, unwritable
 from ftp_lightning.json_file import read_json
-from ftp_lightning.pruning.compensation import Compensation, shapes
 from ftp_lightning.routing import ROUTERS
 from ftp_lightning.routing.base import Router
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.training.compensation import Compensation, shapes
 
 FORMAT = "ftp-lightning/pruner"
 VERSION = 1

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.blocks import find_attention, find_blocks, query_projection, sliding_window
-from ftp_lightning.pruning.stored import stored_bytes
+from ftp_lightning.costs.stored import stored_bytes
+from ftp_lightning.pruning.family import find_attention, find_blocks, query_projection, sliding_window
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ftp_lightning.disk.pruned_folder import read_settings
 from ftp_lightning.errors import UserError
 from ftp_lightning.models import load
-from ftp_lightning.pruning.pruned_folder import read_settings
 from ftp_lightning.pruning.pruner import TokenPruner
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.blocks import find_attention, find_decoder, find_mlp
 from ftp_lightning.pruning.calls import WrappedMethod
-from ftp_lightning.pruning.places import home, hooked_place
-from ftp_lightning.pruning.tokens import padding_arguments
+from ftp_lightning.pruning.devices import home, hooked_place
+from ftp_lightning.pruning.family import find_attention, find_decoder, find_mlp
+from ftp_lightning.pruning.kept import padding_arguments
 
 SKIP = ("identity", "mean", "low-rank")
 """What a skipped token may get: nothing (paper), the mean update, or a linear map of rank r of its input."""
@@ -91,7 +91,7 @@ def check_skip(skip: str, compensation: Compensation | None, parts: Sequence[str
     if compensation is None:
         raise UserError(
             f"skip={skip!r} needs to know what it adds to a skipped token.\n"
-            "Give compensation=fit_compensation(model, windows, rank=R) of pruning.compensation, 0 for the mean."
+            "Give compensation=fit_compensation(model, windows, rank=R) of training.compensation, 0 for the mean."
         )
     if (compensation.rank == 0) != (skip == "mean"):
         wanted = "rank=0, the mean update alone" if skip == "mean" else "a rank of at least 1"

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.costs import (
+from ftp_lightning.costs.per_block import (
     BlockCost,
     block_costs,
     causal_pairs,
@@ -20,7 +20,7 @@ from ftp_lightning.pruning.costs import (
     evicted_pairs,
     remaining_costs,
 )
-from ftp_lightning.pruning.stored import stored_bytes
+from ftp_lightning.costs.stored import stored_bytes
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.schedule import Schedule, kept_tokens
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.blocks import cache_name, find_attention, find_blocks, sliding_window
 from ftp_lightning.pruning.calls import Call, Signature
+from ftp_lightning.pruning.family import cache_name, find_attention, find_blocks, sliding_window
 
 
 @dataclass

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from ftp_lightning.costs.flops import Parts, continuation_flops, head_flops, prompt_flops, stored_tokens
+from ftp_lightning.costs.per_block import block_costs
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.costs import block_costs
-from ftp_lightning.pruning.flops import Parts, continuation_flops, head_flops, prompt_flops, stored_tokens
 from ftp_lightning.schedule import Schedule
 
 

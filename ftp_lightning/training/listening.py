@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.pruning.attention import interface, tap_attention
-from ftp_lightning.pruning.blocks import find_attention, find_decoder, sliding_window
-from ftp_lightning.pruning.places import home
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.family import find_attention, find_decoder, sliding_window
+from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.scores import Tapped, received_attention, scaling_of
-from ftp_lightning.pruning.tokens import Tokens
 
 
 @contextmanager

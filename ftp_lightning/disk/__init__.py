@@ -1,0 +1,1 @@
+"""A pruner on disk, and a base model loaded with it."""
