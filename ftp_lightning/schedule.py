@@ -229,6 +229,11 @@ def kept_tokens(length: int, sparsity: float, reserved: int) -> int:
     return max(min(reserved, length), length - round(float(sparsity) * length))  # round() rounds half to even
 
 
+def reserved_tokens(length: int, starts: bool = True) -> int:
+    """How many tokens of a row are always kept: the first, where the text starts here, and the last [ours]."""
+    return min(length, 2 if starts else 1)
+
+
 def level_step(num_blocks: int, budget: float, step: float = 0.05) -> float:
     """The step nearest the requested one that divides num_blocks * budget, so that integer levels meet the budget.
 

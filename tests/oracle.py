@@ -96,7 +96,7 @@ def page_rank(p, visible, queries, keys, iterations=5, damping=0.85):
 
 def looked(model, pruner, ids):
     """What the router's scout says of the tokens of one prompt, from the stock model."""
-    scout, tokens = pruner.router.scout, len(ids)
+    scout, tokens = pruner.router.needs.scout, len(ids)
     if scout is None:
         return None
     if scout.kind == "surprisal":
@@ -107,7 +107,7 @@ def looked(model, pruner, ids):
     causal = torch.ones(tokens, tokens).tril().bool()
     for layer in model.model.layers[: scout.blocks]:
         x, p = llama_block(layer, model.config, x, cos, sin, causal)
-    if pruner.router.reads is last_logits:  # but for a number that is the same for all keys
+    if pruner.router.needs.reads is last_logits:  # but for a number that is the same for all keys
         return p[:, -1].double().log().mean(0)[None].float()
     queries = range(tokens)[-pruner.window :] if pruner.attention == "window" else range(tokens)
     said = scores(p, causal, list(queries))
@@ -138,7 +138,7 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
     cos, sin = (t[0] for t in model.model.rotary_emb(x, torch.arange(tokens)[None]))
     causal = torch.ones(tokens, tokens).tril().bool()
     router, entered, memo = pruner.router, None, {}
-    table = torch.zeros(1, prompt) if router.adds_up else torch.ones(1, prompt)
+    table = torch.zeros(1, prompt) if router.needs.adds_up else torch.ones(1, prompt)
     scouted, decided = looked(model, pruner, ids[:prompt]), []
     for index, layer in enumerate(model.model.layers):
         if pruner.removed_parts(index):  # whole blocks only
@@ -176,13 +176,13 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
         queries = [i for i in range(prompt) if computed[i]]
         is_key = computed[:prompt] if pruner.kv[index] == "evict" else torch.ones(prompt, dtype=torch.bool)
         seen = p[:, :prompt, :prompt], visible[:prompt, :prompt]
-        if router.reads is attention_sums:
+        if router.needs.reads is attention_sums:
             new = sums(*seen, queries)
-        elif router.reads is attention_rank:
+        elif router.needs.reads is attention_rank:
             new = page_rank(*seen, queries, is_key)
         else:
             new = scores(*seen, queries[-pruner.window :] if pruner.attention == "window" else queries)
-        new = table[0] + new.float() if router.adds_up else new.float()
+        new = table[0] + new.float() if router.needs.adds_up else new.float()
         table = torch.where(is_key & ~new.isnan(), new, table[0])[None]
         x = torch.where(computed[:, None], out, x + update(pruner.compensation, x, index))
     return model.model.norm(x) @ model.lm_head.weight.T, decided
@@ -311,7 +311,7 @@ def follow_row(model, pruner, ids, prompt_tokens, keep):
                 for j in range(n):
                     if visible[i, j]:
                         written[block][j] = float(p[:, i, j].double().mean()) * int(visible[i].sum())
-            if block == 0 or not router.one_pass:
+            if block == 0 or router.needs.once != "from block 0":
                 table = [written[block].get(j, table[j]) for j in range(n)]
             x = torch.where(computed[:, None], out, x + update(pruner.compensation, x, block))
         if i >= prompt:

@@ -13,8 +13,9 @@ from ftp_lightning import RandomRouter, Schedule, TokenPruner
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import attention as engine_attention
 from ftp_lightning.pruning.attention import Sight, _chunked_sdpa
-from ftp_lightning.pruning.kept import Rows, Tokens, visible_keys
+from ftp_lightning.pruning.kept import Kept, Tokens, visible_keys
 from ftp_lightning.routing import Router
+from ftp_lightning.routing.base import Needs
 
 TEXT = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(1))
 SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
@@ -27,7 +28,7 @@ def relative(a, b):
 class Spy(Router):
     """Random decisions that read the table, and remember it."""
 
-    needs_attention = True
+    needs = Needs(attention=True)
 
     def __init__(self):
         super().__init__()
@@ -151,7 +152,7 @@ def test_chunked_attention_equals_one_full_mask(data):
     keep = torch.zeros(batch, new, dtype=torch.bool)
     for row, n in enumerate(kept):
         keep[row, torch.randperm(new, generator=generator)[:n]] = True
-    rows = Rows(keep, kept)
+    rows = Kept(keep, kept)
     queries = Tokens(rows.index + past, rows.valid, rows.even)
     before = Tokens(torch.arange(past).expand(batch, past), torch.ones(batch, past, dtype=torch.bool), True)
     every = Tokens(torch.arange(past, past + new).expand(batch, new), torch.ones(batch, new, dtype=torch.bool), True)

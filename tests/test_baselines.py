@@ -88,8 +88,8 @@ def test_attention_of_all_queries_adds_up_over_blocks_for_spatten():
     assert torch.allclose(scores, torch.tensor([[1.8, 1.4, 0.7, 0.1]]), atol=1e-6)
     from ftp_lightning.pruning.table import PromptTable
 
-    assert CumulativeSelector.adds_up and CumulativeSelector.reads is attention_sums
-    table = PromptTable(1, 4, torch.device("cpu"), adds_up=CumulativeSelector.adds_up)
+    assert CumulativeSelector.needs.adds_up and CumulativeSelector.needs.reads is attention_sums
+    table = PromptTable(1, 4, torch.device("cpu"), adds_up=CumulativeSelector.needs.adds_up)
     for write in ([1.8, 1.4, 0.7, 0.1], [0.0, 0.1, 2.0, 0.9]):
         table.write(torch.tensor([write]), torch.ones(1, 4, dtype=torch.bool), None)
     assert order(CumulativeSelector().score(context(table.own[0].tolist()))) == [2, 0, 1, 3]
@@ -106,7 +106,7 @@ def test_page_rank_prefers_what_important_tokens_attend_to():
     chain = [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]
     what, slots = tapped(chain)
     scores, valid = attention_rank(what, slots, slots, 4, iterations=2, damping=0.5)
-    assert PageRankSelector.reads is attention_rank
+    assert PageRankSelector.needs.reads is attention_rank
     p, s = torch.tensor(chain), torch.full((4,), 0.25)
     even, u = torch.tensor([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [1 / 3] * 3 + [0], [1 / 4] * 4]), s
     for _ in range(2):
@@ -143,7 +143,7 @@ def test_gem_filter_adds_up_the_last_tokens_logits_and_pools():
     assert said.tolist() == [[0.5, -1.0, 1.0]] and seen.all()
     ten = torch.tensor([[0.0, 0, 5, 0, 0, 0, 0, -5, 0, 0]])
     about = context([0.0] * 10, scouted=ten)
-    assert GemFilterSelector(3).reads is last_logits and GemFilterSelector(3).scout.blocks == 3
+    assert GemFilterSelector(3).needs.reads is last_logits and GemFilterSelector(3).needs.scout.blocks == 3
     assert GemFilterSelector(1).score(about)[0].tolist() == pytest.approx(
         [5 / 3, 5 / 4, 1, 1, 1, -1, -1, -1, -5 / 4, -5 / 3]
     )
@@ -396,9 +396,9 @@ def test_the_costs_of_rows_are_those_of_each_alone(name):
     alone = [costs(rows.batch([i]), [new[i]]) for i in range(3)]
     for column in ("dense_flops", "flops", "dense_kv_bytes", "kv_bytes"):
         assert getattr(together, column) == pytest.approx([getattr(one, column)[0] for one in alone])
-    tokens, looked = len(prompts[2]), pruner.router.scout is not None
+    tokens, looked = len(prompts[2]), pruner.router.needs.scout is not None
     _, computed = row_flops(MODEL, pruner.trace.prompt, pruner.kv, new[2], 0, pruner.removed)
-    look = scout_flops(MODEL, pruner.router.scout, tokens)
+    look = scout_flops(MODEL, pruner.router.needs.scout, tokens)
     assert alone[2].flops == pytest.approx([computed.item() + look]) and (look > 0) == looked
     whole = realised_cut(MODEL, pruner, pruner.trace.prompt, new[2])
     assert whole == pytest.approx(alone[2].cut) and together.cut == pytest.approx(

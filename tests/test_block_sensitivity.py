@@ -15,6 +15,7 @@ from ftp_lightning.lit.block_sensitivity import BlockSensitivity, Share
 from ftp_lightning.processes import launch
 from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.pruning.pruner import TokenPruner
+from ftp_lightning.routing.base import Needs
 from ftp_lightning.routing.dynamic import DynamicRouter
 from ftp_lightning.routing.static import StaticRouter
 from ftp_lightning.schedule import Schedule
@@ -275,10 +276,15 @@ def test_what_was_not_captured_is_refused():
 
 
 def test_a_router_of_attention_needs_the_last_block_that_sees_everything():
-    assert [first_needed_block(llama(), block, True) for block in range(4)] == [0, 0, 1, 2]
-    assert [first_needed_block(llama(), block, False) for block in range(4)] == [0, 1, 2, 3]
-    assert [first_needed_block(gemma(), block, True) for block in range(4)] == [0, 0, 1, 1]
-    assert [first_needed_block(llama(), block, True, one_pass=True) for block in range(4)] == [0, 0, 0, 0]
+    assert [first_needed_block(llama(), block, Needs(attention=True)) for block in range(4)] == [0, 0, 1, 2]
+    assert [first_needed_block(llama(), block, Needs()) for block in range(4)] == [0, 1, 2, 3]
+    assert [first_needed_block(gemma(), block, Needs(attention=True)) for block in range(4)] == [0, 0, 1, 1]
+    assert [first_needed_block(llama(), block, Needs(attention=True, once="from block 0")) for block in range(4)] == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_processes_add_up():

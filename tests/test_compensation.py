@@ -27,12 +27,13 @@ from ftp_lightning import (
     UserError,
     fit_compensation,
 )  # fmt: skip
+from ftp_lightning.costs import flops
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.prompts import random_prompts
-from ftp_lightning.pruning import compensation, flops
 from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.search.fitness import pruner_identity
+from ftp_lightning.training import compensation
 from ftp_lightning.training.compensation import Moments, gather_moments, solve_compensation
 from ftp_lightning.training.resume import capture
 

@@ -84,8 +84,8 @@ def test_every_router_and_family_on_two_devices(devices, names):
 @pytest.mark.slow
 def test_the_device_that_is_not_there_guards():
     """A tensor left behind on the first device is an error, as it would be with a GPU."""
-    spoilt = "import spread_over_two_devices as s; from ftp_lightning.pruning.state import Pass\n"
-    spoilt += "Pass.go_to = lambda self, place: None\ns.main(('cpu', 'far:0'), ['inference'], ['llama'])"
+    spoilt = "import spread_over_two_devices as s; from ftp_lightning.pruning.forward import Forward\n"
+    spoilt += "Forward.go_to = lambda self, place: None\ns.main(('cpu', 'far:0'), ['inference'], ['llama'])"
     found = subprocess.run([sys.executable, "-c", spoilt], cwd=HERE, capture_output=True, text=True)
     assert found.returncode and "on far:0 and on the CPU" in found.stderr.strip().splitlines()[-1]
 

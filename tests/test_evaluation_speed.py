@@ -40,7 +40,7 @@ def faked(monkeypatch, pruner):
     clock, order = {"dense": 9.0, "pruned": 9.0}, []
 
     def seconds(run, device, *_):
-        kind = "pruned" if pruner._engine is not None else "dense"
+        kind = "pruned" if pruner._attached is not None else "dense"
         order.append(kind)
         run()
         return clock[kind]

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
+from ftp_lightning.costs import flops
+from ftp_lightning.costs import per_block as costs
 from ftp_lightning.costs.budget import solve_budget
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning import costs, flops
 from ftp_lightning.pruning.family import find_attention, find_blocks
 from ftp_lightning.pruning.trace import Trace
 

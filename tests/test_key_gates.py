@@ -6,9 +6,9 @@ from test_engine import seeded, tiny_llama
 from test_router_training import windows
 
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
-from ftp_lightning.pruning import key_gates
 from ftp_lightning.pruning.attention import Sight
 from ftp_lightning.pruning.kept import Tokens
+from ftp_lightning.training import key_gates
 from ftp_lightning.training.gates import StraightThrough
 from ftp_lightning.training.key_gates import gated_keys
 

@@ -79,7 +79,7 @@ def test_the_guide_names_as_many_tokens_as_the_schedule_keeps_and_the_most_neede
     decisions = system.student_and_teacher(batch)[2].decisions
     needed = needed_later(system.heard)
     for decision, guide in zip(decisions, system._by_the_future(decisions), strict=True):
-        chosen, free = guide.bool(), ~decision.part.reserved
+        chosen, free = guide.bool(), ~decision.routed.reserved
         assert guide.sum(1).tolist() == decision.keep.sum(1).tolist()
         scores = needed[decision.context.block][:, :18]
         for row in range(3):

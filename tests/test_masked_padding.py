@@ -7,7 +7,7 @@ from test_engine import ROUTERS, seeded, tiny_llama
 
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
 from ftp_lightning.pruning.family import find_decoder
-from ftp_lightning.pruning.kept import Rows
+from ftp_lightning.pruning.kept import Kept
 from ftp_lightning.training.gates import Soft
 
 LENGTHS = ((18, 6), (11, 4), (5, 1), (2, 6))
@@ -100,10 +100,10 @@ def test_the_whole_text_routed_is_what_it_is_alone(kv):
 
 
 def test_what_a_padded_row_keeps_is_counted_right(monkeypatch):
-    from ftp_lightning.pruning import deciding
+    from ftp_lightning.pruning import decide
 
     made = []
-    monkeypatch.setattr(deciding, "Rows", lambda keep, counts: made.append(Rows(keep, counts)) or made[-1])
+    monkeypatch.setattr(decide, "Kept", lambda keep, counts: made.append(Kept(keep, counts)) or made[-1])
     with torch.no_grad():
         student(tiny_llama(), TokenPruner(seeded(DynamicRouter), SCHEDULE), 18, *padded())
     assert len(made) == 4 and all(list(rows.counts) == rows.keep.sum(1).tolist() for rows in made)

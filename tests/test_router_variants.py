@@ -71,8 +71,10 @@ def test_make_router_gives_each_what_it_takes():
     for name, kind in ROUTERS.items():
         names = ("position",) if name == "projected_once" else ("position", "sparsity")
         router = made(name, width=3, names=names, seed=None)
-        assert type(router) is kind and not router.needs_attention
-        assert router.needs_hidden == (name in SEES_HIDDEN) and router.one_pass == (name == "one_pass")
+        assert type(router) is kind and not router.needs.attention
+        assert router.needs.hidden == (name in SEES_HIDDEN) and (router.needs.once == "from block 0") == (
+            name == "one_pass"
+        )
         router.check_schedule(SCHEDULE)
     assert made("random", width=3).seed == 0 and make_router("random", N, D, seed=5).seed == 5
     with pytest.raises(UserError, match="unknown"):

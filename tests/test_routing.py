@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, StaticRouter
 from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.choice import RoutedPart, choose_threshold, choose_topk
+from ftp_lightning.routing.choice import RoutedTokens, choose_threshold, choose_topk
 from ftp_lightning.routing.factors import average_rank, factors
 from ftp_lightning.routing.random import uniform_hash
 
 
 def context(tokens, sparsity=0.3, kept=None, attention=None, block=1, batch=1):
     real = torch.ones(batch, tokens, dtype=torch.bool)
-    part = RoutedPart.of(real, padded=False)
-    kept = part.kept(sparsity) if kept is None else (kept,) * batch
+    part = RoutedTokens.of(real, padded=False)
+    kept = part.counts(sparsity) if kept is None else (kept,) * batch
     table = torch.ones(batch, tokens) if attention is None else attention
     lengths, counts = (torch.tensor(n)[:, None] for n in (part.lengths, kept))
     return RoutingContext(block, sparsity, real, part.position, lengths, counts, table)
@@ -29,7 +29,7 @@ def test_static_order_is_the_papers():
 
 def test_dynamic_router_has_450_parameters():
     assert DynamicRouter().parameter_count == 450 == 4 * 64 + 64 + 64 * 2 + 2
-    assert not DynamicRouter(names=("position", "sparsity")).needs_attention
+    assert not DynamicRouter(names=("position", "sparsity")).needs.attention
     with pytest.raises(ValueError, match="unknown factors"):
         DynamicRouter(names=("position", "taste"))
 
@@ -74,8 +74,8 @@ def test_topk_counts_and_reserves(lengths, sparsity, left, seed):
     real = torch.zeros(len(lengths), tokens, dtype=torch.bool)
     for row, n in enumerate(lengths):
         real[row, tokens - n if left else 0 : tokens if left else n] = True
-    part = RoutedPart.of(real, padded=True)
-    kept = part.kept(sparsity)
+    part = RoutedTokens.of(real, padded=True)
+    kept = part.counts(sparsity)
     keep = choose_topk(torch.rand(real.shape, generator=torch.Generator().manual_seed(seed)), part, kept)
     assert tuple(keep.sum(1).tolist()) == kept and not (keep & ~real).any()
     assert (keep | ~part.reserved).all()
@@ -84,12 +84,12 @@ def test_topk_counts_and_reserves(lengths, sparsity, left, seed):
 
 
 def test_topk_breaks_ties_by_the_earlier_token():
-    part = RoutedPart.of(torch.ones(1, 6, dtype=torch.bool), padded=False)
+    part = RoutedTokens.of(torch.ones(1, 6, dtype=torch.bool), padded=False)
     assert choose_topk(torch.zeros(1, 6), part, (4,))[0].tolist() == [1, 1, 1, 0, 0, 1]
 
 
 def test_threshold_keeps_what_exceeds_it_and_the_reserved():
-    part = RoutedPart.of(torch.ones(1, 5, dtype=torch.bool), padded=False)
+    part = RoutedTokens.of(torch.ones(1, 5, dtype=torch.bool), padded=False)
     p = torch.tensor([[0.1, 0.5, 0.51, 0.2, 0.3]])
     assert choose_threshold(p, part, 0.5)[0].tolist() == [1, 0, 1, 0, 1]
 

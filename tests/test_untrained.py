@@ -18,13 +18,13 @@ def test_it_is_the_mean_of_position_and_rank():
     attention = torch.tensor([[3.0, 0.5, 1.0, 2.0]])
     expected = [(0 + 3) / 6, (1 + 0) / 6, (2 + 1) / 6, (3 + 2) / 6]  # (i + rank) / (2 (T - 1))
     assert UntrainedRouter().score(context(4, attention=attention))[0].tolist() == pytest.approx(expected)
-    assert UntrainedRouter().needs_attention and UntrainedRouter().parameter_count == 0
+    assert UntrainedRouter().needs.attention and UntrainedRouter().parameter_count == 0
 
 
 def test_without_attention_it_is_the_static_router():
     schedule, traces = Schedule([0.0, 0.3, 0.6, 0.9]), []
     for router in (UntrainedRouter(("position", "sparsity")), StaticRouter()):
-        assert not router.needs_attention
+        assert not router.needs.attention
         traces.append(prefill_and_continue(MODEL, TokenPruner(router, schedule), TEXT, 18)[1])
     assert all(torch.equal(a, b) for a, b in zip(*(trace.keep for trace in traces)))
 

@@ -11,14 +11,14 @@ from ftp_lightning.baselines.setting import Profile, Setting
 from ftp_lightning.costs.budget import solve_budget
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import Router
-from ftp_lightning.routing.base import Scout
+from ftp_lightning.routing.base import Needs, Scout
 from ftp_lightning.schedule import Schedule
 
 
 class SurprisalSelector(ScoutedSelector):
     """Score = -log p(token | those before), by a dense look with the whole model."""
 
-    scout = Scout("surprisal")
+    needs = Needs(scout=Scout("surprisal"))
 
 
 class DeletionSurprisal(Peer):

@@ -10,7 +10,7 @@ from ftp_lightning.baselines.peer import Peer, from_block
 from ftp_lightning.baselines.selectors import AttentionSelector, pooled
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.routing import Router
-from ftp_lightning.routing.base import RoutingContext
+from ftp_lightning.routing.base import Needs, RoutingContext
 from ftp_lightning.schedule import Schedule
 
 
@@ -18,7 +18,7 @@ class PropagatedSelector(AttentionSelector):
     """The last 8 tokens first, then by the attention before the first routed block, averaged over 7 neighbours among
     the others; the same in all later blocks."""
 
-    once = True
+    needs = Needs(attention=True, once="at first")
     WINDOW, POOL, FIRST = 8, 7, 1e9  # finite: training takes differences of scores
 
     def score(self, context: RoutingContext) -> Tensor:

@@ -11,20 +11,19 @@ from ftp_lightning.baselines.selectors import ScoutedSelector, pooled
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.pruning.scores import last_logits
 from ftp_lightning.routing import Router
-from ftp_lightning.routing.base import RoutingContext, Scout
+from ftp_lightning.routing.base import Needs, RoutingContext, Scout
 from ftp_lightning.schedule import Schedule
 
 
 class GemFilterSelector(ScoutedSelector):
     """Score = q k_j of the last token in block `blocks` - 1 of a dense look, averaged over heads and 5 neighbours."""
 
-    reads = staticmethod(last_logits)
     POOL = 5
 
     def __init__(self, blocks: int):
         super().__init__()
         self.blocks = blocks
-        self.scout = Scout("attention", blocks)
+        self.needs = Needs(reads=last_logits, scout=Scout("attention", blocks))
 
     def config(self) -> dict:
         return {"blocks": self.blocks}

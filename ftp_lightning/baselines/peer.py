@@ -65,7 +65,7 @@ class Peer:
     def _scaled(
         self, setting: Setting, cut: float, profile: Profile, router: Router, form: Schedule, kv: str
     ) -> Schedule:
-        look = scout_flops(setting.model, router.scout, profile.prompt_tokens)
+        look = scout_flops(setting.model, router.needs.scout, profile.prompt_tokens)
         about: dict[str, Any] = {
             "parts": self.parts,
             "rank": setting.skip_rank(self.parts),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ftp_lightning.routing.base import Router, RoutingContext
+from ftp_lightning.routing.base import Needs, Router, RoutingContext
 from ftp_lightning.routing.factors import average_rank
 
 
 class AttentionSelector(Router):
-    """Score = the attention that a token received last, as the pruner's `window` or the class' `reads` says."""
+    """Score = the attention that a token received last, as the pruner's `window` or `needs.reads` says."""
 
-    needs_attention = ranks_only = True
+    needs, ranks_only = Needs(attention=True), True
 
     def score(self, context: RoutingContext) -> Tensor:
         return context.attention

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ftp_lightning.baselines.peer import Peer, even, first_dense
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.routing import Router
-from ftp_lightning.routing.base import RoutingContext, check_made_for
+from ftp_lightning.routing.base import Needs, RoutingContext, check_made_for
 from ftp_lightning.routing.hidden import unit_scale
 from ftp_lightning.routing.learned import LearnedRouter
 from ftp_lightning.schedule import Schedule
@@ -19,7 +19,7 @@ from ftp_lightning.schedule import Schedule
 class SkipGPTRouter(LearnedRouter):
     """p_compute = softmax(W_{l,part} x / rms(x))[compute], x the block's input: one linear map per block and part."""
 
-    needs_hidden = True
+    more = Needs(hidden=True)
 
     def __init__(self, num_blocks: int, hidden_size: int):
         super().__init__(1, None)

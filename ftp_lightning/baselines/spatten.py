@@ -11,7 +11,7 @@ from ftp_lightning.baselines.selectors import AttentionSelector, nested
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.pruning.scores import attention_sums
 from ftp_lightning.routing import Router
-from ftp_lightning.routing.base import RoutingContext
+from ftp_lightning.routing.base import Needs, RoutingContext
 from ftp_lightning.schedule import Schedule
 
 
@@ -19,7 +19,7 @@ class CumulativeSelector(AttentionSelector):
     """Score = sum over the blocks so far, their queries and (mean) heads of the attention received; dropped tokens stay
     dropped."""
 
-    adds_up, reads = True, staticmethod(attention_sums)
+    needs = Needs(attention=True, adds_up=True, reads=attention_sums)
 
     def score(self, context: RoutingContext) -> Tensor:
         return nested(context.attention, context)

@@ -11,14 +11,14 @@ from ftp_lightning.baselines.selectors import AttentionSelector, nested
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.pruning.scores import attention_rank
 from ftp_lightning.routing import Router
-from ftp_lightning.routing.base import RoutingContext
+from ftp_lightning.routing.base import Needs, RoutingContext
 from ftp_lightning.schedule import Schedule
 
 
 class PageRankSelector(AttentionSelector):
     """Score = page rank in the attention graph of the block before, over that of uniform attention; a cascade."""
 
-    reads = staticmethod(attention_rank)
+    needs = Needs(attention=True, reads=attention_rank)
 
     def score(self, context: RoutingContext) -> Tensor:
         return nested(context.attention, context)

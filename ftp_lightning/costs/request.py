@@ -47,7 +47,7 @@ def planned_cut(model: nn.Module, pruner, tokens: int, new_tokens: int = 0) -> f
     stored = stored_tokens(schedule, tokens, pruner.kv, pruner.parts)
     pruned = prompt_flops(left, schedule, tokens, pruner.kv, head, pruner.parts)
     pruned += continuation_flops(left, tokens, new_tokens, stored, head) + scout_flops(
-        model, pruner.router.scout, tokens
+        model, pruner.router.needs.scout, tokens
     )
     pruned += _instead(costs, pruner, tokens + new_tokens)
     dense = prompt_flops(costs, even, tokens, "evict", head)
@@ -82,7 +82,7 @@ def row_costs(model: nn.Module, pruner, trace: Trace, new_tokens: int | Sequence
     costs, real = block_costs(model, pruner.skip_rank), trace.real.sum(1).tolist()
     new = [new_tokens] * len(real) if isinstance(new_tokens, int) else list(new_tokens)
     dense, pruned = row_flops(model, trace, pruner.kv, new, pruner.skip_rank, pruner.removed, costs)
-    looks = {tokens: scout_flops(model, pruner.router.scout, tokens) for tokens in set(real)}
+    looks = {tokens: scout_flops(model, pruner.router.needs.scout, tokens) for tokens in set(real)}
     more = [looks[tokens] + _instead(costs, pruner, after) for tokens, after in zip(real, new)]
     held = torch.zeros(len(real), dtype=torch.float64)
     for cost, mode, attended in zip(

@@ -250,7 +250,7 @@ class BlockSensitivity(lightning.LightningModule):
     def _kl_alone(self, block: int, pruner: TokenPruner, states: BlockStates, teacher: Tensor, batch: Batch) -> Tensor:
         """Summed KL of one batch with one block pruned."""
         router = pruner.router
-        first = first_needed_block(self.model, block, router.needs_attention, router.one_pass)
+        first = first_needed_block(self.model, block, router.needs)
         with resume_from(self.model, first, states), pruner(self.model):
             logits = continuation_logits(self.model, **batch)
         ran = sum(_tokens(batch).values()) * (1 - first / self.num_blocks)

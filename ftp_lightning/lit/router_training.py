@@ -119,7 +119,7 @@ class RouterTraining(L.LightningModule):
         scored = self._scored(batch)
         student, teacher, pruner = self.student_and_teacher(batch)
         decisions = pruner.decisions
-        soft = [losses.soft_sparsity(d.probability, d.part.real, d.part.reserved) for d in decisions]
+        soft = [losses.soft_sparsity(d.probability, d.routed.real, d.routed.reserved) for d in decisions]
         static = [self.teacher_router.probability(d.context) for d in decisions]
         guides = static if self.settings.guide == "static" else self._by_the_future(decisions)
         terms = {
@@ -163,13 +163,12 @@ class RouterTraining(L.LightningModule):
         """(B, P) of each decision: as many tokens as the schedule wants, those that are most attended to later."""
         needed, guides = needed_later(self.heard), []
         for d in decisions:
-            part, tokens = d.part, d.part.real.shape[1]
-            kept = part.kept(d.context.sparsity)
-            guides.append(choose_topk(needed[d.context.block][:, :tokens], part, kept).float())
+            tokens, counts = d.routed.real.shape[1], d.routed.counts(d.context.sparsity)
+            guides.append(choose_topk(needed[d.context.block][:, :tokens], d.routed, counts).float())
         return guides
 
     def _guide(self, decision, static: Tensor) -> Tensor:
-        return losses.guide_loss(decision.probability, static, decision.part.real, self.settings.guide_balanced)
+        return losses.guide_loss(decision.probability, static, decision.routed.real, self.settings.guide_balanced)
 
     def _scored_from(self, batch: dict) -> int:
         return batch["prompt_tokens"] - 1 if self.settings.scope == "prompt" else 0
@@ -268,13 +267,13 @@ class RouterTraining(L.LightningModule):
 
 def _realised(decision) -> float:
     """Share of real tokens that skipped the block, by the hard decision."""
-    return 1.0 - (decision.keep.sum() / decision.part.real.sum().clamp(min=1)).item()
+    return 1.0 - (decision.keep.sum() / decision.routed.real.sum().clamp(min=1)).item()
 
 
 def _agreement(decision, static: Tensor) -> dict[str, float]:
     """How the router's decisions on real, non-reserved tokens compare with the static router's: the share that is the
     same, and F1 of the tokens to compute."""
-    free = decision.part.real & ~decision.part.reserved
+    free = decision.routed.real & ~decision.routed.reserved
     own, other = decision.keep & free, (static > 0.5) & free
     same = ((own == other) & free).sum() / free.sum().clamp(min=1)
     f1 = 2 * (own & other).sum() / (own.sum() + other.sum()).clamp(min=1)

@@ -9,6 +9,8 @@ hands queries and keys to the engine; the model's own config, and hence its own 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,9 +36,15 @@ QUERY_CHUNK = {"cpu": 64}
 out more; on an accelerator each one is a launch."""
 LARGEST_CHUNK = 512
 _MASK_KINDS = {sdpa_mask: "bool", eager_mask: "additive", flash_attention_mask: "none", flex_attention_mask: "none"}
+_CHANGING = {
+    "s_aux", "position_bias", "alibi", "head_mask", "score_mask", "score_mod", "block_mask", "cache", "block_table",
+    "k_cache", "v_cache", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "max_length_q",
+    "max_length_k", "use_top_left_mask", "query_length",
+}  # fmt: skip
+"""Keywords by which transformers' attention functions change what they compute, beyond what is understood here."""
 _UNDERSTOOD = {
-    "dropout", "scaling", "is_causal", "sliding_window", "softcap", "position_ids", "use_cache", "output_attentions",
-    "output_hidden_states", "return_dict", "output_router_logits", "logits_to_keep",
+    "module", "query", "key", "value", "attention_mask", "kwargs", "dropout", "scaling", "is_causal", "sliding_window",
+    "softcap",
 }  # fmt: skip
 
 
@@ -126,7 +134,7 @@ def attend(
 
     Returns (B, Q, H, D) and the weights (B, H, Q, S) where the backend gives them (eager).
     """
-    _check_arguments(module, kwargs)
+    _check_arguments(backend, module, kwargs)
     maskless = sight.everything or (sight.causal and backend.mask != "additive")
     if maskless and (backend.name != "flex_attention"):
         return interface(backend.name, module)(module, query, key, value, None, **kwargs)
@@ -167,14 +175,29 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
-def _check_arguments(module: nn.Module, kwargs: dict) -> None:
-    """UserError for an argument that changes attention in a way gathered tokens do not know."""
-    strange = [name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD]
+def _check_arguments(backend: Backend, module: nn.Module, kwargs: dict) -> None:
+    """UserError for an argument that changes attention in a way gathered tokens do not know.
+
+    transformers hands down whatever the model was called with (`generate`'s own arguments too). What the attention
+    function does not name, and what is not known to change attention, it passes over, and so do we.
+    """
+    given = [name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD]
+    if not given:
+        return
+    named, foreign = _named_by(interface(backend.name, module)), backend.mask == "bool" and backend.name != "sdpa"
+    strange = [name for name in given if name in _CHANGING or name in named]
+    if foreign:  # someone's own function may read anything; a tensor may go by token
+        strange += [name for name in given if name not in strange and isinstance(kwargs[name], Tensor)]
     if strange:
         raise UserError(
             f"{type(module).__name__} attends with {', '.join(strange)}, which is not understood: this model cannot be "
             "pruned."
         )
+
+
+@functools.cache
+def _named_by(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def interface(name: str, module: nn.Module) -> Callable:
@@ -195,12 +218,12 @@ def tap_attention(attention: nn.Module, run: Callable) -> Callable[[], None]:
     tapped._attn_implementation_internal = TAP
     attention.config = tapped
     attention._ftp_tap = run
+    return functools.partial(_untap, attention, original)  # no closure: a copied model has its own
 
-    def undo() -> None:
-        attention.config = original
-        del attention._ftp_tap
 
-    return undo
+def _untap(attention: nn.Module, original) -> None:
+    attention.config = original
+    del attention._ftp_tap
 
 
 def is_tapped(attention: nn.Module) -> bool:

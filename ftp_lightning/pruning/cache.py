@@ -61,6 +61,10 @@ class RoutedLayer(DynamicLayer):
         it."""
         self._announced = tokens, seen
 
+    def forget_announced(self) -> None:
+        """The announced keys do not come: an error stopped the block."""
+        self._announced = None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self._announced is None:
             raise UserError(
@@ -109,7 +113,8 @@ class RoutedLayer(DynamicLayer):
                 f"token skipping needs a dynamic key-value cache; this one has a {type(layer).__name__}.\n"
                 "Leave `cache_implementation` unset, or pass a DynamicCache."
             )
-        routed = RoutedLayer(complete, window)
+        # what the stock layer takes for unbounded (a cache made without a config) transformers sizes masks by
+        routed = RoutedLayer(complete, window if isinstance(layer, DynamicSlidingWindowLayer) else None)
         routed.record_past = getattr(layer, "record_past", False)
         if layer.is_initialized and layer.get_seq_length():
             batch, _, stored, _ = layer.keys.shape
@@ -143,7 +148,9 @@ class RoutedLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.keys, self.values = change(self.keys), change(self.values)
-        self._slots, self._valid = [change(t) for t in self._slots], [change(t) for t in self._valid]
+        if self._slots:
+            tokens = self.tokens  # put together: else every step would move the pieces of all steps before
+            self._slots, self._valid = [change(tokens.slots)], [change(tokens.valid)]
         self.scores.map(change)
         self.account = {part: change(account) for part, account in self.account.items()}
 

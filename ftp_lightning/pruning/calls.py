@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.kept import take_rows
+from ftp_lightning.pruning.kept import take_tokens
 
 
 class WrappedMethod:
@@ -41,11 +41,12 @@ class WrappedMethod:
 
 
 class Signature:
-    """How a block or an attention takes its arguments."""
+    """How blocks or attentions of one class take their arguments."""
 
-    def __init__(self, module: nn.Module, cache_name: str | None):
-        self.bind = inspect.signature(functools.partial(type(module).forward, module)).bind
-        parameters = inspect.signature(type(module).forward).parameters.values()
+    def __init__(self, kind: type[nn.Module], cache_name: str | None):
+        signature = inspect.signature(kind.forward)
+        own, *parameters = signature.parameters.values()
+        self.bind = signature.replace(parameters=parameters).bind
         self.extra_name = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
         self.cache_name = cache_name
 
@@ -78,19 +79,19 @@ class Call:
             (extra if name in extra else named)[name] = value
         return inner(**named, **extra)
 
-    def rows(self, index: Tensor) -> dict:
+    def at(self, index: Tensor) -> dict:
         """The arguments that go by token, for the tokens `index` (B, K) alone."""
-        changes = {"hidden_states": take_rows(self.hidden, index)}
+        changes = {"hidden_states": take_tokens(self.hidden, index)}
         embeddings = self.get("position_embeddings")
         if isinstance(embeddings, Tensor):
-            changes["position_embeddings"] = take_rows(embeddings, index)
+            changes["position_embeddings"] = take_tokens(embeddings, index)
         elif embeddings is not None:
-            changes["position_embeddings"] = tuple(take_rows(e, index) for e in embeddings)
+            changes["position_embeddings"] = tuple(take_tokens(e, index) for e in embeddings)
         positions = self.get("position_ids")
         if positions is not None:
             if positions.dim() != 2:
                 raise UserError("position_ids of shape (batch, tokens) are understood; this model has others.")
-            changes["position_ids"] = take_rows(positions, index)
+            changes["position_ids"] = take_tokens(positions, index)
         return changes
 
 

@@ -27,8 +27,8 @@ _REFUSED_ADAPTERS = {
 _ADAPTER_REMEDY = "Understood are adapters of linear maps (LoRA, DoRA, IA3) and virtual tokens (prompt tuning)."
 
 
-def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the blocks, and the blocks.
+def find_decoder(model: nn.Module, check: bool = True) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the blocks, and the blocks; `check`: that each of them can be pruned (`check_block`).
 
     Looked for: an `nn.ModuleList` of as many modules as the config has hidden layers, whose members take
     `hidden_states`, a key-value cache, and hold an attention module with a `layer_idx` that attends through
@@ -47,7 +47,8 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
             if isinstance(child, nn.ModuleList) and len(child) == count and all(map(_is_block, child)):
                 if "inputs_embeds" not in inspect.signature(type(owner).forward).parameters:
                     raise _refusal(model, f"{type(owner).__name__}, which runs its blocks, takes no `inputs_embeds`")
-                _check_blocks(model, child)
+                for index, block in enumerate(child if check else ()):
+                    check_block(model, index, block)
                 return owner, child
     raise _refusal(
         model,
@@ -84,12 +85,11 @@ def _check_kind(model: nn.Module, config) -> None:
             raise _refusal(model, problem, _ADAPTER_REMEDY)
 
 
-def _check_blocks(model: nn.Module, blocks: nn.ModuleList) -> None:
+def check_block(model: nn.Module, index: int, block: nn.Module) -> None:
     """UserError where a block depends on more than hidden states, positions, and queries, keys, slots and a window."""
-    for index, block in enumerate(blocks):
-        problem = _problem(block, find_attention(block))
-        if problem:
-            raise _refusal(model, f"block {index}: {problem}")
+    problem = _problem(block, find_attention(block))
+    if problem:
+        raise _refusal(model, f"block {index}: {problem}")
 
 
 def _problem(block: nn.Module, attention: nn.Module) -> str | None:
@@ -194,6 +194,13 @@ def query_projection(attention: nn.Module) -> nn.Module | None:
     """The projection that makes queries alone; None where it is fused with keys and values, or not a linear map."""
     projection = getattr(attention, "q_proj", None)
     return projection if isinstance(projection, nn.Module) and _is_linear(projection) else None
+
+
+def key_value_projections(attention: nn.Module) -> tuple[nn.Module, ...]:
+    """The projections that make keys alone and values alone; empty where one is fused, missing or not a linear map."""
+    found = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+    apart = all(isinstance(projection, nn.Module) and _is_linear(projection) for projection in found)
+    return tuple(projection for projection in found if projection is not None) if apart else ()
 
 
 def sliding_window(attention: nn.Module) -> int | None:

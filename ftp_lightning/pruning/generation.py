@@ -15,14 +15,16 @@ _DYNAMIC = (None, "dynamic", "hybrid")
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generation:
     """One call of `generate`: `prompt_end` slots are its prompt; they are routed (`routes`) also where the prompt comes
-    in chunks, and never together with guesses behind them (`guesses`: assisted decoding)."""
+    in chunks, and never together with guesses behind them (`guesses`: assisted decoding). `whole`: the prompt has no
+    padding, so that nothing after it has."""
 
     prompt_end: int
     routes: bool
     guesses: bool
+    whole: bool = False
 
     @staticmethod
     def of(model: nn.Module, args: tuple, kwargs: dict, routing_chunk: bool) -> Generation:

@@ -1,4 +1,4 @@
-"""Which tokens a tensor of hidden states, queries or keys holds, and moving them between the row and the gathered rows.
+"""Which tokens a tensor of hidden states, queries or keys holds, and moving kept tokens out of a text and back.
 
 Shapes: B rows, T tokens of a row (padding included), K kept tokens of the fullest row, Q queries, S keys.
 A *slot* is a token's place among all tokens seen, padding included.
@@ -35,9 +35,12 @@ class Tokens:
 
 def visible_keys(query_slots: Tensor, keys: Tokens, window: int | None) -> Tensor:
     """(B, Q, S) bool: key j is no later than query i, valid, and within the block's sliding window."""
-    distance = query_slots[:, :, None] - keys.slots[:, None, :]
-    visible = (distance >= 0) & keys.valid[:, None, :]
-    return visible if window is None else visible & (distance < window)
+    visible = keys.slots[:, None, :] <= query_slots[:, :, None]
+    if not keys.all_valid:
+        visible = visible & keys.valid[:, None, :]
+    if window is not None:
+        visible = visible & (keys.slots[:, None, :] > query_slots[:, :, None] - window)
+    return visible
 
 
 def padding_arguments(mask: Tensor | None, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
@@ -49,15 +52,18 @@ def padding_arguments(mask: Tensor | None, start: int = 0, end: int | None = Non
     return {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
 
 
-class Rows:
+class Kept:
     """The kept tokens of a (B, T) decision, gathered: row b's in ascending order at the end, fillers before them.
 
     Fillers come first so that the k-th entry from the end has at least k later entries above it: that bounds the keys a
     chunk of queries may see without asking the device (`attention`).
 
     Attributes:
-        keep: (B, T) bool. counts: kept tokens of each row, on the host. width: K, the largest of them.
-        even: all rows keep K, so there are no fillers. whole: every token is kept.
+        keep: (B, T) bool.
+        counts: kept tokens of each row, on the host.
+        width: K, the largest of them.
+        even: all rows keep K, so there are no fillers.
+        whole: every token is kept.
     """
 
     def __init__(self, keep: Tensor, counts: Sequence[int]):
@@ -69,10 +75,14 @@ class Rows:
     @cached_property
     def index(self) -> Tensor:
         """(B, K) int64, places in the row."""
+        rows, tokens = self.keep.shape
         if self.even and self.keep.device.type == "cpu" and not torch.compiler.is_compiling():
             # elsewhere this would wait for the device
-            return self.keep.nonzero()[:, 1].view(len(self.keep), self.width)
-        tokens = self.keep.shape[1]
+            return self.keep.nonzero()[:, 1].view(rows, self.width)
+        if self.even:  # without a sort: each kept token goes to the place that it has among the kept ones
+            place = torch.where(self.keep, self.keep.cumsum(1) - 1, self.width)
+            order = torch.arange(tokens, device=place.device).expand(rows, tokens)
+            return order.new_zeros(rows, self.width + 1).scatter(1, place, order)[:, : self.width]
         order = self.keep.to(torch.uint8).sort(dim=1, stable=True).indices
         return order[:, tokens - self.width :]
 
@@ -84,14 +94,14 @@ class Rows:
         return self.keep.gather(1, self.index)
 
     @cached_property
-    def rest(self) -> Rows:
+    def rest(self) -> Kept:
         """The tokens that are not kept; only where rows are even."""
         tokens = self.keep.shape[1]
-        return Rows(~self.keep, [tokens - count for count in self.counts])
+        return Kept(~self.keep, [tokens - count for count in self.counts])
 
     def take(self, x: Tensor) -> Tensor:
         """x (B or 1, T, ...) -> (B, K, ...)."""
-        return take_rows(x, self.index)
+        return take_tokens(x, self.index)
 
     def join(self, kept: Tensor, others: Tensor) -> Tensor:
         """(B, T, ...) of kept (B, K, ...) and those of `rest`, others (B, T - K, ...); only where rows are even."""
@@ -100,14 +110,20 @@ class Rows:
         _put_(whole, self.rest.index, others)
         return whole
 
-    def put(self, base: Tensor, rows: Tensor) -> Tensor:
-        """A copy of base (B, T, D) with the kept rows (B, K, D) in their places; what fillers hold is dropped."""
+    def put(self, base: Tensor, kept: Tensor) -> Tensor:
+        """A copy of base (B, T, D) with the kept tokens (B, K, D) in their places; what fillers hold is dropped.
+
+        Under autocast the two may differ in dtype: the copy has that of `base`.
+        """
+        kept = kept.to(base.dtype)
         if not self.even:
-            rows = torch.where(self.valid[..., None], rows, take_rows(base, self.index))
-        return put_rows(base, self.index, rows)
+            kept = torch.where(self.valid[..., None], kept, take_tokens(base, self.index))
+        if len(base) == 1:
+            return base.index_copy(1, self.index[0], kept)
+        return base.scatter(1, self.index[..., None].expand_as(kept), kept)
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x (B or 1, T, ...) at the tokens index (B, K) -> (B, K, ...)."""
     if index.shape[0] == 1:
         return x.index_select(1, index[0])
@@ -117,15 +133,9 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _put_(target: Tensor, index: Tensor, source: Tensor) -> None:
-    """target (B, T, ...) gets the rows source (B, n, ...) at index (B, n), in place."""
+    """target (B, T, ...) gets the tokens source (B, n, ...) at index (B, n), in place."""
+    source = source.to(target.dtype)
     if len(target) == 1:
         target.index_copy_(1, index[0], source)
     else:
         target.scatter_(1, index.view(*index.shape, *[1] * (source.dim() - 2)).expand_as(source), source)
-
-
-def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """A copy of x (B, T, D) with the rows index (B, K) replaced."""
-    if index.shape[0] == 1:
-        return x.index_copy(1, index[0], rows)
-    return x.scatter(1, index[..., None].expand_as(rows), rows)

@@ -1,94 +1,61 @@
-"""Decisions about parts of a block: its attention and its MLP are entered by different tokens.
+"""Attention and MLP of a block entered by different tokens: each part runs on its own, or on all.
 
-The block runs on all rows (norms and residuals cost next to nothing); its attention module and its feed-forward part
-are wrapped, gather the rows that enter them and return for the others the update that `skip` says: zero, or what a
-compensation makes of the rows that would have entered.
+The block's own forward runs, on all tokens; the wrapped parts take their kept tokens out and put the updates back.
 
 Shapes: B rows, T new tokens, K kept tokens of the fullest row, D hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
+from ftp_lightning.pruning.block_run import BlockRun
 from ftp_lightning.pruning.calls import Call
-from ftp_lightning.pruning.dense import run_dense
-from ftp_lightning.pruning.gathered import run_rows, scattered
-from ftp_lightning.pruning.kept import Rows
-from ftp_lightning.pruning.masked import run_all_rows
-from ftp_lightning.pruning.state import Chosen
-
-if TYPE_CHECKING:
-    from ftp_lightning.pruning.engine import Engine
+from ftp_lightning.pruning.training_run import run_all_tokens
 
 
-@dataclass
-class PartPlan:
-    """The rows of the block that is running; `mlp_hidden` (B, T, D): what came to its MLP."""
-
-    attention: Rows | None
-    mlp: Rows | None
-    gates: tuple[Tensor | None, Tensor | None]
-    mlp_hidden: Tensor | None = None
-
-
-def run_parts(engine: Engine, index: int, inner, call: Call, chosen: Chosen) -> Tensor:
-    """The block with `chosen` in force for its two parts. (B, T, D)."""
-    real = engine.running.real
-    attention, mlp = (real if rows is None else rows.keep for rows in (chosen.attention, chosen.mlp))
-    engine.running.trace.add(attention, mlp)
-    engine.part_plan = PartPlan(chosen.attention, chosen.mlp, chosen.gates)
-    try:
-        return run_dense(engine, index, inner, call) if chosen.attention is None else call.run(inner)
-    finally:
-        engine.part_plan = None
-
-
-def run_attention_part(engine: Engine, index: int, inner, args: tuple, kwargs: dict):
+def run_attention(run: BlockRun, inner, args: tuple, kwargs: dict):
     """An attention module's forward: (update (B, T, D), None)."""
-    plan = engine.part_plan
-    if plan is None or plan.attention is None:
+    decision = run.decision
+    if decision is None or decision.attention is None:
         return inner(*args, **kwargs)
-    call = Call(engine.sites[index].part, args, kwargs)
-    if engine.running.masked:
-        output = run_all_rows(engine, index, inner, call, plan.attention.keep, plan.gates[0])
-        base = engine.skipped(call.hidden, index, "attention")
-        return engine.pruner.gates.blend(output[0], base, plan.attention.keep, plan.gates[0]), None
-    output = run_rows(engine, index, inner, call, plan.attention)
-    computed = None if output is None else output[0]
-    return scattered(engine, index, "attention", call.hidden, plan.attention, computed), None
+    kept, gate = decision.attention, decision.gates[0]
+    call = Call(run.site.attends, args, kwargs)
+    if (training := run.forward.training) is not None:
+        output = run_all_tokens(run, inner, call, kept.keep, gate)
+        base = run.attached.skipped(call.hidden, run.index, "attention")
+        return training.gates.blend(output[0], base, kept.keep, gate), None
+    output = run.run_kept(inner, call, kept)
+    return run.spread("attention", call.hidden, kept, None if output is None else output[0]), None
 
 
-def run_mlp_entry(engine: Engine, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
-    """The forward of the module through which tokens enter the feed-forward part: the kept rows alone go in."""
-    plan = engine.part_plan
-    if plan is None or plan.mlp is None:
+def run_mlp_entry(run: BlockRun, inner, args: tuple, kwargs: dict) -> Tensor:
+    """The forward of the module through which tokens enter the feed-forward part: the kept ones alone go in."""
+    decision = run.decision
+    if decision is None or decision.mlp is None:
         return inner(*args, **kwargs)
-    entry, leave = engine.sites[index].mlp
-    hidden, *rest = args
-    by_row = hidden.reshape(*engine.running.real.shape, -1)
-    plan.mlp_hidden = by_row
-    rows = by_row if engine.running.masked else plan.mlp.take(by_row)
-    output = inner(rows.flatten(0, 1) if hidden.dim() == 2 else rows, *rest, **kwargs)
-    return _leave(engine, index, output) if leave is entry else output
+    entry, leave = run.site.mlp or (None, None)
+    hidden, *more = args
+    run.mlp_hidden = by_row = hidden.reshape(*run.forward.real.shape, -1)
+    kept = by_row if run.forward.training is not None else decision.mlp.take(by_row)
+    output = inner(kept.flatten(0, 1) if hidden.dim() == 2 else kept, *more, **kwargs)
+    return _leave(run, output) if leave is entry else output
 
 
-def run_mlp_exit(engine: Engine, index: int, inner, args: tuple, kwargs: dict) -> Tensor:
+def run_mlp_exit(run: BlockRun, inner, args: tuple, kwargs: dict) -> Tensor:
     """The forward of the module through which tokens leave it, where that is another one: (B T, D) or (B, T, D)."""
     output = inner(*args, **kwargs)
-    plan = engine.part_plan
-    return output if plan is None or plan.mlp is None else _leave(engine, index, output)
+    return output if run.decision is None or run.decision.mlp is None else _leave(run, output)
 
 
-def _leave(engine: Engine, index: int, output: Tensor) -> Tensor:
+def _leave(run: BlockRun, output: Tensor) -> Tensor:
     """The update of every token, what `skip` says (zero: the identity) for those that did not enter."""
-    plan, hidden = engine.part_plan, engine.part_plan.mlp_hidden
-    rows = output.reshape(len(hidden), -1, hidden.shape[-1])
-    if engine.running.masked:
-        whole = engine.pruner.gates.blend(rows, engine.skipped(hidden, index, "mlp"), plan.mlp.keep, plan.gates[1])
+    hidden = run.mlp_hidden
+    assert hidden is not None and run.decision is not None and run.decision.mlp is not None  # they entered
+    kept, gate = run.decision.mlp, run.decision.gates[1]
+    computed = output.reshape(len(hidden), -1, hidden.shape[-1])
+    if (training := run.forward.training) is not None:
+        whole = training.gates.blend(computed, run.attached.skipped(hidden, run.index, "mlp"), kept.keep, gate)
     else:
-        whole = scattered(engine, index, "mlp", hidden, plan.mlp, rows)
+        whole = run.spread("mlp", hidden, kept, computed)
     return whole.flatten(0, 1) if output.dim() == 2 else whole

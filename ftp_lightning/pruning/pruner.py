@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.deciding import PARTS
-from ftp_lightning.pruning.engine import Decision, Engine
+from ftp_lightning.pruning.ambient import Ambient, Training
+from ftp_lightning.pruning.attached import Attached
+from ftp_lightning.pruning.forward import Routing
 from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
-from ftp_lightning.routing.base import Router
+from ftp_lightning.routing.base import ADDRESSED, Router
 from ftp_lightning.routing.fixed import FixedRouter
 from ftp_lightning.schedule import Schedule, kv_modes, kv_name
 from ftp_lightning.training.compensation import Compensation, check_skip
@@ -55,8 +56,7 @@ class TokenPruner:
     chunk, its last token reserved, scored against the cache.
 
     Attributes:
-        trace: `Trace` of the last forward.
-        decisions: of the last training forward (`masked`), for the losses.
+        ambient: what each thread is doing with the pruner: several may use one model.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TokenPruner:
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
         self.attention = _one_of("attention", attention, ATTENTION)
-        self.parts = _one_of("parts", parts, PARTS)
+        self.parts = _one_of("parts", parts, tuple(ADDRESSED))
         if router.ranks_only and (choice != "topk" or decode != "dense"):
             raise UserError(
                 f"a {type(router).__name__} ranks the tokens of a prompt, its scores are no probabilities.\n"
@@ -102,14 +102,26 @@ class TokenPruner:
         if window < 1:
             raise ValueError(f"window is {window}, must be at least 1 query")
         self.threshold, self.window = float(threshold), int(window)
-        self.trace = Trace()
-        self.decisions: list[Decision] = []
-        self.routing_chunk = False
-        self.masked_prompt: int | None = None
-        self.gates, self.recompute = StraightThrough(), False
-        self._engine: Engine | None = None
+        self.ambient = Ambient()
+        self._trace, self._routings = Trace(), list[Routing]()
+        self._attached: Attached | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
         self._model: nn.Module | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """Of this thread's last forward; where it had none, of the last one of any thread."""
+        return self._trace if self.ambient.trace is None else self.ambient.trace
+
+    @property
+    def decisions(self) -> list[Routing]:
+        """What the router said in the last training forward, block by block."""
+        return self._routings if self.ambient.routings is None else self.ambient.routings
+
+    def remember(self, trace: Trace, routings: list[Routing]) -> None:
+        """Take what a forward of this thread did."""
+        self._trace = self.ambient.trace = trace
+        self._routings = self.ambient.routings = routings
 
     @property
     def addressed(self) -> list[str]:
@@ -148,8 +160,9 @@ class TokenPruner:
         from ftp_lightning.pruning.devices import home
         from ftp_lightning.pruning.family import find_decoder
 
-        decoder, blocks = find_decoder(model)
-        if self._engine is not None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile: its own forward is the model's
+        decoder, blocks = find_decoder(model, check=False)
+        if self._attached is not None:
             raise UserError(
                 "this pruner is attached already; detach it first, or make a second one for a second model."
             )
@@ -164,15 +177,15 @@ class TokenPruner:
         if self._base is not None:
             check_base(self._base, model)
         self.router.to(home(model))
-        self._engine = Engine(self, model)
+        self._attached = Attached(self, model)
         self._model = model
         return self
 
     def detach(self) -> None:
-        """Leave the model as it was before `attach`."""
-        if self._engine is not None:
-            self._engine.undo()
-            self._engine = None
+        """Leave the model as it was before `attach`; calls of other threads are waited for."""
+        if self._attached is not None:
+            self._attached.undo()
+            self._attached = None
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[TokenPruner]:
@@ -186,26 +199,27 @@ class TokenPruner:
     @contextmanager
     def prompt(self) -> Iterator[None]:
         """Inside, a forward on a filled cache is a routed chunk, not a continuation."""
-        before, self.routing_chunk = self.routing_chunk, True
-        try:
+        with self.ambient.having(routes_chunks=True):
             yield
-        finally:
-            self.routing_chunk = before
 
     @contextmanager
     def masked(
         self, prompt_tokens: int, gates: StraightThrough | None = None, recompute: bool = False
     ) -> Iterator[None]:
-        """Inside, a forward is the differentiable one that training needs: the first `prompt_tokens` of each row are
-        routed, the rest is computed as a continuation is, in one pass. Same decisions and same hidden states as prefill
-        + continuation, with the straight-through gates that are the default; see `gates` for others. recompute:
-        activation checkpointing: backward computes whole blocks again instead of keeping what they computed."""
-        before = self.masked_prompt, self.gates, self.recompute
-        self.masked_prompt, self.gates, self.recompute = int(prompt_tokens), gates or StraightThrough(), recompute
-        try:
+        """Inside, a forward is the differentiable one that training needs, without a cache.
+
+        The first `prompt_tokens` of each row are routed, the rest is computed as a continuation is, in one pass. Same
+        decisions and same hidden states as prefill + continuation, with the straight-through gates that are the
+        default; see `training.gates` for others.
+
+        Args:
+            prompt_tokens: of each row, padding included.
+            gates: how a decision gets a gradient.
+            recompute: activation checkpointing: backward computes whole blocks again instead of keeping what they
+                computed.
+        """
+        with self.ambient.having(training=Training(int(prompt_tokens), gates or StraightThrough(), recompute)):
             yield
-        finally:
-            self.masked_prompt, self.gates, self.recompute = before
 
     # ---------------------------------------------------------------- on disk
 

@@ -18,6 +18,8 @@ from ftp_lightning.schedule import Schedule
 
 PARTS = ("block", "attention", "mlp")
 """What one decision addresses: a whole block, or one of its two halves."""
+ADDRESSED = {"block": ("block",), "attention": ("attention",), "mlp": ("mlp",), "attention+mlp": ("attention", "mlp")}
+"""What a pruner's decisions may address, and the parts that it decides for it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,29 @@ class Scout:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a router looks at.
+
+    Attributes:
+        attention: it reads `context.attention`.
+        hidden: it reads `context.hidden`.
+        once: "at first": it decides all blocks at the first routed one, and never reads what is written from there on;
+            "from block 0": it decides all blocks from what the first block wrote; "": it decides block by block.
+        adds_up: the attention table adds up what blocks write, from 0, in place of keeping the latest.
+        reads: what the attention of a block says of its keys, (tapped, queries, keys, span) -> (scores, seen), see
+            `pruning.scores`; None: the score of method.md, section 4.
+        scout: a dense look at the prompt that it wants first, for `context.scouted`.
+    """
+
+    attention: bool = False
+    hidden: bool = False
+    once: Literal["", "at first", "from block 0"] = ""
+    adds_up: bool = False
+    reads: Callable | None = None
+    scout: Scout | None = None
+
+
+@dataclass(frozen=True)
 class RoutingContext:
     """All that is known when the tokens of one block are routed.
 
@@ -49,7 +74,7 @@ class RoutingContext:
         position: (B, T) int64, index of the token among the row's real tokens (arbitrary on padding).
         lengths: (B, 1) int64, real tokens of each row; (B, T) in a continuation.
         kept: like `lengths`, tokens that the schedule lets in (`schedule.kept_tokens`).
-        attention: (B, T) float32, the table of latest attention scores; None unless the router `needs_attention`.
+        attention: (B, T) float32, the table of latest attention scores; None unless the router's `needs` name it.
         hidden: (B, T, D), the block's input.
         rank: (B, T) float32 in [0, 1], ascending rank of the attention score over n-1; None: it is computed from
             `attention`.
@@ -88,26 +113,13 @@ class Router(nn.Module):
     called for a block, in any order, with and without gradient, and again: the answer is the same each time.
 
     Attributes:
-        needs_attention: it reads `context.attention`.
-        needs_hidden: it reads `context.hidden`.
-        one_pass: it decides all blocks from what the first one wrote into the attention table.
-        once: it decides all blocks at the first routed one: what is written from there on, it never reads.
-        adds_up: the attention table adds up what blocks write, from 0, in place of keeping the latest.
-        reads: what the attention of a block says of its keys, (tapped, queries, keys, span) -> (scores, seen), see
-            `pruning.scores`; None: the score of method.md, section 4.
-        scout: a dense look at the prompt that it wants first, for `context.scouted`.
+        needs: what it looks at.
         ranks_only: its scores order tokens and are no probabilities: choice "threshold" and the decode policies that
             skip are refused.
     """
 
-    needs_attention = False
-    needs_hidden = False
-    one_pass = False
-    once = False
-    adds_up = False
+    needs = Needs()
     ranks_only = False
-    reads: Callable | None = None
-    scout: Scout | None = None
 
     def score(self, context: RoutingContext) -> Tensor:
         """(B, T) float32, the higher the sooner computed. Values on padding are ignored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ftp_lightning.routing.base import RoutingContext, check_made_for
+from ftp_lightning.routing.base import Needs, RoutingContext, check_made_for
 from ftp_lightning.routing.learned import LearnedRouter, at_least_one, two_layers
 
 
@@ -19,7 +19,7 @@ class HiddenRouter(LearnedRouter):
     Args: hidden_size D of the model; width of the hidden layer.
     """
 
-    needs_hidden = True
+    more = Needs(hidden=True)
 
     def __init__(self, hidden_size: int, width: int = 64):
         self._make(hidden_size, width, None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.routing.base import Router, RoutingContext
+from ftp_lightning.routing.base import Needs, Router, RoutingContext
 from ftp_lightning.routing.factors import FACTORS, read_attention
 
 
@@ -26,13 +28,16 @@ class LearnedRouter(Router):
         ValueError: a width below 1, or factors that are unknown, named twice, or an empty list.
     """
 
+    more = Needs()
+    """What it looks at besides its factors."""
+
     def __init__(self, width: int, names: tuple[str, ...] | None):
         super().__init__()
         self.width, self.names = at_least_one("width", width), () if names is None else known_factors(names)
 
     @property
-    def needs_attention(self) -> bool:  # type: ignore[override]  # here the factors say it
-        return read_attention(self.names)
+    def needs(self) -> Needs:  # type: ignore[override]  # here the factors say it
+        return replace(self.more, attention=read_attention(self.names))
 
     def logits(self, context: RoutingContext) -> Tensor:
         """(B, T, 2) float32: skip, compute."""

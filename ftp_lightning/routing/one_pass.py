@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.routing.base import RoutingContext, check_made_for
+from ftp_lightning.routing.base import Needs, RoutingContext, check_made_for
 from ftp_lightning.routing.factors import FACTORS, factors
 from ftp_lightning.routing.learned import LearnedRouter, at_least_one
 from ftp_lightning.schedule import Schedule
@@ -18,12 +18,12 @@ class OnePassRouter(LearnedRouter):
     f_l are the token's factors with the sparsity s_l of block l. The first layer is shared, the head is the block's own
     [ours: a block can differ from the next through nothing else]. Parameters: (factors + 1) * width
     + N * (2 * width + 2). All blocks' p are computed at the first call of a forward; that the attention table stays the
-    one of block 0 is the engine's promise (`one_pass`).
+    one of block 0 is the engine's promise (`Needs.once`).
 
     Args: num_blocks, the N blocks of the model; the others as for `LearnedRouter`.
     """
 
-    one_pass = True
+    more = Needs(once="from block 0")
 
     def __init__(self, num_blocks: int, width: int = 64, names: tuple[str, ...] = FACTORS):
         super().__init__(width, names)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.routing.base import RoutingContext
+from ftp_lightning.routing.base import Needs, RoutingContext
 from ftp_lightning.routing.factors import position_factor
 from ftp_lightning.routing.projected import ProjectedRouter
 
@@ -31,7 +31,7 @@ class ProjectedOnceRouter(ProjectedRouter):
     Args: as for `ProjectedRouter`; names without "sparsity", which is not a token's own. Parameters: the same sum.
     """
 
-    once = True
+    more = Needs(hidden=True, once="at first")
     LEAST = 1e-3
     """Sparsities are cut off here, and as far below 1: odds are finite."""
     RECENCY, START = 4.0, 1e-2

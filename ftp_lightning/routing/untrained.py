@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ftp_lightning.routing.base import Router, RoutingContext
+from ftp_lightning.routing.base import Needs, Router, RoutingContext
 from ftp_lightning.routing.factors import factors, read_attention
 from ftp_lightning.routing.learned import known_factors
 
@@ -25,8 +25,8 @@ class UntrainedRouter(Router):
         self.names = known_factors(names)
 
     @property
-    def needs_attention(self) -> bool:  # type: ignore[override]  # here the factors say it
-        return read_attention(self.names)
+    def needs(self) -> Needs:  # type: ignore[override]  # here the factors say it
+        return Needs(attention=read_attention(self.names))
 
     def score(self, context: RoutingContext) -> Tensor:
         return factors(context, self.names).mean(dim=-1)

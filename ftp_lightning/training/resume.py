@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ftp_lightning.pruning.calls import Call, Signature
 from ftp_lightning.pruning.family import cache_name, find_attention, find_blocks, sliding_window
+from ftp_lightning.routing.base import Needs
 
 
 @dataclass
@@ -97,16 +98,16 @@ def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[N
         yield
 
 
-def first_needed_block(model: nn.Module, block: int, needs_attention: bool, one_pass: bool = False) -> int:
+def first_needed_block(model: nn.Module, block: int, needs: Needs) -> int:
     """The lowest block that must run so that a router decides at `block` as in the full forward.
 
-    A router that reads attention scores (`needs_attention`) needs the last dense block below that sees every token:
-    it writes the whole table anew, so what stood there before is of no account; `one_pass` reads what the very first
-    block wrote. Any other needs `block` alone.
+    A router that reads attention scores needs the last dense block below that sees every token: it writes the whole
+    table anew, so what stood there before is of no account; one that decides from block 0 needs the very first block.
+    Any other needs `block` alone.
     """
-    if not needs_attention:
+    if not needs.attention:
         return block
-    if one_pass:
+    if needs.once == "from block 0":
         return 0
     below = list(find_blocks(model)[:block])
     seeing_all = [index for index, module in enumerate(below) if sliding_window(find_attention(module)) is None]
@@ -128,7 +129,7 @@ def _forward_replaced(block: nn.Module, forward: Callable) -> Iterator[None]:
 
 def _return_stored(index: int, block: nn.Module, states: BlockStates | None, *args, **kwargs) -> Tensor:
     """What a block below the first that runs does instead of computing."""
-    call = Call(Signature(block, cache_name(block)), args, kwargs)
+    call = Call(Signature(type(block), cache_name(block)), args, kwargs)
     hidden, cache = call.hidden, call.cache
     if cache is None:
         raise ValueError("a forward that starts above the first block needs a key-value cache")

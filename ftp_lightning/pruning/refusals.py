@@ -1,0 +1,89 @@
+"""What a forward cannot compute right while a pruner is attached: refused before anything has changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.cache import RoutedLayer
+
+if TYPE_CHECKING:
+    from ftp_lightning.pruning.attached import Attached
+
+_SPOILED = "_half_a_step"
+
+
+def spoil(cache, num_blocks: int) -> None:
+    """An error has stopped a forward on this cache: mark it where some blocks have taken its tokens and others not."""
+    layers = getattr(cache, "layers", [])
+    for layer in layers:
+        if isinstance(layer, RoutedLayer):
+            layer.forget_announced()
+    lengths = {layer.get_seq_length() for layer in layers} | ({0} if len(layers) < num_blocks else set())
+    if len(lengths) > 1:
+        setattr(cache, _SPOILED, True)
+
+
+def check_cache(cache) -> None:
+    """UserError for a cache that is not dynamic, or that an error has left unusable."""
+    if cache is None:
+        return
+    offloaded = getattr(cache, "offloading", False)
+    if getattr(cache, "is_compileable", False) or offloaded:
+        raise UserError(
+            f"token skipping needs a dynamic key-value cache; this one is {'offloaded' if offloaded else 'static'}.\n"
+            "Leave `cache_implementation` unset."
+        )
+    if getattr(cache, _SPOILED, False):
+        raise UserError(
+            "an error stopped a forward on this cache half way: some blocks have seen its tokens, others not.\n"
+            "Start with a new cache."
+        )
+
+
+def check_forward(attached: Attached, arguments: dict, past: int) -> None:
+    """UserError for padding that is not understood, packed texts, and a model that was changed since `attach`."""
+    mask, positions, training = (
+        arguments.get("attention_mask"),
+        arguments.get("position_ids"),
+        attached.ambient.training,
+    )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise UserError(
+            "a TokenPruner reads padding from a (batch, tokens) attention_mask; masks of other shapes are refused."
+        )
+    if positions is not None and mask is None and not _caches(attached, arguments, training is not None):
+        if bool((positions.diff(dim=-1) != 1).any()):
+            raise UserError(
+                "position_ids with gaps, without a cache and a mask, mean packed texts, which cannot be pruned.\n"
+                "Give one text a row, with an attention_mask."
+            )
+    if training is not None and past:
+        raise UserError("the training forward takes the whole text in one pass, without a filled cache.")
+    decoder = attached.decoder
+    if decoder.config._attn_implementation != attached.sites[0].backend.name:
+        raise UserError("the attention implementation was changed while a pruner is attached.\nDetach it first.")
+    if decoder.training and torch.is_grad_enabled() and _checkpoints(attached):
+        raise UserError(
+            "Hugging Face's gradient checkpointing runs blocks again in backward, where no pruner is in force.\n"
+            "Call model.gradient_checkpointing_disable(), and use pruner.masked(..., recompute=True)."
+        )
+
+
+def _caches(attached: Attached, arguments: dict, training: bool) -> bool:
+    """Whether this forward has a cache, or transformers makes one; without one it looks for packed texts."""
+    if training:
+        return False
+    wanted = arguments.get("use_cache")
+    wanted = attached.decoder.config.use_cache if wanted is None else wanted
+    return bool(wanted) or arguments.get("past_key_values") is not None
+
+
+def _checkpoints(attached: Attached) -> bool:
+    return any(
+        getattr(module, "gradient_checkpointing", False) and module.training
+        for module in (attached.decoder, *attached.blocks)
+    )

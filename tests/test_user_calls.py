@@ -1,0 +1,281 @@
+"""What users do with a pruned model: caches of their own, autocast, checkpointing, errors half way, odd positions."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from families import family
+from test_engine import MODEL, TEXT, tiny_llama
+from transformers import DynamicCache
+
+from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
+from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.site import sites_of
+from ftp_lightning.routing import UntrainedRouter
+
+SCHEDULE = Schedule([0.0, 0.5, 0.5, 0.5])
+IDS = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(0))
+SLIDING = ("mistral_sliding", "gemma3", "gemma2", "qwen2_sliding")
+
+
+# ---------------------------------------------------------------- a cache of the user's own
+
+
+def step_by_step(model, cache, pruner):
+    with torch.no_grad(), pruner(model):
+        parts = [model(IDS[:1, :20], past_key_values=cache, use_cache=True).logits]
+        parts += [model(IDS[:1, 20 + i : 21 + i], past_key_values=cache).logits for i in range(3)]
+        parts.append(model(IDS[:1, 23:40], past_key_values=cache).logits)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+@pytest.mark.parametrize("schedule", [[0.0, 0.4, 0.4, 0.4], [0.4, 0.0, 0.4, 0.0], [0.4, 0.4, 0.0, 0.0]])
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_a_cache_made_without_a_config(name, schedule, kv):
+    """transformers takes its layers for unbounded, also those of sliding blocks."""
+    model, pruner = family(name), TokenPruner(RandomRouter(1), Schedule(schedule), kv=kv)
+    expected = step_by_step(model, DynamicCache(config=model.config), pruner)
+    assert torch.allclose(step_by_step(model, DynamicCache(), pruner), expected, atol=1e-5)  # Gemma 2 rounds
+
+
+# ---------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("parts", ["block", "attention", "mlp", "attention+mlp"])
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_autocast(parts, kv):
+    """Two rows, with and without padding, prompt and continuation: near the same in float32."""
+    model = family("llama", torch.float32)
+    pruner = TokenPruner(RandomRouter(1), SCHEDULE, kv=kv, parts=parts)
+    mask = torch.ones_like(IDS)
+    mask[0, :7] = 0
+    for more in ({}, {"attention_mask": mask}):
+        with torch.no_grad(), pruner(model):
+            expected = model(IDS, **more).logits
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = model(IDS, **more)
+                model(IDS[:, :1], past_key_values=found.past_key_values)
+        error = (found.logits.float() - expected)[mask.bool() if more else slice(None)].abs().max()
+        assert error < 0.1 * expected.abs().max()
+
+
+def test_autocast_with_a_removed_mlp():
+    model = family("llama", torch.float32)
+    with torch.no_grad(), TokenPruner(RandomRouter(1), SCHEDULE, removed=[(1, "mlp"), (2, "attention")])(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(IDS).logits.isfinite().all()
+
+
+def test_scores_are_float32_under_autocast():
+    """The same queries and keys: what a block writes for the router is no matter of autocast."""
+    from ftp_lightning.pruning import said
+
+    seen, real = [], said.received_attention
+    model, pruner = family("llama", torch.float32), TokenPruner(UntrainedRouter(), SCHEDULE)
+
+    def spy(tapped, queries, keys, *more):
+        found = real(tapped, queries, keys, *more)
+        with torch.autocast("cpu", enabled=False):
+            seen.append((found, real(tapped, queries, keys, *more)))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), pruner(model):
+        patch.setattr(said, "received_attention", spy)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(IDS)
+    assert seen and all(torch.equal(a, b) for found, expected in seen for a, b in zip(found, expected))
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers_is_refused(reentrant):
+    model = family("llama", torch.float32).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    pruner = TokenPruner(DynamicRouter(), SCHEDULE)
+    with pruner(model), pruner.masked(20):
+        with pytest.raises(UserError, match="recompute=True"):
+            model(IDS, use_cache=False)
+        model.gradient_checkpointing_disable()
+        assert model(IDS, use_cache=False).logits.requires_grad
+
+
+def test_the_training_forward_leaves_no_cache():
+    """One that some blocks have filled and others not would be of no use."""
+    pruner = TokenPruner(DynamicRouter(), SCHEDULE, kv="keep")
+    model = tiny_llama()
+    with pruner(model), pruner.masked(20):
+        output = model(IDS, use_cache=True)
+        again = model(IDS, use_cache=False)
+    assert output.past_key_values is None and torch.equal(output.logits, again.logits)
+
+
+# ---------------------------------------------------------------- errors half way
+
+
+def lengths(cache):
+    return [cache.get_seq_length(block) for block in range(4)]
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_a_model_without_its_pruner_refuses_before_anything_has_changed(kv):
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE, kv=kv)
+    with torch.no_grad():
+        with pruner(model):
+            cache = model(IDS[:1, :20], use_cache=True).past_key_values
+            expected = model(IDS[:1, 20:21], past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(UserError, match="filled by a TokenPruner"):
+            model(IDS[:1, 20:21], past_key_values=cache)
+        assert lengths(cache) == [20] * 4
+        with pruner(model):
+            assert torch.equal(model(IDS[:1, 20:21], past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("where", [0, 1, 2, 3])
+@pytest.mark.parametrize("what", ["block", "mlp", "attention"])
+def test_a_cache_that_an_error_left_half_filled_says_so(where, what):
+    """Where the error comes before any block has taken the token the cache goes on as if nothing had been."""
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE, kv="keep", decode="strict")
+    block = model.model.layers[where]
+    module = {"block": block, "mlp": block.mlp, "attention": block.self_attn.k_proj}[what]
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), pruner(model):
+        cache = model(IDS[:1, :20], use_cache=True).past_key_values
+        expected = model(IDS[:1, 20:21], past_key_values=copy.deepcopy(cache)).logits
+        handle = module.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS[:1, 20:21], past_key_values=cache)
+        handle.remove()
+        if len(set(lengths(cache))) == 1 and lengths(cache)[0] == 20:
+            assert torch.equal(model(IDS[:1, 20:21], past_key_values=cache).logits, expected)
+            return
+        if len(set(lengths(cache))) == 1:  # the last block's MLP: every block has the token, its output is lost
+            return
+        with pytest.raises(UserError, match="Start with a new cache"):
+            model(IDS[:1, 20:21], past_key_values=cache)
+    with pytest.raises(UserError), torch.no_grad():
+        model(IDS[:1, 20:21], past_key_values=cache)
+
+
+# ---------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_positions_with_gaps(kv):
+    """A text whose middle was cut out: with a cache transformers accepts it, and each token keeps its position."""
+    model, pruner = family("llama"), TokenPruner(StaticRouter(), SCHEDULE, kv=kv)
+    positions = (torch.arange(40) * 2)[None]
+    with torch.no_grad():
+        with pruner(model):
+            found = model(IDS, position_ids=positions, use_cache=True).logits
+            keep = [kept.clone() for kept in pruner.trace.keep]
+            masked = model(IDS, position_ids=positions, attention_mask=torch.ones_like(IDS)).logits
+            with pytest.raises(UserError, match="packed texts"):
+                model(IDS, position_ids=positions, use_cache=False)
+        with TokenPruner(FixedRouter(keep), None, kv=kv)(model):
+            replayed = model(IDS, position_ids=positions, use_cache=True).logits
+    assert torch.allclose(found, masked) and torch.allclose(found, replayed)
+
+
+# ---------------------------------------------------------------- handles
+
+
+def test_the_model_knows_its_pruner_while_attached():
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    assert not hasattr(model, "pruner")
+    with pruner(model), torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        assert model.pruner is pruner and model.pruner.trace.sparsity[1] == 0.5
+        with model.pruner.prompt():
+            model(IDS[:, :10], past_key_values=cache)
+        assert model.pruner.trace.prompt.real.shape == (2, 10)
+        model.pruner.detach()
+    assert not hasattr(model, "pruner")
+
+
+def test_attaching_again_looks_at_no_block_twice(monkeypatch):
+    """A training step and a search candidate attach a pruner each time."""
+    from ftp_lightning.pruning import site
+
+    model, pruner, looked = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE), []
+    real = site.Site.of
+    monkeypatch.setattr(site.Site, "of", staticmethod(lambda block: looked.append(block) or real(block)))
+    for _ in range(3):
+        with pruner(model):
+            pass
+    assert len(looked) == 4
+    model.model.layers[2].self_attn.q_proj = torch.nn.Linear(32, 32, bias=False, dtype=torch.float64)
+    with pruner(model):
+        pass
+    assert len(looked) == 5
+    assert sites_of(model)[2][2].query is model.model.layers[2].self_attn.q_proj
+
+
+# ---------------------------------------------------------------- beams
+
+
+def test_beams_move_each_stored_token_once_a_step(monkeypatch):
+    """Twice the tokens, twice the moves: what is known of a token is put together before it is moved."""
+    moves = []
+    real = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda self, *args: moves.append(1) or real(self, *args))
+    pruner, counts = TokenPruner(RandomRouter(1), SCHEDULE), []
+    for new in (10, 20):
+        moves.clear()
+        with torch.no_grad(), pruner(MODEL):
+            MODEL.generate(TEXT[:1], max_new_tokens=new, num_beams=2, do_sample=False, eos_token_id=None)
+        counts.append(len(moves))
+    assert counts[1] < 2.3 * counts[0]
+
+
+# ---------------------------------------------------------------- a last block of which little is read
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2_sliding", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+@pytest.mark.parametrize("last", [0.0, 0.6])
+def test_the_last_block_computes_what_is_read(name, kv, last):
+    """Logits of the last tokens, and all that a continuation reads later, are those of the whole computation."""
+    exact = name != "mixtral"  # its experts want float32
+    model = family(name, torch.float64 if exact else torch.float32)
+    pruner, near = TokenPruner(UntrainedRouter(), Schedule([0.0, 0.5, 0.3, last]), kv=kv), 1e-9 if exact else 1e-4
+    mask = torch.ones_like(IDS)
+    mask[0, :7] = 0
+    for more in ({}, {"attention_mask": mask}):
+        for count in (1, 3):
+            with torch.no_grad(), pruner(model):
+                whole = model(IDS, use_cache=True, **more)
+                kept = [keep.clone() for keep in pruner.trace.keep]
+                part = model(IDS, use_cache=True, logits_to_keep=count, **more)
+                assert all(torch.equal(a, b) for a, b in zip(kept, pruner.trace.keep))
+                assert torch.allclose(part.logits, whole.logits[:, -count:], atol=near)
+                after = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1)} if more else {}
+                steps = [
+                    model(IDS[:, :1], past_key_values=out.past_key_values, **after).logits for out in (whole, part)
+                ]
+                assert torch.allclose(*steps, atol=near)
+
+
+def test_the_last_block_runs_on_one_token_of_a_generated_prompt():
+    rows = []
+    block = MODEL.model.layers[-1].mlp
+    handle = block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    try:
+        with torch.no_grad(), TokenPruner(StaticRouter(), Schedule([0.0, 0.5, 0.5, 0.25]))(MODEL):
+            MODEL.generate(TEXT, max_new_tokens=2, do_sample=False)
+            assert rows == [1, 1]
+            MODEL(TEXT)  # all logits are read
+            MODEL(TEXT, logits_to_keep=1, output_hidden_states=True)
+            assert rows[2:] == [18, 18]
+            watch = MODEL.model.register_forward_hook(functools.partial(lambda *_: None))
+            MODEL(TEXT, logits_to_keep=1)
+            watch.remove()
+            assert rows[4:] == [18]
+    finally:
+        handle.remove()
