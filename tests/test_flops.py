@@ -58,11 +58,11 @@ def stock(name):
     return model.eval().requires_grad_(False)
 
 
-def matrix_flops(model, tokens):
+def matrix_flops(model, tokens, logits=1):
     """(linear maps, products of activations) of one prefill as torch counts them; experts' maps are linear too."""
     ids = torch.randint(3, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids, logits_to_keep=1)
+        model(ids, logits_to_keep=logits)
     counts = counter.get_flop_counts()["Global"]
     batched = sum(n for op, n in counts.items() if "bmm" in str(op))
     return sum(n for op, n in counts.items() if "mm" in str(op)) - batched, batched
@@ -105,7 +105,7 @@ def test_what_a_skipped_token_still_runs_goes_by_the_projections():
 def test_linear_flops_under_keep_are_those_executed_in_every_family(name):
     model, schedule = stock(name), Schedule([0.5, 0.25, 0.9])
     pruner = TokenPruner(StaticRouter(), schedule, kv="keep")
-    expected = flops.prompt_flops(without_pairs(model), schedule, 60, "keep", flops.head_flops(model))
+    expected = flops.prompt_flops(without_pairs(model), schedule, 60, "keep", flops.head_flops(model), last_only=True)
     with pruner(model):
         assert matrix_flops(model, 60)[0] == pytest.approx(expected, rel=0.01)
 
@@ -118,7 +118,8 @@ def without_pairs(model):
 @pytest.mark.parametrize("schedule", [Schedule.uniform(BLOCKS, 0.0), SCHEDULE])
 def test_linear_flops_are_those_executed(kv, schedule):
     model = tiny_llama(torch.float32)
-    expected = flops.prompt_flops(without_pairs(model), schedule, 200, kv, head=2.0 * 32 * 64)
+    routed, head = any(schedule.sparsity), flops.head_flops(model)
+    expected = flops.prompt_flops(without_pairs(model), schedule, 200, kv, head, last_only=routed)
     with TokenPruner(StaticRouter(), schedule, kv=kv)(model):
         assert matrix_flops(model, 200)[0] == pytest.approx(expected, rel=0.01)
 
@@ -381,3 +382,24 @@ def test_a_reduction_out_of_reach_is_told(reduction, schedule):
         solve_budget(LLAMA, reduction, 64, "keep", schedule, "attention")
     assert len(str(refused.value).splitlines()) <= 3
     assert ("at most" in str(refused.value)) is (0 <= reduction < 1)
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+@pytest.mark.parametrize("last", [0.0, 0.5])
+def test_realised_flops_where_the_last_token_alone_is_read(kv, last):
+    """Planned, counted in the trace, and executed: the same, with one token in the last block."""
+    model, schedule = tiny_llama(torch.float32), Schedule([0.0, 0.5, 0.5, last])
+    pruner, ids = TokenPruner(StaticRouter(), schedule, kv=kv), torch.randint(3, 64, (1, 40))
+    with torch.no_grad(), pruner(model):
+        model(ids)
+        assert not pruner.trace.last_only
+        model(ids, logits_to_keep=torch.tensor([-1]))
+    assert pruner.trace.last_only
+    _, whole = flops.realised_flops(model, pruner.trace, kv)
+    _, found = flops.realised_flops(model, pruner.trace, kv, last_only=True)
+    *_, cost = flops.block_costs(model)
+    kept = int(pruner.trace.keep[-1].sum())
+    assert found < whole - 0.9 * (kept - 1) * cost.other
+    without, head = without_pairs(model), flops.head_flops(model)
+    _, counted = flops.realised_flops(model, pruner.trace, kv, costs=without, last_only=True)
+    assert counted == pytest.approx(flops.prompt_flops(without, schedule, 40, kv, head, last_only=True))

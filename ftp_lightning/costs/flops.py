@@ -44,18 +44,25 @@ def prompt_flops(
     kv: str | Sequence[str],
     head: float = 0.0,
     parts: Parts = "block",
+    last_only: bool = False,
 ) -> float:
     """FLOPs to prefill `tokens` tokens, none of them padding.
 
     With A tokens in the attention and M in the MLP, of T (A, M = kept tokens, or T where that part is not skipped):
     evict: A(keys, values) + A(attention) + M(mlp) + pairs(A among A). keep: T(keys, values) + A(attention) + M(mlp) +
     pairs(A over T). Tokens that skip add `BlockCost.skip`, once for a block, for parts each by its own. `head` is added
-    once (last logit only).
+    once (last logit only). last_only: of the last block's output nobody reads more than the last token, as in
+    `generate`: there A = M = 1 but for keys and values. Plans leave that out: it is no saving of the schedule.
     """
     total = head
-    for cost, sparsity, mode in zip(costs, schedule.sparsity, _modes(kv, len(costs)), strict=True):
+    blocks = zip(costs, schedule.sparsity, _modes(kv, len(costs)), strict=True)
+    for index, (cost, sparsity, mode) in enumerate(blocks):
         attended, fed = _computed(tokens, sparsity, parts)
         keeps = mode == "keep"
+        if last_only and parts == "block" and index == len(costs) - 1:
+            stored = tokens if keeps else attended
+            total += _flops(cost, stored, 1, 1, min(stored, cost.window or stored))
+            continue
         pairs = causal_pairs(attended, tokens, cost.window) if keeps else evicted_pairs(attended, tokens, cost.window)
         skips = tokens - attended if parts == "block" else 2 * tokens - attended - fed
         total += _flops(cost, tokens if keeps else attended, attended, fed, pairs) + skips * cost.skip
@@ -116,10 +123,18 @@ def speedup_limit(
 
 
 def realised_speedup_limit(
-    model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0, rank: int = 0
+    model: nn.Module,
+    trace: Trace,
+    kv: str | Sequence[str],
+    new_tokens: int = 0,
+    rank: int = 0,
+    last_only: bool = False,
 ) -> float:
-    """FLOPs limit of the prompt that was routed: dense FLOPs / FLOPs of the tokens that were really computed."""
-    dense, pruned = realised_flops(model, trace, kv, new_tokens, rank)
+    """FLOPs limit of the prompt that was routed: dense FLOPs / FLOPs of the tokens that were really computed.
+
+    last_only: see `prompt_flops`; the dense model computes its last block whole.
+    """
+    dense, pruned = realised_flops(model, trace, kv, new_tokens, rank, last_only=last_only)
     return dense / pruned
 
 
@@ -138,9 +153,10 @@ def realised_flops(
     rank: int = 0,
     removed: Sequence[tuple[int, str]] = (),
     costs: Sequence[BlockCost] | None = None,
+    last_only: bool = False,
 ) -> tuple[float, float]:
     """(dense, pruned) FLOPs of the prompts of a trace, rows added up: see `row_flops`."""
-    dense, pruned = row_flops(model, trace, kv, new_tokens, rank, removed, costs)
+    dense, pruned = row_flops(model, trace, kv, new_tokens, rank, removed, costs, last_only)
     return dense.sum().item(), pruned.sum().item()
 
 
@@ -152,6 +168,7 @@ def row_flops(
     rank: int = 0,
     removed: Sequence[tuple[int, str]] = (),
     costs: Sequence[BlockCost] | None = None,
+    last_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Dense and pruned FLOPs of each prompt that was routed on an empty cache: (B,) float64 both, on the CPU.
 
@@ -160,7 +177,7 @@ def row_flops(
     every row, or one number per row) may follow. `rank` (see `block_costs`) is counted for every real token that skips:
     once for a block, whose two parts share one mask in the trace, else by each part. `removed`: parts (block,
     "attention" or "mlp") that the tokens that follow skip, too. `costs`: `block_costs(model, rank)`, for whoever asks
-    for many traces.
+    for many traces. `last_only`: see `prompt_flops`; for decisions about whole blocks.
     """
     costs, real = costs or block_costs(model, rank), trace.real
     new = [new_tokens] * len(real) if isinstance(new_tokens, int) else list(new_tokens)
@@ -168,9 +185,15 @@ def row_flops(
     attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
     dense = head_flops(model) * (1 + torch.tensor(new, dtype=torch.float64))
     pruned = dense.clone()
-    for cost, less, attended, fed, mode in zip(costs, left, attention, mlp, _modes(kv, len(costs)), strict=True):
+    blocks = zip(costs, left, attention, mlp, _modes(kv, len(costs)), strict=True)
+    for index, (cost, less, attended, fed, mode) in enumerate(blocks):
         dense += _traced_flops(cost, real, real, real, real, new)
-        pruned += _traced_flops(less, real, real if mode == "keep" else attended, attended, fed, new)
+        keyed = real if mode == "keep" else attended
+        if last_only and index == len(costs) - 1:
+            read = real & (real.cumsum(1) == real.sum(1, keepdim=True))
+            pruned += _traced_flops(less, real, keyed, attended & read, fed & read, new)
+            continue
+        pruned += _traced_flops(less, real, keyed, attended, fed, new)
         pruned += cost.skip * sum(_count(real & ~mask) for mask in {id(m): m for m in (attended, fed)}.values())
     return dense, pruned
 

@@ -168,8 +168,7 @@ class Attached:
         """The model with its output head: how many last positions it reads."""
         last = kwargs.get("logits_to_keep")
         reads_all = kwargs.get("output_hidden_states") or self.model.config.output_hidden_states
-        last = last if isinstance(last, int) and last > 0 and not reads_all else None
-        with self.ambient.having(last_tokens=last):
+        with self.ambient.having(last_tokens=None if reads_all else _last_tokens(last)):
             return inner(*args, **kwargs)
 
     def run_decoder(self, inner, args: tuple, kwargs: dict):
@@ -314,6 +313,14 @@ class Attached:
             self._compensations[place] = compensation.to(*place)
         update = self._compensations[place].update(hidden, index, part)
         return hidden + update if part == "block" else update
+
+
+def _last_tokens(asked) -> int | None:
+    """How many last positions a `logits_to_keep` reads; None: perhaps all, or only the device knows."""
+    if isinstance(asked, Tensor):
+        on_host = asked.device.type == "cpu" and not torch.compiler.is_compiling()
+        return -int(asked.min()) if on_host and asked.numel() and int(asked.max()) < 0 else None
+    return asked if isinstance(asked, int) and asked > 0 else None
 
 
 def _tokens(arguments: dict) -> Tensor:

@@ -250,7 +250,7 @@ class BlockRun:
 
     def _run_read(self, kept: Kept | None, read: Kept) -> Tensor:
         """(B, T, D): the block's output at the tokens that are read, anything at the others; the cache as ever."""
-        hidden = self.call.hidden
+        hidden, self.forward.trace.last_only = self.call.hidden, True
         output = self.run_kept(self.inner, self.call, read if kept is None else kept, read, dense=kept is None)
         return hidden if output is None else read.put(hidden, tensor_of(output))
 

@@ -41,6 +41,7 @@ class Decision:
         return self.attention is self.mlp
 
 
+@torch.compiler.disable  # bookkeeping: little to compute, and the counts are the host's
 def decide(run: BlockRun) -> Decision | None:
     """What this block does with the new tokens; None where it computes all of them."""
     attached, forward = run.attached, run.forward

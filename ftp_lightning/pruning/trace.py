@@ -18,6 +18,7 @@ class Trace:
         keep_attention, keep_mlp: the same of the block's two parts. For decisions about whole blocks all three agree;
             otherwise `keep` is where at least one part was computed.
         real: (B, T) bool, False for padding; None before the first forward.
+        last_only: of the last block's tokens only those ran whose output is read.
         prompt: the trace of the last routed prompt, also while `generate` goes on past it; None before the first.
     """
 
@@ -26,6 +27,7 @@ class Trace:
     keep_mlp: list[Tensor] = field(default_factory=list)
     real: Any = None
     prompt: Trace | None = None
+    last_only: bool = False
 
     def add(self, attention: Tensor, mlp: Tensor) -> None:
         """The next block's decision, (B, T) bool for each part; kept where `real` is."""

@@ -71,7 +71,9 @@ class Bench:
 
     def _limits(self, pruner: TokenPruner, prompts: Prompts, clock: BlockClock, dense_ms: float) -> dict[str, Any]:
         trace, modes, rank = pruner.trace.routed, pruner.kv, pruner.skip_rank
-        limits: dict[str, Any] = {"flops_limit": realised_speedup_limit(self.model, trace, modes, rank=rank)}
+        limits: dict[str, Any] = {
+            "flops_limit": realised_speedup_limit(self.model, trace, modes, rank=rank, last_only=trace.last_only)
+        }
         padded = prompts.mask is not None
         limits["padded_flops_limit"] = padded_flops_limit(self.model, trace, modes, rank) if padded else None
         try:

@@ -10,9 +10,10 @@ from ftp_lightning.pruning.trace import Trace
 
 
 def most_kept(trace: Trace) -> list[int]:
-    """Tokens of the fullest row that enter each block; where no real token skips, the padding goes along."""
+    """Tokens of the fullest row that run in each block; where no real token skips, the padding goes along."""
     width = trace.real.shape[1]
-    return [width if bool((keep == trace.real).all()) else int(keep.sum(1).max()) for keep in trace.keep]
+    most = [width if bool((keep == trace.real).all()) else int(keep.sum(1).max()) for keep in trace.keep]
+    return [*most[:-1], 1] if trace.last_only else most
 
 
 def padded_flops_limit(model, trace: Trace, modes: Sequence[str], rank: int = 0) -> float:
