@@ -3,7 +3,7 @@
 Shapes: B rows, H query heads, G = key heads, Q queries, S keys, D head size.
 
 A block's attention module gets a copy of its config that names our attention function (`tap_attention`). That function
-hands queries and keys to the engine; the model's own config, and hence its own masks, stay as they are.
+hands queries and keys to the pruner in force; the model's own config, and hence its own masks, stay as they are.
 """
 
 from __future__ import annotations

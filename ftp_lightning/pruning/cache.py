@@ -21,7 +21,7 @@ class RoutedLayer(DynamicLayer):
     them. Under `evict` fewer entries are stored than seen; under `keep` all are, in order (`complete`). With a sliding
     `window` entries that no later query can see are dropped, as the stock layer does.
 
-    The layer takes new keys and values only while the engine has announced which tokens they belong to (`expect`); a
+    The layer takes new keys and values only while a block run has announced which tokens they belong to (`expect`); a
     model without its pruner is refused.
 
     What routing of continuation tokens needs lives here too, by slot, so that beams reorder it and `crop` rolls it

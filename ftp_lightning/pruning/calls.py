@@ -1,4 +1,4 @@
-"""Small tools of the engine: wrapping a method on the instance, and changing the arguments of a call."""
+"""Small tools: wrapping a method on the instance, and changing the arguments of a call."""
 
 from __future__ import annotations
 

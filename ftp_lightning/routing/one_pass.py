@@ -18,7 +18,7 @@ class OnePassRouter(LearnedRouter):
     f_l are the token's factors with the sparsity s_l of block l. The first layer is shared, the head is the block's own
     [ours: a block can differ from the next through nothing else]. Parameters: (factors + 1) * width
     + N * (2 * width + 2). All blocks' p are computed at the first call of a forward; that the attention table stays the
-    one of block 0 is the engine's promise (`Needs.once`).
+    one of block 0 is promised by `Needs.once`.
 
     Args: num_blocks, the N blocks of the model; the others as for `LearnedRouter`.
     """
