@@ -84,8 +84,10 @@ class TokenPruner:
         blocks = router.num_blocks if schedule is None else schedule.num_blocks
         self.removed = _removed(removed, blocks)
         self._removed_by_block = {b: frozenset(p for at, p in self.removed if at == b) for b, _ in self.removed}
-        modes = _modes(kv, schedule, blocks)
-        self.kv = tuple("evict" if (block, "attention") in self.removed else mode for block, mode in enumerate(modes))
+        self._kv_wanted = _modes(kv, schedule, blocks)
+        self.kv = tuple(
+            "evict" if (block, "attention") in self.removed else mode for block, mode in enumerate(self._kv_wanted)
+        )
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
         self.attention = _one_of("attention", attention, ATTENTION)
@@ -241,23 +243,27 @@ class TokenPruner:
         """A new pruner: this one's router, schedule, settings and compensation (all shared), but for `changes`.
 
         A changed schedule brings the kv mode that it was found for; a changed kv is meant, and becomes the schedule's.
-        Documents that this pruner's schedule was selected on stay seen.
+        Blocks that are no longer removed get the kv mode back that they were given. Documents that this pruner's
+        schedule was selected on stay seen, and what it says of its base model goes along.
         """
         own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
-        own |= {"removed": self.removed} | self.settings() | changes
+        own |= {"removed": self.removed} | self.settings()
+        uniform = len(set(self._kv_wanted)) == 1  # one name fits a schedule of any number of blocks
+        own["kv"] = self._kv_wanted[0] if uniform else self._kv_wanted
+        own |= changes
         schedule = own["schedule"]
         if schedule is not None and schedule.kv is not None:
             own["schedule"] = schedule.under(changes["kv"]) if changes.get("kv") else schedule
             own["kv"] = None
         if own["schedule"] is not None and self.schedule is not None:
             own["schedule"] = own["schedule"].after(self.schedule.seen)
-        return TokenPruner(**own)
-
-    def with_schedule(self, schedule: Schedule) -> TokenPruner:
-        """This pruner under another schedule; what it says of its base model goes along."""
-        pruner = self.changed(schedule=schedule)
+        pruner = TokenPruner(**own)
         pruner._base, pruner._model = self._base, self._model
         return pruner
+
+    def with_schedule(self, schedule: Schedule) -> TokenPruner:
+        """This pruner under another schedule; see `changed`."""
+        return self.changed(schedule=schedule)
 
     def save(self, folder, base: str | None = None, model: nn.Module | None = None) -> None:
         """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all; see `pruned_folder`.
