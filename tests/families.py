@@ -52,16 +52,23 @@ CONFIGS = {
 MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
 DEEPSEEK = MLA | {"v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = DEEPSEEK | {"first_k_dense_replace": 1, "n_shared_experts": 1, "topk_group": 1}
+BOTH_KINDS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
 GRANITE = {"residual_multiplier": 0.5, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 2.0}
 
 # Held to the oracle in test_refusals alone.
 MORE = {
     "cohere": lambda **k: T.CohereConfig(**SHAPE | {"use_qk_norm": True} | k),
-    "cohere2": lambda **k: T.Cohere2Config(**SHAPE | {"sliding_window": 6} | k),
+    "cohere2": lambda **k: T.Cohere2Config(**SHAPE | BOTH_KINDS | k),
     "deepseek_v2": lambda **k: T.DeepseekV2Config(**SHAPE | LATENT | {"topk_method": "greedy", "n_group": 1} | k),
     "deepseek_v3": lambda **k: T.DeepseekV3Config(**SHAPE | LATENT | {"n_group": 2} | k),
     "ernie4_5": lambda **k: T.Ernie4_5Config(**SHAPE | k),
     "exaone4": lambda **k: T.Exaone4Config(**SHAPE | {"sliding_window": 6, "sliding_window_pattern": 2} | k),
+    "exaone_moe": lambda **k: T.ExaoneMoeConfig(
+        **SHAPE
+        | BOTH_KINDS
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | k
+    ),
     "gemma": lambda **k: T.GemmaConfig(**SHAPE | {"head_dim": 8} | k),
     "gemma4": lambda **k: T.Gemma4TextConfig(
         **SHAPE
@@ -77,7 +84,7 @@ MORE = {
     "granitemoe": lambda **k: T.GraniteMoeConfig(**SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2} | k),
     "nemotron": lambda **k: T.NemotronConfig(**SHAPE | k),
     "olmo": lambda **k: T.OlmoConfig(**SHAPE | {"clip_qkv": 1.0} | k),
-    "olmo3": lambda **k: T.Olmo3Config(**SHAPE | {"sliding_window": 6} | k),
+    "olmo3": lambda **k: T.Olmo3Config(**SHAPE | BOTH_KINDS | k),
     "olmoe": lambda **k: T.OlmoeConfig(**SHAPE | EXPERTS | {"num_experts": 4} | k),
     "phi": lambda **k: T.PhiConfig(**SHAPE | k),
     "qwen2_moe": lambda **k: T.Qwen2MoeConfig(

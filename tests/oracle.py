@@ -1,19 +1,86 @@
 """The slow, obvious twin of the engine: a Llama forward in plain torch with T x T masks, one row at a time, no cache,
 no gathering.
 
-Independent of Hugging Face's attention and of the engine: it shares norms and rotary angles with the model (their
-rounding is not ours), and routers and the rounding rule with the package.
+It shares no code with what it judges. Norms and rotary angles are the model's, whose rounding is not ours. Of other
+families the model itself says which keys a block sees: by the mask that the stock forward gives to the block. Of the
+package only routers and what they are told (`RoutingContext`) are used.
 Padding is cut off before a row is computed, so nothing here knows of padding.
 """
 
 import inspect
+import operator
 
 import torch
 
-from ftp_lightning.pruning.family import find_attention, find_blocks, find_mlp, sliding_window
-from ftp_lightning.pruning.scores import attention_rank, attention_sums, last_logits
 from ftp_lightning.routing import RoutingContext
-from ftp_lightning.schedule import kept_tokens
+
+LAYERS = ("model.layers", "gpt_neox.layers", "transformer.h", "model.decoder.layers")
+ATTENTION = ("self_attn", "attention", "attn")
+MLP = ("mlp", "block_sparse_moe", "feed_forward")
+
+
+def layers_of(model):
+    """The decoder layers, where the families that are tested have them."""
+    found = []
+    for path in LAYERS:
+        try:
+            found.append(operator.attrgetter(path)(model))
+        except AttributeError:
+            continue
+    (layers,) = found
+    return layers
+
+
+def attention_of(layer):
+    (attention,) = [getattr(layer, name) for name in ATTENTION if hasattr(layer, name)]
+    return attention
+
+
+def mlp_of(layer):
+    """Where tokens enter and leave the feed-forward part."""
+    if hasattr(layer, "fc1"):  # OPT
+        return layer.fc1, layer.fc2
+    (mlp,) = [getattr(layer, name) for name in MLP if hasattr(layer, name)]
+    return mlp, mlp
+
+
+def kept_tokens(length, sparsity, reserved):
+    """method.md, section 2: T minus the rounded s T, ties to even, never below the reserved."""
+    return max(min(reserved, length), length - round(sparsity * length))
+
+
+def reads(router, name):
+    return getattr(router.needs.reads, "__name__", None) == name
+
+
+def given_to(layer, args, kwargs):
+    """The arguments of a layer's call, by name."""
+    names = [name for name in inspect.signature(type(layer).forward).parameters if name != "self"]
+    return dict(zip(names, args)) | kwargs
+
+
+@torch.no_grad()
+def stock_visibility(model, ids):
+    """For every layer a (T, T) bool: which keys each query of one text sees in the stock model, read from the mask that
+    its forward gives to the layer. No mask is what SDPA is given where all earlier keys are seen."""
+    assert model.config.get_text_config()._attn_implementation in ("eager", "sdpa")
+    layers, causal, seen = layers_of(model), torch.ones(len(ids), len(ids)).tril().bool(), []
+
+    def read(layer, args, kwargs):
+        mask = given_to(layer, args, kwargs)["attention_mask"]
+        if mask is not None:  # (1, 1, T, T): bool, or added to the scores
+            assert mask.shape == (1, 1, len(ids), len(ids))
+            mask = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        seen.append(causal if mask is None else mask.clone())
+
+    handles = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in layers]
+    try:
+        model(input_ids=ids[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(layers)
+    return seen
 
 
 def rotate(x, cos, sin):
@@ -107,7 +174,7 @@ def looked(model, pruner, ids):
     causal = torch.ones(tokens, tokens).tril().bool()
     for layer in model.model.layers[: scout.blocks]:
         x, p = llama_block(layer, model.config, x, cos, sin, causal)
-    if pruner.router.needs.reads is last_logits:  # but for a number that is the same for all keys
+    if reads(pruner.router, "last_logits"):  # but for a number that is the same for all keys
         return p[:, -1].double().log().mean(0)[None].float()
     queries = range(tokens)[-pruner.window :] if pruner.attention == "window" else range(tokens)
     said = scores(p, causal, list(queries))
@@ -176,9 +243,9 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
         queries = [i for i in range(prompt) if computed[i]]
         is_key = computed[:prompt] if pruner.kv[index] == "evict" else torch.ones(prompt, dtype=torch.bool)
         seen = p[:, :prompt, :prompt], visible[:prompt, :prompt]
-        if router.needs.reads is attention_sums:
+        if reads(router, "attention_sums"):
             new = sums(*seen, queries)
-        elif router.needs.reads is attention_rank:
+        elif reads(router, "attention_rank"):
             new = page_rank(*seen, queries, is_key)
         else:
             new = scores(*seen, queries[-pruner.window :] if pruner.attention == "window" else queries)
@@ -191,20 +258,19 @@ def run_row(model, pruner, ids, prompt_tokens, keep=None):
 @torch.no_grad()
 def masked_dense(model, keep_attention, keep_mlp, kv, ids, compensation=None):
     """Logits (T, V) of one text, every family: all tokens run through every block under a T x T mask, and what a token
-    skipped is thrown away afterwards. No cache, no padding, no gathering, nothing of the engine.
+    skipped is thrown away afterwards. No cache, no padding, no gathering, nothing of the engine. Which keys are near
+    enough to be seen the stock model says (`stock_visibility`).
 
     keep_attention, keep_mlp: N x (T,) bool; kv: N modes. Under `evict` keys of tokens that skip attention are hidden.
     compensation: what skipped tokens get, by the parts it was fitted for; None for nothing.
     """
-    blocks = find_blocks(model)
+    blocks, stock = layers_of(model), stock_visibility(model, ids)
     tokens, undo = len(ids), []
     for index, (block, attends, computes, mode) in enumerate(zip(blocks, keep_attention, keep_mlp, kv)):
-        window = sliding_window(find_attention(block))
         visible = torch.zeros(tokens, tokens, dtype=torch.bool)
         for i in range(tokens):
             for j in range(i + 1):
-                near = window is None or i - j < window
-                visible[i, j] = near and (mode == "keep" or bool(attends[j]) or i == j)
+                visible[i, j] = bool(stock[index][i, j]) and (mode == "keep" or bool(attends[j]) or i == j)
         undo.append(_mask_block(block, index, visible, attends, computes, compensation))
     try:
         return model(input_ids=ids[None], use_cache=False).logits[0]
@@ -215,8 +281,8 @@ def masked_dense(model, keep_attention, keep_mlp, kv, ids, compensation=None):
 
 def _mask_block(block, index, visible, attends, computes, compensation):
     """Wrap a block so that it sees this mask and drops what was skipped; returns what undoes it."""
-    attention = find_attention(block)
-    enter, leave = find_mlp(block)
+    attention = attention_of(block)
+    enter, leave = mlp_of(block)
     by_parts = compensation is not None and "block" not in compensation.parts
     entered = {}
 
@@ -249,10 +315,9 @@ def _mask_block(block, index, visible, attends, computes, compensation):
 
 
 def _with_mask(block, args, kwargs, visible):
-    names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
-    given = dict(zip(names, args)) | kwargs
+    given = given_to(block, args, kwargs)
     mask = visible[None, None]
-    if find_attention(block).config._attn_implementation == "eager":
+    if attention_of(block).config._attn_implementation == "eager":
         dtype = given["hidden_states"].dtype
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     given["attention_mask"] = mask

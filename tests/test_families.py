@@ -3,17 +3,20 @@ away what was skipped."""
 
 import pytest
 import torch
-from families import CONFIGS, family
+from families import CONFIGS, MORE, family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import masked_dense
+from oracle import masked_dense, stock_visibility
 
-from ftp_lightning import DynamicRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
+from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
+from ftp_lightning.pruning import site
+from ftp_lightning.pruning.family import find_attention, find_blocks, sliding_window
 
 EXPERTS = {"mixtral", "qwen3_moe"}
 # transformers multiplies by experts in float32 and below; stock eager attention gives nan for padding in float64
 NOT_FLOAT64 = {*EXPERTS, "gemma2"}
-SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
+# of families with sliding and full blocks it leaves one of each dense, and routes one of each
+SCHEDULE = Schedule([0.4, 0.0, 0.0, 0.6])
 TEXT = torch.randint(3, 64, (4, 30), generator=torch.Generator().manual_seed(1))
 SLIDING = {name for name in CONFIGS if "sliding" in name or "gemma" in name}
 DTYPES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -69,6 +72,54 @@ def check(model, pruner, lengths, continuation, side, chunks, limit):
         assert relative(got, expected) < limit
 
 
+def windows(visible):
+    """How far back the last query of each block sees; None = all the way."""
+    return [None if row.all() else int(row.sum()) for row in (mask[-1] for mask in visible)]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE])
+def test_every_block_has_the_window_of_its_stock_mask(name):
+    """Also where the kinds stand in another order, as far as the family lets them be given."""
+    models = [family(name, torch.float32)]
+    if "sliding_attention" in (getattr(models[0].config, "layer_types", None) or ()):
+        other = ["full_attention", *["sliding_attention"] * 2, "full_attention"]
+        models.append(family(name, torch.float32, layer_types=other))
+    for model in models:
+        found = [sliding_window(find_attention(block)) for block in find_blocks(model)]
+        assert found == windows(stock_visibility(model, TEXT[0]))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE])
+def test_the_schedule_leaves_no_kind_of_block_out(name):
+    """Both of those that are dense, whose mask is the stock one, and of those that are routed, whose mask is ours."""
+    far = [window is None for window in windows(stock_visibility(family(name, torch.float32), TEXT[0]))]
+    for routed in (False, True):
+        assert {far[block] for block in range(4) if (SCHEDULE.sparsity[block] > 0) == routed} == {*far}
+
+
+def test_the_oracle_disagrees_with_a_window_that_is_made_up(monkeypatch):
+    monkeypatch.setattr(site, "sliding_window", lambda attention: 3)
+    with pytest.raises(AssertionError):
+        check(family("llama"), TokenPruner(RandomRouter(1), SCHEDULE), [18], 2, "left", [2], 1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["exaone4", "gemma3", "qwen2_sliding", "mistral_sliding", "llama"])
+def test_kept_rows_of_one_routed_block_are_those_of_the_stock_block(name):
+    """Under `keep` a block whose input is dense gives its kept tokens what the stock block gives them."""
+    model, out = family(name), []
+    for index, block in enumerate(find_blocks(model)):
+        keep = [torch.ones(1, 30, dtype=torch.bool) for _ in range(4)]
+        keep[index][0, 3] = keep[index][0, 17] = False
+        handle = block.register_forward_hook(lambda module, args, output: out.append(output[0].clone()))
+        model(TEXT[:1], use_cache=False)
+        with TokenPruner(FixedRouter(keep), None, kv="keep")(model):
+            model(TEXT[:1], use_cache=False)
+        handle.remove()
+        dense, pruned = (hidden[keep[index][0]] for hidden in out[-2:])
+        assert relative(pruned, dense) < 1e-12
+
+
 @pytest.mark.parametrize("kv", ["evict", "keep"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gathered_equals_masked_oracle(name, kv):
@@ -85,7 +136,7 @@ def test_decisions_about_parts_equal_the_oracle(name, parts):
     pruner = TokenPruner(RandomRouter(1), SCHEDULE, kv=["keep", "evict", "keep", "evict"], parts=parts)
     model = family(name, finest(name))
     check(model, pruner, [18, 11], 3, "left", [3], DTYPES[finest(name)])
-    attention, mlp = pruner.trace.prompt.keep_attention[2], pruner.trace.prompt.keep_mlp[2]
+    attention, mlp = pruner.trace.prompt.keep_attention[3], pruner.trace.prompt.keep_mlp[3]
     real = pruner.trace.prompt.real
     assert torch.equal(attention, real) == (parts == "mlp") and torch.equal(mlp, real) == (parts == "attention")
 

@@ -9,7 +9,7 @@ from test_families import DTYPES, SCHEDULE, check
 from ftp_lightning import DynamicRouter, RandomRouter, StaticRouter, TokenPruner, UserError
 
 # transformers multiplies by experts in float32 and below
-EXPERTS = {"deepseek_v2", "deepseek_v3", "granitemoe", "olmoe", "qwen2_moe"}
+EXPERTS = {"deepseek_v2", "deepseek_v3", "exaone_moe", "granitemoe", "olmoe", "qwen2_moe"}
 MHA = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
 GPT = TOKENS | {"n_embd": 32, "n_layer": 4, "n_head": 4}
 BART = {name: 4 for name in ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")}
@@ -48,6 +48,12 @@ REFUSED = {
     "llama4": (
         lambda: T.Llama4ForCausalLM(T.Llama4TextConfig(**SHAPE, head_dim=8, num_local_experts=2)),
         "'chunked_attention', understood are full_attention, sliding_attention",
+    ),
+    "llama4_full": (
+        lambda: T.Llama4ForCausalLM(
+            T.Llama4TextConfig(**SHAPE, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * 4)
+        ),
+        "counts positions by itself",
     ),
     "deepseek_v32": (
         lambda: T.AutoModelForCausalLM.from_config(

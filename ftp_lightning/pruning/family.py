@@ -117,6 +117,8 @@ def _problem(block: nn.Module, attention: nn.Module) -> str | None:
         return (
             "its quantised linear maps scale a call's tokens together (torchao's weight-only and per-row ones do not)"
         )
+    if "get_seq_length" in code.co_names:
+        return "its attention counts positions by itself, which are others where tokens are skipped"
     if masks := {name for name in code.co_varnames if "mask" in name} - _MASKS:
         return f"its attention makes a mask of its own ({', '.join(sorted(masks))})"
     return None
@@ -204,10 +206,15 @@ def key_value_projections(attention: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def sliding_window(attention: nn.Module) -> int | None:
-    """How far back a query of this block sees, in tokens; None = all the way."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
+    """How far back a query of this block sees, in tokens; None = all the way.
+
+    `config.layer_types` is asked first: the stock model makes its masks by it, and some families (EXAONE 4) carry a
+    window in the attention of full blocks, too.
+    """
     kinds = getattr(attention.config, "layer_types", None)
-    if kinds and kinds[attention.layer_idx] != "sliding_attention":
+    is_full = kinds[attention.layer_idx] == "full_attention" if kinds else not getattr(attention, "is_sliding", True)
+    if is_full:
         return None
-    return getattr(attention.config, "sliding_window", None)
+    common = getattr(attention.config, "sliding_window", None)
+    own = getattr(attention, "sliding_window", common)
+    return common if own is None and kinds else own
