@@ -24,6 +24,7 @@ from ftp_lightning.data.module import RowsData
 from ftp_lightning.fingerprint import digest
 from ftp_lightning.launcher import Place
 from ftp_lightning.lit.router_training import RouterTraining
+from ftp_lightning.lit.trainer_device import trainer_device
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
@@ -64,7 +65,8 @@ def fit(
     given = copy.deepcopy(system.state_dict())
     best = ModelCheckpoint(place, "best", monitor="validation_kl", enable_version_counter=False)
     last = ModelCheckpoint(place, "last", enable_version_counter=False)  # behind: it holds what the best one knows
-    callbacks = [record, best, last, _Leaving(place / LAST), _Progress(progress, settings.steps)]
+    ending = [_MeasureLast(settings.steps), _Leaving(place / LAST), _Progress(progress, settings.steps)]
+    callbacks: list[L.Callback] = [record, best, last, *ending]
     if settings.patience is not None:
         callbacks.append(EarlyStopping("validation_kl", patience=settings.patience))
     trainer = _trainer(system, processes, logger, callbacks)
@@ -84,12 +86,11 @@ def fit(
 def _trainer(system: RouterTraining, processes: Processes, logger, callbacks: list[L.Callback]) -> L.Trainer:
     settings = system.settings
     return L.Trainer(
-        accelerator="gpu" if home(system.model).type == "cuda" else "cpu",
-        **_together(processes),
+        **trainer_device(home(system.model)) | _together(processes),
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate,
         inference_mode=not isinstance(system.decoder, FSDPModule),  # it would gather weights that no graph may hold
-        val_check_interval=max(1, settings.steps // settings.validations) * settings.accumulate,
+        val_check_interval=settings.validation_interval * settings.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
@@ -116,7 +117,7 @@ def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
 def _together(processes: Processes) -> dict:
     """What the Trainer is told of the processes: they are there, and in touch."""
     if processes.count == 1:
-        return {"devices": 1, "plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
+        return {"plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
     fabric: Any = processes.fabric
     nodes = fabric.strategy.num_nodes
     place = Place(processes.rank, processes.count, fabric.local_rank, fabric.node_rank, nodes)
@@ -199,6 +200,17 @@ class History(L.Callback):
         with self.path.open("a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in fresh)
         self.written = list(map(len, kept))
+
+
+class _MeasureLast(L.Callback):
+    """Has the last step measured on the validation rows, wherever the validations before it fell."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step >= self.steps:
+            trainer.val_check_batch = 1  # Lightning validates where it divides the number of the batch
 
 
 class _Leaving(L.Callback):

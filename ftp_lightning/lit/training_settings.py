@@ -45,7 +45,8 @@ class TrainingSettings:
         temperature: of "gumbel" gates, at the first step and at the last, geometric between.
         scope: "prompt" (the deployed computation) or "sequence": the whole text is routed and scored (paper).
         recompute: activation checkpointing of the frozen blocks.
-        validations: how often the router is measured on the validation rows.
+        validations: how often at most the router is measured on the validation rows, the last step included and the
+            start not; every `validation_interval` steps.
         patience: validations without a lower KL after which to stop; None = never.
         seed: of order, noise and drawn budgets.
     """
@@ -86,6 +87,11 @@ class TrainingSettings:
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}.")
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps from one validation to the next: ceil(steps / validations). The last step is measured in any case."""
+        return -(-self.steps // self.validations)
 
     def gates_at(self, step: int, number: int) -> StraightThrough:
         """The gates of one forward: batch `number` of the whole training, in step `step`."""

@@ -13,6 +13,8 @@ from ftp_lightning.cli.settings import RowsSettings, StageSettings
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from ftp_lightning.lit.block_sensitivity import BlockSensitivity
 
 
@@ -56,9 +58,7 @@ class SensitivityStage(RowsSettings, StageSettings):
         rows = measured_rows(self, model, tokenizer, self.windows, self.recall_share)
         system = self.system(model, rows.prompt_tokens if rows.one_shape else None)
         batches = -(-len(rows) // self.batch_size)
-        trainer = quiet_trainer(
-            home(model).type, lambda done: progress.step(done, batches, f"batch {done} of {batches}")
-        )
+        trainer = quiet_trainer(home(model), lambda done: progress.step(done, batches, f"batch {done} of {batches}"))
         trainer.predict(system, datamodule=RowsData(rows, batch_size=self.batch_size), return_predictions=False)
         found = {"router": self.router, "kv": self.kv} | system.summary()
         folder.write_json("sensitivity.json", found)
@@ -102,17 +102,18 @@ class SensitivityStage(RowsSettings, StageSettings):
             return to_png(overview(found))
 
 
-def quiet_trainer(device: str, tell):
+def quiet_trainer(device: torch.device, tell):
     """A Lightning trainer for one pass over batches that leaves no files; `tell(batches done)` hears of the way."""
     import lightning
+
+    from ftp_lightning.lit.trainer_device import trainer_device
 
     class Tell(lightning.Callback):
         def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
             tell(batch_idx + 1)
 
     return lightning.Trainer(
-        accelerator="gpu" if device == "cuda" else device,
-        devices=1,
+        **trainer_device(device),
         logger=False,
         callbacks=[Tell()],
         enable_checkpointing=False,

@@ -79,7 +79,9 @@ class TrainStage(RowsSettings, StageSettings):
     )
     skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1)
     skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1)
-    validations: int = option(5, "times the router is measured on validation rows", least=1)
+    validations: int = option(
+        5, "times at most that the router is measured on validation rows, the last step included", least=1
+    )
     validation_windows: int = option(16, "rows it is measured on, at most", least=1)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
     processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
