@@ -23,7 +23,7 @@ from torch import nn
 
 from ftp_lightning.errors import UserError, unwritable
 from ftp_lightning.json_file import read_json
-from ftp_lightning.routing import ROUTERS
+from ftp_lightning.routing import router_class, stored_name
 from ftp_lightning.routing.base import Router
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.training.compensation import Compensation, shapes
@@ -54,8 +54,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         UserError: a router that cannot be stored, a target that is something else than a pruner, an unwritable place.
     """
     folder = Path(folder)
-    router = {"name": _router_name(pruner.router), **pruner.router.config()}
-    _check_size(router)
+    router = _described_router(pruner.router)
     compensation = None if pruner.compensation is None else _described(pruner.compensation.sizes())
     record = {
         "format": FORMAT,
@@ -205,11 +204,32 @@ def _identity(model: nn.Module | None) -> dict | None:
     return model_identity(model)
 
 
-def _router_name(router: Router) -> str:
-    name = next((name for name, kind in ROUTERS.items() if type(router) is kind), None)
-    if name is None:
-        raise UserError(f"a {type(router).__name__} cannot be stored; stored routers are {', '.join(ROUTERS)}.")
-    return name
+def _described_router(router: Router) -> dict:
+    """The name and the arguments that `router` is built from again; UserError where they do not give its like."""
+    name, given = stored_name(router), router.config()
+    own = f"a {type(router).__name__} cannot be stored"
+    try:
+        given = json.loads(json.dumps(given))
+        again = _check_size({**given, "name": name})
+    except UserError:
+        raise
+    except Exception as error:  # of a router that somebody else wrote
+        raise UserError(f"{own}: its config() does not build it again ({str(error)[:200]}).") from None
+    state = router.state_dict()
+    if "name" in given or _shapes(again) != _shapes(router):
+        raise UserError(f"{own}: its config() builds one with other weights, or has an argument called name.")
+    if any(tensor.dtype != torch.float32 for tensor in state.values()):
+        raise UserError(f"{own}: its weights and buffers must be float32.")
+    return {"name": name, **given}
+
+
+def _shapes(router: Router) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
+
+
+def _bytes(router: Router) -> int:
+    """Of its weights and buffers as they are stored, in float32."""
+    return 4 * sum(map(math.prod, _shapes(router).values()))
 
 
 def _build_router(config: dict) -> Router:
@@ -217,8 +237,8 @@ def _build_router(config: dict) -> Router:
     return _router(config)
 
 
-def _check_size(config: dict) -> None:
-    """UserError where a router of these settings is larger than a stored one may be; allocates nothing."""
+def _check_size(config: dict) -> Router:
+    """The router of these settings without its numbers; UserError where it is larger than a stored one may be."""
     for name in _MOST.keys() & config.keys():
         value = config[name]
         if type(value) is not int or value < 1:
@@ -226,23 +246,21 @@ def _check_size(config: dict) -> None:
         if value > _MOST[name]:
             raise UserError(f"a router's {name} of {value} is more than the {_MOST[name]} that a stored one may have.")
     with torch.device("meta"):
-        size = 4 * _router(dict(config)).parameter_count
-    if size > _LARGEST_ROUTER:
+        router = _router(dict(config))
+    if (size := _bytes(router)) > _LARGEST_ROUTER:
         raise UserError(f"this router takes {size} bytes, more than the {_LARGEST_ROUTER} that a stored one may have.")
+    return router
 
 
 def _router(config: dict) -> Router:
-    name = config.pop("name")
-    if name not in ROUTERS:
-        raise UserError(f"router {name!r} is unknown; this version knows {', '.join(ROUTERS)}.")
+    kind = router_class(config.pop("name"))
     if "names" in config:
         config["names"] = tuple(config["names"])
-    return ROUTERS[name](**config)
+    return kind(**config)
 
 
 def _load_weights(router: Router, path: Path) -> None:
-    wanted = {name: tuple(t.shape) for name, t in router.state_dict().items()}
-    router.load_state_dict(_read(path, "router", wanted, 4 * router.parameter_count))
+    router.load_state_dict(_read(path, "router", _shapes(router), _bytes(router)))
 
 
 def _read(path: Path, what: str, wanted: dict[str, tuple[int, ...]], size: int) -> dict[str, torch.Tensor]:

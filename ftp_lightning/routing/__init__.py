@@ -3,7 +3,7 @@
 import inspect
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.routing.base import Router, RoutingContext
+from ftp_lightning.routing.base import BUILT_IN, OWN_ROUTERS, Router, RoutingContext
 from ftp_lightning.routing.dynamic import DynamicRouter
 from ftp_lightning.routing.fixed import FixedRouter
 from ftp_lightning.routing.hidden import HiddenRouter
@@ -30,7 +30,33 @@ ROUTERS: dict[str, type[Router]] = {
     "projected_once": ProjectedOnceRouter,
     "untrained": UntrainedRouter,
 }
-"""Routers that a pruned folder may name; the keys are what its JSON and the command line say."""
+"""The built-in routers that a pruned folder may name; the keys are what its JSON and the command line say."""
+BUILT_IN.update(ROUTERS)
+
+
+def stored_name(router: Router) -> str:
+    """What a pruned folder calls the class of `router`; UserError where it is neither built-in nor registered."""
+    for name, kind in [*ROUTERS.items(), *OWN_ROUTERS.items()]:
+        if type(router) is kind and router_class(name) is kind:
+            return name
+    raise UserError(
+        f"a {type(router).__name__} cannot be stored; stored routers are {', '.join(ROUTERS)}, and classes of your own."
+    )
+
+
+def router_class(name: str) -> type[Router]:
+    """The class that a pruned folder calls `name`: built-in, or defined outside of this package.
+
+    Nothing is imported here: a folder may come from anybody, and importing a module runs it. UserError for a name that
+    no class has.
+    """
+    kind = ROUTERS.get(name) or OWN_ROUTERS.get(name)
+    if kind is None:
+        raise UserError(
+            f"router {str(name)[:80]!r} is unknown; this version knows {', '.join(ROUTERS)}.\n"
+            "If it is a class of your own, import the module that defines it first."
+        )
+    return kind
 
 
 def make_router(name: str, num_blocks: int, hidden_size: int, **options) -> Router:
@@ -70,4 +96,6 @@ __all__ = [
     "StaticRouter",
     "UntrainedRouter",
     "make_router",
+    "router_class",
+    "stored_name",
 ]

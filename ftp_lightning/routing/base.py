@@ -105,6 +105,12 @@ class RoutingContext:
     scouted: Tensor | None = None
 
 
+OWN_ROUTERS: dict[str, type[Router]] = {}
+"""Router classes defined outside of this package, by the name that a pruned folder gives them."""
+BUILT_IN: set[str] = set()
+"""Names of the built-in routers, which no other class may take."""
+
+
 class Router(nn.Module):
     """Gives each token of a block a score; high = compute.
 
@@ -120,6 +126,19 @@ class Router(nn.Module):
 
     needs = Needs()
     ranks_only = False
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs) -> None:
+        """Register a class that is defined outside of this package, so that pruned folders can name it.
+
+        Args:
+            name: what they call it, `class Mine(Router, name="mine")`; default: its module and class, "module.Mine".
+
+        Raises:
+            ValueError: a name that is empty, longer than 200 characters or not printable, or that of another class.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            _register(cls, f"{cls.__module__}.{cls.__qualname__}" if name is None else name)
 
     def score(self, context: RoutingContext) -> Tensor:
         """(B, T) float32, the higher the sooner computed. Values on padding are ignored."""
@@ -153,6 +172,17 @@ class Router(nn.Module):
     @property
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def _register(kind: type[Router], name: str) -> None:
+    known = OWN_ROUTERS.get(name)
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
+        raise ValueError(f"a router's name must be printable and have 1 to 200 characters, got {name!r}")
+    if name in BUILT_IN:
+        raise ValueError(f"the router name {name!r} is that of a built-in router")
+    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"the router name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+    OWN_ROUTERS[name] = kind  # a class that is defined again, as in a notebook, takes the place of its former self
 
 
 def as_float(x: Tensor) -> Tensor:
