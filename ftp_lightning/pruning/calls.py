@@ -13,6 +13,16 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.kept import take_tokens
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, where `model` is what it returned; else the model itself.
+
+    Both share everything, so that a pruner attached to the one is in force through the other.
+    """
+    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+        model = original
+    return model
+
+
 class WrappedMethod:
     """Stands in `module.__dict__[name]` and calls `run(inner, args, kwargs)`; `undo` leaves no trace.
 

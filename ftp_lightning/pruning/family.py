@@ -8,6 +8,7 @@ import inspect
 from torch import nn
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.calls import uncompiled
 
 _CACHE_NAMES = ("past_key_values", "layer_past")
 _UNDERSTOOD_LAYERS = {"full_attention", "sliding_attention"}
@@ -37,6 +38,7 @@ def find_decoder(model: nn.Module, check: bool = True) -> tuple[nn.Module, nn.Mo
     Raises:
         UserError: nothing of this kind is in the model, or it does what gathered tokens cannot.
     """
+    model = uncompiled(model)
     config = getattr(model, "config", None)
     _check_kind(model, config)
     count = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
@@ -50,6 +52,9 @@ def find_decoder(model: nn.Module, check: bool = True) -> tuple[nn.Module, nn.Mo
                 for index, block in enumerate(child if check else ()):
                     check_block(model, index, block)
                 return owner, child
+    if any(uncompiled(module) is not module for module in model.modules()):
+        remedy = "Compile the whole model, `torch.compile(model)`, and give that or the model to the pruner."
+        raise _refusal(model, "its decoder blocks are compiled one by one", remedy)
     raise _refusal(
         model,
         f"no nn.ModuleList of {count} decoder blocks that take `hidden_states` and a key-value cache and hold an "

@@ -152,17 +152,17 @@ class TokenPruner:
     # ---------------------------------------------------------------- in force
 
     def attach(self, model: nn.Module) -> TokenPruner:
-        """Put the pruner in force on `model`.
+        """Put the pruner in force on `model`, or on the one that `torch.compile` was given to make it.
 
         UserError where one is in force already, the block counts differ, or a loaded pruner was made for another base
         model.
         """
         from ftp_lightning.disk.pruned_folder import check_base
-        from ftp_lightning.pruning.calls import WrappedMethod
+        from ftp_lightning.pruning.calls import WrappedMethod, uncompiled
         from ftp_lightning.pruning.devices import home
         from ftp_lightning.pruning.family import find_decoder
 
-        model = getattr(model, "_orig_mod", model)  # of torch.compile: its own forward is the model's
+        model = uncompiled(model)
         decoder, blocks = find_decoder(model, check=False)
         if self._attached is not None:
             raise UserError(
@@ -275,7 +275,7 @@ class TokenPruner:
 
         if self.removed:
             raise UserError("a pruner with removed parts cannot be stored: its list is not part of the format.")
-        save_pruner(self, folder, base=base, model=model or self._model)
+        save_pruner(self, folder, base=base, model=self._model if model is None else model)
 
     @staticmethod
     def load(folder) -> TokenPruner:
