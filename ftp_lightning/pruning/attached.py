@@ -29,7 +29,7 @@ from ftp_lightning.pruning.devices import brought, home
 from ftp_lightning.pruning.forward import Forward
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
 from ftp_lightning.pruning.parts import run_attention, run_mlp_entry, run_mlp_exit
-from ftp_lightning.pruning.refusals import check_cache, check_forward, spoil
+from ftp_lightning.pruning.refusals import check_cache, check_forward, check_router_logits, spoil
 from ftp_lightning.pruning.scores import Tapped, scaling_of
 from ftp_lightning.pruning.scouting import scouted
 from ftp_lightning.pruning.site import sites_of
@@ -220,6 +220,7 @@ class Attached:
             self._open_prompt(forward)
         else:
             self._open_continuation(forward, cache)
+        check_router_logits(self, arguments, forward)
         return forward
 
     def _open_prompt(self, forward: Forward) -> None:

@@ -12,6 +12,7 @@ from ftp_lightning.pruning.cache import RoutedLayer
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.attached import Attached
+    from ftp_lightning.pruning.forward import Forward
 
 _SPOILED = "_half_a_step"
 
@@ -71,6 +72,22 @@ def check_forward(attached: Attached, arguments: dict, past: int) -> None:
             "Hugging Face's gradient checkpointing runs blocks again in backward, where no pruner is in force.\n"
             "Call model.gradient_checkpointing_disable(), and use pruner.masked(..., recompute=True)."
         )
+
+
+def check_router_logits(attached: Attached, arguments: dict, forward: Forward) -> None:
+    """UserError where a mixture of experts is asked for router logits of all tokens and blocks would skip some."""
+    asked = arguments.get("output_router_logits")
+    if asked is None:
+        asked = getattr(attached.decoder.config, "output_router_logits", False)
+    skips = forward.routed is not None or forward.follows or bool(attached.pruner.removed)
+    if not (asked and forward.active and skips):
+        return
+    if attached.ambient.generation is None:
+        raise UserError(
+            "router logits and the auxiliary loss of a mixture of experts are of all tokens, and a pruned forward "
+            "computes some of them.\nLeave output_router_logits off, in the call and in the model's config."
+        )
+    arguments["output_router_logits"] = False  # generate makes no use of them
 
 
 def _caches(attached: Attached, arguments: dict, training: bool) -> bool:
