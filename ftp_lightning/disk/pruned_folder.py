@@ -187,21 +187,20 @@ def _check_base_name(base: Any, path: Path) -> None:
 def check_base(record: dict, model: nn.Module) -> None:
     """UserError where `model` is another one than the pruner in `record` was made for; a record without identity
     passes."""
-    stored, found = record.get("base_identity"), _identity(model) or {}
-    if not stored:
-        return
-    different = [name for name in stored if stored[name] != found.get(name)]
-    if different:
-        what = ", ".join(f"{name} {stored[name]} / {found.get(name)}" for name in different[:3])
+    from ftp_lightning.models import differences
+
+    stored = record.get("base_identity")
+    if stored and (different := differences(stored, model)):
+        what = ", ".join(different[:3])
         raise UserError(f"the pruner was made for another base model ({what}).\nUse the base {record.get('base')!r}.")
 
 
 def _identity(model: nn.Module | None) -> dict | None:
     if model is None:
         return None
-    from ftp_lightning.models import model_identity
+    from ftp_lightning.models import base_record
 
-    return model_identity(model)
+    return base_record(model)
 
 
 def _described_router(router: Router) -> dict:

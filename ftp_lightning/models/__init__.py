@@ -1,6 +1,6 @@
 """Models and tokenizers by name: `embedded`, a named model, a folder, a GGUF file, a Hub name or `random:SHAPE`."""
 
-from ftp_lightning.models.identity import model_identity, remember_identity
+from ftp_lightning.models.identity import base_record, differences, model_identity, remember_identity
 from ftp_lightning.models.loading import (
     DTYPES,
     EMBEDDED,
@@ -17,6 +17,8 @@ __all__ = [
     "DTYPES",
     "EMBEDDED",
     "SHAPES",
+    "base_record",
+    "differences",
     "hub_name",
     "load",
     "load_config",
