@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_engine import BLOCKS, tiny_llama
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner, UserError
-from ftp_lightning.pruning.compensation import Compensation, shapes
+from ftp_lightning.training.compensation import Compensation, shapes
 
 ROUTER, SCHEDULE = StaticRouter(), Schedule([0.0, 0.25, 0.5, 0.75])
 MODES = st.sampled_from(["evict", "keep"])

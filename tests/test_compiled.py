@@ -9,7 +9,7 @@ from families import family
 
 from ftp_lightning import RandomRouter, Schedule, TokenPruner, UserError
 from ftp_lightning.models import model_identity
-from ftp_lightning.pruning.blocks import find_blocks
+from ftp_lightning.pruning.family import find_blocks
 
 SCHEDULE = Schedule([0.0, 0.5, 0.5, 0.5])
 IDS = torch.randint(3, 64, (1, 14), generator=torch.Generator().manual_seed(0))
