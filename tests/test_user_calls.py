@@ -214,7 +214,7 @@ def test_attaching_again_looks_at_no_block_twice(monkeypatch):
     with pruner(model):
         pass
     assert len(looked) == 5
-    assert sites_of(model)[2][2].query is model.model.layers[2].self_attn.q_proj
+    assert sites_of(model, model.model.layers)[2].query is model.model.layers[2].self_attn.q_proj
 
 
 # ---------------------------------------------------------------- beams

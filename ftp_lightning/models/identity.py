@@ -27,6 +27,10 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
     model = uncompiled(model)
     if (known := model.__dict__.get(_KNOWN)) is not None:
         return {name: value for name, value in known.items() if name != "weights"}
+    return _shape(model) | {_SAMPLE: _weights_sample(model)}
+
+
+def _shape(model: "PreTrainedModel") -> dict[str, Any]:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return {
@@ -36,7 +40,6 @@ def model_identity(model: "PreTrainedModel") -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "vocab_size": config.vocab_size,
-        "weights_sha256": _weights_sample(model),
     }
 
 
@@ -50,8 +53,8 @@ def base_record(model: "PreTrainedModel") -> dict[str, Any]:
     from ftp_lightning.pruning.calls import uncompiled
 
     model = uncompiled(model)
-    shape = {name: value for name, value in model_identity(model).items() if name != _SAMPLE}
     known = model.__dict__.get(_KNOWN)
+    shape = {name: value for name, value in (known or _shape(model)).items() if name not in (_SAMPLE, "weights")}
     return shape | {"weights": known["weights"] if known else weights_record(_weights(model))}
 
 
@@ -64,7 +67,7 @@ def differences(record: "Mapping[str, Any]", model: "PreTrainedModel") -> list[s
     from ftp_lightning.pruning.calls import uncompiled
 
     model = uncompiled(model)
-    found = model_identity(model)
+    found = _shape(model) if "weights" in record else model_identity(model)
     names = [name for name in record if name not in ("weights", _SAMPLE) and record[name] != found.get(name)]
     said = [f"{name} {record[name]} / {found.get(name)}" for name in names]
     if said:
@@ -88,13 +91,12 @@ def _has_weights(record: dict[str, Any], model: "PreTrainedModel") -> bool:
     """`same_weights`. Of a large model the answer is remembered for as long as its weights are not written to."""
     if (known := model.__dict__.get(_KNOWN)) is not None:
         return known["weights"] == record
-    weights = _weights(model)
-    if sum(weight.numel() for weight in weights.values()) <= _SMALL or any(w.is_inference() for w in weights.values()):
-        return same_weights(record, weights)
-    state = [(name, w.data_ptr(), w._version, w.dtype, w.device) for name, w in weights.items()]
-    asked = (dict(record), state)
+    own = list(model.parameters())
+    if sum(weight.numel() for weight in own) <= _SMALL or any(weight.is_inference() for weight in own):
+        return same_weights(record, _weights(model))
+    asked = (dict(record), [(id(w), w.data_ptr(), w._version, w.dtype) for w in own])
     if _CHECKED.get(model) != asked:
-        if not same_weights(record, weights):
+        if not same_weights(record, _weights(model)):
             return False
         _CHECKED[model] = asked
     return True

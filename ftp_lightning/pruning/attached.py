@@ -56,13 +56,14 @@ class Attached:
         full_queries: blocks whose keys and values cannot be made with the queries of one head.
     """
 
-    def __init__(self, pruner: TokenPruner, model: nn.Module):
+    def __init__(self, pruner: TokenPruner, model: nn.Module, decoder: nn.Module, blocks: nn.ModuleList):
         self.pruner, self.model, self.ambient = pruner, model, pruner.ambient
-        self.decoder, self.blocks, self.sites = sites_of(model)
+        self.decoder, self.blocks, self.sites = decoder, blocks, sites_of(model, blocks)
         self.home = home(model) if any(site.place for site in self.sites) else None
         self.gate = Gate()
         self.full_queries: set[int] = set()
         self._compensations: dict[tuple[torch.device, torch.dtype], Compensation] = {}
+        self._configs: dict = {}
         self._undo: list[Callable[[], None]] = []
         self._plan()
         try:
@@ -140,7 +141,7 @@ class Attached:
 
     def tap(self, index: int) -> Callable[[], None]:
         """Let the block's attention function be `attend`; the function that undoes it."""
-        return tap_attention(self.sites[index].attention, functools.partial(self.attend, index))
+        return tap_attention(self.sites[index].attention, functools.partial(self.attend, index), self._configs)
 
     def undo(self) -> None:
         """Leave the model as it was, once no call is running in any thread."""

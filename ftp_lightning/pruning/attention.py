@@ -206,17 +206,19 @@ def interface(name: str, module: nn.Module) -> Callable:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
-def tap_attention(attention: nn.Module, run: Callable) -> Callable[[], None]:
+def tap_attention(attention: nn.Module, run: Callable, copies: dict | None = None) -> Callable[[], None]:
     """Let `run(module, query, key, value, mask, kwargs)` attend in place of the module's attention function.
 
-    Returns the function that undoes it.
+    copies: of configs, by their identity: blocks that share one share the copy. Returns the function that undoes it.
     """
     if TAP not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(TAP, _tapped_attention)
     original = attention.config
-    tapped = copy.copy(original)
-    tapped._attn_implementation_internal = TAP
-    attention.config = tapped
+    copies = {} if copies is None else copies
+    if id(original) not in copies:
+        copies[id(original)] = copy.copy(original)
+        copies[id(original)]._attn_implementation_internal = TAP
+    attention.config = copies[id(original)]
     attention._ftp_tap = run
     return functools.partial(_untap, attention, original)  # no closure: a copied model has its own
 

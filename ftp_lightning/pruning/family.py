@@ -3,7 +3,9 @@ structure."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -47,7 +49,7 @@ def find_decoder(model: nn.Module, check: bool = True) -> tuple[nn.Module, nn.Mo
     for owner in model.modules():
         for child in owner.children():
             if isinstance(child, nn.ModuleList) and len(child) == count and all(map(_is_block, child)):
-                if "inputs_embeds" not in inspect.signature(type(owner).forward).parameters:
+                if "inputs_embeds" not in _parameters(type(owner).forward):
                     raise _refusal(model, f"{type(owner).__name__}, which runs its blocks, takes no `inputs_embeds`")
                 for index, block in enumerate(child if check else ()):
                     check_block(model, index, block)
@@ -67,8 +69,13 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return find_decoder(model)[1]
 
 
+@functools.cache
+def _parameters(forward: Callable) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
+
+
 def _is_block(module: nn.Module) -> bool:
-    names = inspect.signature(type(module).forward).parameters
+    names = _parameters(type(module).forward)
     return "hidden_states" in names and cache_name(module) is not None and _attention_or_none(module) is not None
 
 
@@ -85,7 +92,8 @@ def _check_kind(model: nn.Module, config) -> None:
         if kind in _REFUSED_ADAPTERS:
             raise _refusal(model, f"its adapter {name!r} ({kind}) {_REFUSED_ADAPTERS[kind]}", _ADAPTER_REMEDY)
     for module in model.modules():
-        if any(type(variant).__name__.startswith("ALora") for variant in getattr(module, "lora_variant", {}).values()):
+        variants = module.__dict__.get("lora_variant") or {}
+        if any(type(variant).__name__.startswith("ALora") for variant in variants.values()):
             problem = "its adapter (activated LoRA) starts at a token counted from the end of a row"
             raise _refusal(model, problem, _ADAPTER_REMEDY)
 
@@ -98,7 +106,7 @@ def check_block(model: nn.Module, index: int, block: nn.Module) -> None:
 
 
 def _problem(block: nn.Module, attention: nn.Module) -> str | None:
-    arguments = {p.name for p in inspect.signature(type(block).forward).parameters.values() if p.kind != p.VAR_KEYWORD}
+    arguments = {p.name for p in _parameters(type(block).forward).values() if p.kind != p.VAR_KEYWORD}
     code = inspect.unwrap(type(attention).forward).__code__
     if biases := arguments & _BIASED_ATTENTION:
         return f"it adds {', '.join(sorted(biases))} to the attention scores"
@@ -148,7 +156,7 @@ def _layer_type(attention: nn.Module) -> str:
 
 def cache_name(block: nn.Module) -> str | None:
     """The name under which a block's (or an attention's) forward takes the cache."""
-    names = inspect.signature(type(block).forward).parameters
+    names = _parameters(type(block).forward)
     return next((name for name in _CACHE_NAMES if name in names), None)
 
 
@@ -161,9 +169,8 @@ def find_attention(block: nn.Module) -> nn.Module:
 
 
 def _attention_or_none(block: nn.Module) -> nn.Module | None:
-    return next(
-        (m for m in block.modules() if m is not block and hasattr(m, "layer_idx") and hasattr(m, "config")), None
-    )
+    marks = {"layer_idx", "config"}
+    return next((m for m in block.modules() if m is not block and marks <= m.__dict__.keys()), None)
 
 
 def find_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module] | None:

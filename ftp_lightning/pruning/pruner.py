@@ -179,7 +179,7 @@ class TokenPruner:
         if self._base is not None:
             check_base(self._base, model)
         self.router.to(home(model))
-        self._attached = Attached(self, model)
+        self._attached = Attached(self, model, decoder, blocks)
         self._model = model
         return self
 

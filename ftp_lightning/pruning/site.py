@@ -15,7 +15,6 @@ from ftp_lightning.pruning.family import (
     cache_name,
     check_block,
     find_attention,
-    find_decoder,
     find_mlp,
     key_value_projections,
     query_projection,
@@ -78,26 +77,26 @@ def _signature(module: nn.Module) -> Signature:
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple, Site]] = WeakKeyDictionary()
 
 
-def sites_of(model: nn.Module) -> tuple[nn.Module, nn.ModuleList, list[Site]]:
-    """The module that runs the blocks, the blocks, and what is known of each. UserError where the model cannot be
-    pruned.
+def sites_of(model: nn.Module, blocks: nn.ModuleList) -> list[Site]:
+    """What is known of each block. UserError where the model cannot be pruned.
 
     A block is looked at once: a training step attaches a pruner each time. What was found holds while the block has the
     same modules, weights, hooks and attention implementation.
     """
-    decoder, blocks = find_decoder(model, check=False)
-    sites = []
+    sites: list[Site] = []
     for index, block in enumerate(blocks):
         state, known = _state_of(block), _KNOWN.get(block)
         if known is None or known[0] != state:
             check_block(model, index, block)
             known = _KNOWN[block] = state, Site.of(block)
         sites.append(known[1])
-    return decoder, blocks, sites
+    return sites
 
 
 def _state_of(block: nn.Module) -> tuple:
     modules = tuple(block.modules())
     hooked = tuple(id(module) for module in modules if "_hf_hook" in module.__dict__)
     config = next((module.config for module in modules if "config" in module.__dict__), None)
-    return (*map(id, modules), *map(id, block.parameters()), hooked, getattr(config, "_attn_implementation", None))
+    attends = getattr(config, "__dict__", {}).get("_attn_implementation_internal")
+    weights = (id(weight) for module in modules for weight in module._parameters.values())
+    return (*map(id, modules), *weights, hooked, attends)
