@@ -20,8 +20,8 @@ MLP = ("mlp", "block_sparse_moe", "feed_forward")
 
 
 def layers_of(model):
-    """The decoder layers, where the families that are tested have them."""
-    found = []
+    """The decoder layers, where the families that are tested have them; also inside of adapters (peft)."""
+    model, found = model.get_base_model() if hasattr(model, "get_base_model") else model, []
     for path in LAYERS:
         try:
             found.append(operator.attrgetter(path)(model))
