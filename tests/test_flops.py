@@ -15,6 +15,7 @@ from ftp_lightning import Schedule, StaticRouter, TokenPruner
 from ftp_lightning.costs import flops
 from ftp_lightning.costs import per_block as costs
 from ftp_lightning.costs.budget import solve_budget
+from ftp_lightning.costs.request import row_costs
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.family import find_attention, find_blocks
 from ftp_lightning.pruning.trace import Trace
@@ -253,6 +254,32 @@ def test_limits_order_and_bytes():
     assert flops.cached_bytes(model, SCHEDULE, 100, "keep") == flops.cached_bytes(
         model, Schedule.uniform(BLOCKS, 0.0), 100, "evict"
     )
+
+
+def test_a_mode_per_block_is_counted_by_hand():
+    """Width 32, MLP 64, 4 heads of 8, 2 key heads, 64 words; 20 tokens, 10 of them kept where a block is pruned."""
+    model, modes = tiny_llama(torch.float32), ("evict", "keep", "evict", "keep")
+    schedule = Schedule([0.0, 0.5, 0.5, 0.5], modes)
+    keys_values, attention, mlp, pair = 2 * 32 * 32, 2 * 2 * 32 * 32, 2 * 3 * 32 * 64, 2 * 4 * 16
+    token, head = keys_values + attention + mlp, 2 * 32 * 64
+    dense = 20 * token + pair * 210
+    evict = 10 * token + pair * 55
+    keep = 20 * keys_values + 10 * (attention + mlp) + pair * 110
+    assert flops.prompt_flops(flops.block_costs(model), schedule, 20, modes, head) == dense + evict + 2 * keep + head
+    saved = 1 - (dense + evict + 2 * keep + head) / (4 * dense + head)
+    assert flops.flops_reduction(model, schedule, 20, modes) == pytest.approx(saved)
+    assert flops.stored_tokens(schedule, 20, modes) == [20, 20, 10, 20]
+    assert flops.cached_bytes(model, schedule, 20, modes) == 70 * 2 * 16 * 4
+    pruner = TokenPruner(StaticRouter(), schedule)
+    with torch.no_grad(), pruner(model):
+        cache = model(torch.randint(3, 64, (1, 20)), use_cache=True).past_key_values
+    assert sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 4 == 70 * 2 * 16 * 4
+    trace = pruner.trace.routed
+    assert row_costs(model, pruner, trace).kv_bytes == [70 * 2 * 16 * 4]
+    kept = [mask[0].nonzero().flatten() for mask in trace.keep]
+    pairs = [210, (kept[1] + 1).sum().item(), 55, (kept[3] + 1).sum().item()]
+    linear = 20 * token + 10 * token + 2 * (20 * keys_values + 10 * (attention + mlp))
+    assert flops.realised_flops(model, trace, modes)[1] == linear + pair * sum(pairs) + head
 
 
 def test_bytes_read_to_decode_a_token():
