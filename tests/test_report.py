@@ -27,7 +27,15 @@ from ftp_lightning.report.sections import SECTIONS
 from ftp_lightning.report.style import house_style
 from ftp_lightning.report.training_figures import running_mean
 from ftp_lightning.report.verdict import cautions, speed_row, verdict
-from ftp_lightning.report.wording import HEADLINE, headline_rows, method_labels, noise_floor_text, number, task_rows
+from ftp_lightning.report.wording import (
+    HEADLINE,
+    headline_rows,
+    method_labels,
+    modes_text,
+    noise_floor_text,
+    number,
+    task_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +289,44 @@ def test_the_schedule_is_drawn_from_what_there_is(absent: str) -> None:
     assert set(rows[0]) == {"block", "static_search", "fine_tuned", "realised"} - {names[absent]}
     heights = {round(bar.get_height(), 6) for bar in figures.schedules(rows).axes[0].patches}
     assert heights == {round(row[name], 6) for row in rows for name in {"static_search", "fine_tuned"} & set(row)}
+
+
+def test_blocks_that_evict_are_hatched_where_others_keep() -> None:
+    modes = ["keep", "evict", "keep", "evict"]
+    run = {"search_schedule": {"sparsity": [0.0, 0.4, 0.5, 0.3], "kv": modes}, "finetune_schedule": None}
+    rows = series.schedules({**run, "evaluate": None})
+    assert [row["static_search_kv"] for row in rows] == modes
+    axis = figures.schedules(rows).axes[0]
+    assert [bar.get_height() for bar in axis.patches if bar.get_hatch() and bar.get_height()] == [0.4, 0.3]
+    assert "hatched: evict, else keep" in [text.get_text() for text in axis.get_legend().get_texts()]
+    run["search_schedule"]["kv"] = "evict"  # one mode needs no mark
+    alike = figures.schedules(series.schedules({**run, "evaluate": None})).axes[0]
+    assert not any(bar.get_hatch() for bar in alike.patches) and len(alike.patches) == 4
+
+
+@pytest.mark.parametrize(
+    ("kv", "said"),
+    [
+        (["evict", "keep", "keep", "evict", "evict", "keep"],
+         "Skipped tokens keep their keys and values in blocks 2–3, 6 (keep), and leave no keys and values in block 5 "
+         "(evict)."),
+        ("keep", "Skipped tokens keep their keys and values in blocks 2–3, 5–6 (keep)."),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_the_modes_of_the_blocks_are_told_in_a_sentence(kv: Any, said: str | None) -> None:
+    assert modes_text({"sparsity": [0.0, 0.1, 0.2, 0.0, 0.4, 0.5]} | ({"kv": kv} if kv else {})) == said
+
+
+@pytest.mark.usefixtures("sketched")
+def test_the_page_tells_the_modes_of_each_schedule(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for stage, kv in (("search", "keep"), ("finetune", ["evict", *["keep"] * 10, "evict"])):
+        path = folder / stage / "schedule.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kv": kv}))
+    page = build_report(folder).read_text(encoding="utf-8")
+    assert "<b>Static search</b>: Skipped tokens keep their keys and values in blocks 2–12 (keep)." in page
+    assert "and leave no keys and values in block 12 (evict)." in page and "Hatched:" in page
 
 
 def test_kl_of_exactly_zero_is_on_the_axis() -> None:

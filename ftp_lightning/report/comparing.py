@@ -11,7 +11,7 @@ from ftp_lightning.report.outcome_series import with_best
 from ftp_lightning.report.reading import STAGES, Run, read_config, read_run, read_text
 from ftp_lightning.report.series import Rows
 from ftp_lightning.report.verdict import speed_row
-from ftp_lightning.report.wording import MISSING, headline_method, kept_text, number, percent
+from ftp_lightning.report.wording import MISSING, headline_method, kept_text, kv_per_block, number, percent
 
 PATHS = {"output", "overwrite", "tracking", "pruned", "before", "static_schedule", "schedule", "sensitivity"}
 """Settings that say where something lies, not what is done."""
@@ -78,12 +78,13 @@ def pareto(runs: Runs) -> Rows:
 
 
 def schedules(runs: Runs) -> Rows:
-    """run, block, sparsity: the last schedule of every run."""
+    """run, block, sparsity, kv: the last schedule of every run; kv is empty where the schedule does not say it."""
     found = ((label, run["finetune_schedule"] or run["search_schedule"]) for label, run in runs.items())
     return [
-        {"run": label, "block": block, "sparsity": sparsity}
+        {"run": label, "block": block, "sparsity": sparsity, "kv": modes[block - 1] if modes else ""}
         for label, schedule in found
         if schedule
+        for modes in [kv_per_block(schedule)]
         for block, sparsity in enumerate(schedule["sparsity"], start=1)
     ]
 

@@ -33,11 +33,13 @@ def of_run(rows: Rows, run: str) -> Rows:
 
 
 def schedules(rows: Rows) -> Figure:
-    """Sparsity per block of every run."""
+    """Sparsity per block of every run; a cross where a block evicts, in runs of several kv modes."""
     figure, axis = canvas(11, 3.2)
     for run, look in looks(rows).items():
         mine = of_run(rows, run)
         axis.plot(column(mine, "block"), column(mine, "sparsity"), **look, label=run, clip_on=False)
+        crossed = [row for row in mine if row["kv"] == "evict"] if len({row["kv"] for row in mine}) > 1 else []
+        axis.plot(column(crossed, "block"), column(crossed, "sparsity"), "x", color=look["color"], markersize=11)
     axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens skipped)")
     block_axis(axis, max(column(rows, "block")))
     top_legend(axis)
@@ -78,7 +80,8 @@ PLOTS = (
     Plot("compare-pareto", "What the saving costs", "The headline method of every run, with 95 % intervals. Right and "
          "up is better. Dashed: the runs that no other beats in both.", comparing.pareto, pareto, True),
     Plot("compare-schedules", "Sparsity of every block", "The last schedule of every run. Blocks are numbered from 1, "
-         "nearest the input.", comparing.schedules, schedules, True),
+         "nearest the input. Crossed: skipped tokens leave no keys and values (evict), where others keep theirs.",
+         comparing.schedules, schedules, True),
     Plot("compare-validation", "Validation while training", "Comparable where the validation text and the budget are "
          "the same.", comparing.validation, validation, True),
     Plot("compare-speed", "Prefill, measured", "With 95 % intervals. Comparable where the machine is the same.",

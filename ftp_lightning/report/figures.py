@@ -63,16 +63,27 @@ LOG = "log scale: no zero"
 DIAMOND = {"color": INK, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8, "clip_on": False}
 
 
+HATCH = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
+"""How a block looks whose skipped tokens leave no keys and values."""
+
+
 def schedules(rows: Rows) -> "Figure":
-    """Sparsity per block: static search, after fine-tuning, and what the evaluation realised."""
+    """Sparsity per block: static search, after fine-tuning, and what the evaluation realised.
+
+    Of a schedule with several kv modes the blocks that evict are hatched.
+    """
     figure, axis = canvas(11, 3.1)
     bars = [name for name in ("static_search", "fine_tuned") if name in rows[0]]
     names = {"static_search": ("static search", ORANGE), "fine_tuned": ("fine-tuned with the router", BLUE)}
-    width = 0.8 / len(bars)
+    width, hatched = 0.8 / len(bars), False
     for index, name in enumerate(bars):
         places = [row["block"] + (index - (len(bars) - 1) / 2) * width for row in rows]
         label, colour = names[name]
         axis.bar(places, column(rows, name), width * 0.94, color=colour, label=label)
+        evicting = [(place, row[name]) for place, row in zip(places, rows) if row.get(f"{name}_kv") == "evict"]
+        if 0 < len(evicting) < len(rows):
+            axis.bar(*zip(*evicting), width * 0.94, color="none", **HATCH)
+            hatched = True
     if "realised" in rows[0]:
         blocks = [row["block"] + (len(bars) - 1) / 2 * width for row in rows]
         axis.plot(blocks, column(rows, "realised"), "D", **DIAMOND, label="realised in the evaluation")
@@ -80,7 +91,9 @@ def schedules(rows: Rows) -> "Figure":
     axis.axhline(sum(last) / len(last), color=INK, linestyle="--", linewidth=1, label="budget (mean)")
     axis.set(ylim=(0, 1), ylabel="sparsity (share of tokens skipped)")
     block_axis(axis, len(rows))
-    top_legend(axis)
+    if hatched:
+        axis.bar([0], [0], color=PALE, **HATCH, label="hatched: evict, else keep")
+    top_legend(axis, columns=5)
     return figure
 
 

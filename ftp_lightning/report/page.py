@@ -99,6 +99,7 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "method_labels": [label for _, label in wording.method_labels(results)],
         "tasks": wording.task_rows(results) if results else [],
         "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune", "static") if run[stage]},
+        "modes": schedule_modes(run),
         "training": run["train"],
         "story": story(run["tokens"]),
         "origins": origins,
@@ -112,6 +113,13 @@ def section_context(section: Section, run: Run, svgs: dict[str, str]) -> dict[st
     plots = [{"plot": plot, "svg": svgs[plot.name]} for plot in section.plots if plot.name in svgs]
     present = any(run[product] is not None for product in section.needs)
     return {"section": section, "plots": plots, "missing": section.missing(run), "present": present}
+
+
+def schedule_modes(run: Run) -> dict[str, str]:
+    """What skipped tokens leave in each block, by schedule; once where two schedules agree."""
+    names = {"search_schedule": "Static search", "finetune_schedule": "Fine-tuned"}
+    said = {name: text for key, name in names.items() if (text := wording.modes_text(run[key]))}
+    return {"Both": said["Static search"]} if len(said) == 2 and len(set(said.values())) == 1 else said
 
 
 CONTENTS = (("diagnostics", "Diagnostics"),)

@@ -51,7 +51,8 @@ OUTCOME = (
 
 SCHEDULE = (
     Plot("schedule", "Sparsity of every block", "Found with the static router, then fine-tuned with the trained one. "
-         "Diamonds: what the evaluation realised.", series.schedules, figures.schedules, True),
+         "Diamonds: what the evaluation realised. Hatched: skipped tokens leave no keys and values (evict), where "
+         "others keep theirs.", series.schedules, figures.schedules, True),
     Plot("realised", "Realised against target", "Bars: the share of the prompts' tokens that skipped the block, by the "
          "method of the headline. Below: the difference, on its own scale.", outcome_series.realised,
          block_figures.realised, True),

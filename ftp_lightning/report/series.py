@@ -5,15 +5,16 @@ empty list where the stage has not been run. Blocks are numbered from 1 (nearest
 untouched.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ftp_lightning.report.reading import Run
-from ftp_lightning.report.wording import headline_method
+from ftp_lightning.report.wording import headline_method, kv_per_block
 
 Rows = list[dict[str, Any]]
 
 
-def by_block(**columns: list[float] | None) -> Rows:
+def by_block(**columns: Sequence[Any] | None) -> Rows:
     """Columns of one value per block, side by side; a column that is None is left out."""
     present = {name: values for name, values in columns.items() if values is not None}
     if not present:
@@ -26,7 +27,8 @@ def by_block(**columns: list[float] | None) -> Rows:
 
 
 def schedules(run: Run) -> Rows:
-    """block, static_search, fine_tuned, realised: sparsity per block; `realised` is that of the headline method."""
+    """block, static_search, fine_tuned, realised: sparsity per block; `realised` is that of the headline method.
+    static_search_kv, fine_tuned_kv: the kv mode of every block, where the schedule says it."""
     search, tuned = run["search_schedule"], run["finetune_schedule"]
     if not search and not tuned:
         return []
@@ -35,6 +37,8 @@ def schedules(run: Run) -> Rows:
         static_search=search and search["sparsity"],
         fine_tuned=tuned and tuned["sparsity"],
         realised=method.get("realised_per_block"),
+        static_search_kv=search and kv_per_block(search),
+        fine_tuned_kv=tuned and kv_per_block(tuned),
     )
 
 

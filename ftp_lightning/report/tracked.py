@@ -9,9 +9,11 @@ from ftp_lightning.report.series import by_block
 from ftp_lightning.report.style import canvas, house_style, to_png
 
 
-def schedule_png(sparsity: Sequence[float], realised: Sequence[float] | None = None) -> bytes:
-    """Sparsity per block, and what was realised of it."""
-    rows = by_block(static_search=list(sparsity), realised=None if realised is None else list(realised))
+def schedule_png(
+    sparsity: Sequence[float], realised: Sequence[float] | None = None, kv: Sequence[str] | None = None
+) -> bytes:
+    """Sparsity and kv mode per block, and what was realised."""
+    rows = by_block(static_search=sparsity, realised=realised, static_search_kv=kv)
     with house_style():
         return to_png(schedules(rows))
 

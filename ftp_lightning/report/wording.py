@@ -162,3 +162,33 @@ def accuracy(score: dict[str, Any]) -> str:
     if score["acc"] is None:
         return MISSING
     return f"{percent(score['acc'], unit='')} ± {percent(score.get('stderr'))}"
+
+
+def block_numbers(blocks: list[int]) -> str:
+    """[2, 3, 4, 7] -> "2–4, 7"."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def modes_text(schedule: dict[str, Any] | None) -> str | None:
+    """A sentence on what skipped tokens leave in each block; None where the schedule does not say its kv mode."""
+    if not schedule or not (modes := kv_per_block(schedule)):
+        return None
+    pruned = [number for number, sparsity in enumerate(schedule["sparsity"], start=1) if sparsity > 0]
+    parts = [
+        f"{what} in {'block' if len(blocks) == 1 else 'blocks'} {block_numbers(blocks)} ({mode})"
+        for mode, what in (("keep", "keep their keys and values"), ("evict", "leave no keys and values"))
+        if (blocks := [number for number in pruned if modes[number - 1] == mode])
+    ]
+    return f"Skipped tokens {', and '.join(parts)}." if parts else "All blocks are dense."
+
+
+def kv_per_block(schedule: dict[str, Any]) -> list[str] | None:
+    """The kv mode of every block of a schedule.json; None where it says none."""
+    kv = schedule.get("kv")
+    return [kv] * len(schedule["sparsity"]) if isinstance(kv, str) else kv

@@ -42,7 +42,7 @@ def pruner_images(
     from ftp_lightning.report import tracked
 
     return {
-        "schedule": lambda: tracked.schedule_png(pruner.scheduled.sparsity, realised),
+        "schedule": lambda: tracked.schedule_png(pruner.scheduled.sparsity, realised, pruner.kv),
         "gates": lambda: tracked.gates_png(story_tokens(settings, model, tokenizer, pruner)["keep"]),
     }
 
