@@ -67,7 +67,7 @@ class Schedule:
         return cls([budget] * num_blocks)
 
     @classmethod
-    def default(cls, num_blocks: int, budget: float, kv: str | None = None) -> Schedule:
+    def default(cls, num_blocks: int, budget: float, kv: str | Sequence[str] | None = None) -> Schedule:
         """The schedule for someone who has trained and searched nothing; it holds on real models, unlike `uniform`.
 
         The first sixth of the blocks is dense. The budget goes to the last quarter first, last block first, up to 0.9
@@ -97,18 +97,20 @@ class Schedule:
         Args:
             num_blocks: blocks of the model.
             budget: mean sparsity.
-            kv: one mode in all blocks: "keep" spends the budget in late blocks alone, "evict" evenly behind the dense
-                ones.
+            kv: the mode of all blocks, or one per block, in place of the default's. The budget goes to blocks that
+                `keep` first, from the last on, then evenly to blocks that `evict`. So "keep" spends it in late blocks
+                alone, "evict" evenly behind the dense ones.
         """
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
-        routed, middle, last = range(dense, num_blocks), range(dense, num_blocks - late), num_blocks - 1
-        steps: list[tuple[Sequence[int], float]] = []
-        if kv != "evict":
-            steps = [([block], 1.0 if block == last else _MOST) for block in reversed(routed)]
-        if kv is None:
-            steps[late:] = [(middle, _MOST)]
-        modes = kv or ["evict"] * (num_blocks - late) + ["keep"] * late
+        modes = kv_modes(["evict"] * (num_blocks - late) + ["keep"] * late if kv is None else kv, num_blocks)
+        routed, last = range(dense, num_blocks), num_blocks - 1
+        steps: list[tuple[Sequence[int], float]] = [
+            ([block], 1.0 if block == last else _MOST) for block in reversed(routed) if modes[block] == "keep"
+        ]
+        evicting = [block for block in routed if modes[block] == "evict"]
+        if steps and evicting:
+            steps.append((evicting, _MOST))
         return cls(_filled(num_blocks, budget, [*steps, (routed, 1.0), (range(dense), 1.0)]), modes)
 
     @property
@@ -190,9 +192,15 @@ def kv_modes(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
     return modes
 
 
-def kv_name(modes: Sequence[str]) -> str:
+def kv_name(kv: str | Sequence[str]) -> str:
     """The kv mode of all blocks, or "mixed"."""
+    modes = (kv,) if isinstance(kv, str) else kv
     return modes[0] if len(set(modes)) == 1 else "mixed"
+
+
+def kv_text(modes: Sequence[str]) -> str:
+    """The kv mode of all blocks, or the mode of every block: "evict, keep, keep"."""
+    return modes[0] if len(set(modes)) == 1 else ", ".join(modes)
 
 
 def write_record(path: Path, record: dict) -> None:

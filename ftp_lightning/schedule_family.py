@@ -19,7 +19,9 @@ LARGEST = 64_000_000
 
 @dataclass(frozen=True)
 class ScheduleFamily:
-    """One schedule per budget, ascending. ValueError for none, or schedules of different numbers of blocks or kv modes.
+    """One schedule per budget, ascending; each may have kv modes of its own.
+
+    ValueError for none, schedules of different numbers of blocks, or modes that only some of them say.
 
     >>> family = ScheduleFamily([Schedule([0.0, 0.4]), Schedule([0.2, 0.8])])
     >>> family.at(0.35).sparsity
@@ -35,8 +37,8 @@ class ScheduleFamily:
             raise ValueError("a family needs at least one schedule, got none")
         if len({schedule.num_blocks for schedule in found}) > 1:
             raise ValueError(f"schedules of a family have {sorted({s.num_blocks for s in found})} blocks, must agree")
-        if len({schedule.kv for schedule in found}) > 1:
-            raise ValueError("schedules of a family are found for different kv modes, must agree")
+        if len({schedule.kv is None for schedule in found}) > 1:
+            raise ValueError("schedules of a family must all say their kv modes, or none of them")
         object.__setattr__(self, "schedules", found)
 
     @property
@@ -51,7 +53,8 @@ class ScheduleFamily:
         """The schedule of mean `budget`, exactly: linear between the two neighbours, below the lowest towards dense.
 
         s = (1 - t) a + t b with t = (budget - B_a) / (B_b - B_a) has mean `budget` because a and b have theirs, and
-        lies in [0, 1] as they do [ours]. UserError beyond the highest budget: nothing is known there.
+        lies in [0, 1] as they do [ours]. Where the neighbours differ in the kv mode of a block, the nearer one says
+        it, or the one that prunes the block. UserError beyond the highest budget: nothing is known there.
         """
         if not 0.0 <= budget <= self.budgets[-1] + 1e-9:
             raise UserError(
@@ -65,7 +68,7 @@ class ScheduleFamily:
             return high
         t = (budget - low.budget) / (high.budget - low.budget)
         between = [round((1 - t) * a + t * b, 15) for a, b in zip(low.sparsity, high.sparsity)]
-        return Schedule(between, high.kv).after(low.seen, high.seen)
+        return Schedule(between, _modes_between(low, high, t)).after(low.seen, high.seen)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedules as JSON, whole or not at all."""
@@ -87,6 +90,15 @@ class ScheduleFamily:
         except (ValueError, TypeError) as error:
             reason = str(error)
         raise UserError(f"{path} is no family of schedules: {reason}\nMake one with `ftp-lightning search --budgets`.")
+
+
+def _modes_between(low: Schedule, high: Schedule, t: float) -> list[str] | None:
+    """The kv modes at a share t of the way from one schedule to another; a dense block says nothing of its mode."""
+    if low.kv is None or high.kv is None:
+        return None
+    near, far = (low, high) if t < 0.5 else (high, low)
+    blocks = zip(near.sparsity, near.kv or (), far.kv or (), strict=True)
+    return [own if sparsity > 0 else other for sparsity, own, other in blocks]
 
 
 def is_family(record: object) -> bool:

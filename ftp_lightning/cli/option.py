@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -23,16 +24,18 @@ def option(
     passive: bool = False,
     raw: bool = False,
     positional: bool = False,
+    read: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field that is a flag: `default`, `help`, and what it may be.
 
     least, most (included), below, above (excluded) bound it; None values are not bounded. `is_file`: a path whose
     *content* is an input. `passive`: has no influence on what the stage finds. `raw`: the words as they are, never read
-    as YAML. `positional`: the words that stand without a flag, as many as there are.
+    as YAML. `positional`: the words that stand without a flag, as many as there are. `read`: makes the value of what
+    was given, or raises a UserError.
     """
     bounds = {"least": least, "most": most, "below": below, "above": above}
     said = {"help": help, "bounds": bounds, "is_file": is_file, "passive": passive, "raw": raw}
-    said["positional"] = positional
+    said |= {"positional": positional, "read": read}
     return field(default=default, metadata=said)
 
 

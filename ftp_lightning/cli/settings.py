@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, read_provenance
+from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_bounds, check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.device_map import read_device_map
@@ -32,6 +33,8 @@ class Settings(ABC):
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            if read := item.metadata["read"]:
+                object.__setattr__(self, item.name, read(getattr(self, item.name)))
             check_bounds(item.name, getattr(self, item.name), item.metadata["bounds"])
         self.check()
 
@@ -208,8 +211,10 @@ class PrunedSettings(BudgetSettings, StageSettings):
     pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it", is_file=True)
     schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
     budget: float | None = option(None, "default schedule of this budget, without the two", least=0.0, below=1.0)
-    kv: Literal["auto", "evict", "keep"] = option(
-        "auto", "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or the default schedule"
+    kv: str = kv_option(
+        AUTO,
+        "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or the default schedule",
+        AUTO,
     )
     decode: Literal["auto", "dense", "threshold", "strict"] = option(
         "auto", "which generated tokens skip blocks; auto is --pruned's, or dense: none"

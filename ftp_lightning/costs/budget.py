@@ -57,7 +57,7 @@ def solve_budget(
     return _scaled(shape, _nearest(saved, reduction, top))
 
 
-def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | None) -> Schedule:
+def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | Sequence[str] | None) -> Schedule:
     """The `Schedule.default` whose FLOPs cut of a prompt of `length` tokens is nearest `reduction`.
 
     Args:

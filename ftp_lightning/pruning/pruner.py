@@ -15,7 +15,7 @@ from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import ADDRESSED, Router
 from ftp_lightning.routing.fixed import FixedRouter
-from ftp_lightning.schedule import Schedule, kv_modes, kv_name
+from ftp_lightning.schedule import Schedule, kv_modes, kv_text
 from ftp_lightning.training.compensation import Compensation, check_skip
 from ftp_lightning.training.gates import StraightThrough
 
@@ -313,7 +313,7 @@ def _modes(kv: str | Sequence[str] | None, schedule: Schedule | None, blocks: in
         raise UserError(str(error)) from None
     if own is not None and own != modes:
         raise UserError(
-            f"the schedule was found for kv {kv_name(own)}, and kv is {kv_name(modes)}: it is poor under another.\n"
+            f"the schedule was found for kv {kv_text(own)}, and kv is {kv_text(modes)}: it is poor under another.\n"
             "Leave kv out, or pass schedule.under(kv) if you mean it."
         )
     return modes

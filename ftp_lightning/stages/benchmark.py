@@ -155,8 +155,8 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
     """One pruner per budget and kv mode."""
     from ftp_lightning.stages.inputs import chosen_pruner
 
-    modes: list[Any] = list(dict.fromkeys(settings.modes)) or [settings.kv]
-    bases = [chosen_pruner(replace(settings, kv=kv, modes=()), model) for kv in modes]
+    bases = [in_one_mode(settings, model, kv) for kv in dict.fromkeys(settings.modes)]
+    bases = bases or [chosen_pruner(settings, model)]
     base = bases[0]
     router = base.router if settings.pruned else untrained_router(settings.router, settings.seed)
     changes = {} if settings.attention == "auto" else {"attention": settings.attention}
@@ -167,6 +167,16 @@ def pruners(settings: BenchmarkStage, model: PreTrainedModel) -> list[TokenPrune
         for budget in dict.fromkeys(settings.budgets)
         for base in bases
     ]
+
+
+def in_one_mode(settings: BenchmarkStage, model: PreTrainedModel, kv: str) -> TokenPruner:
+    """The pruner asked for in one of --modes: a schedule found for another mode is timed in this one too."""
+    from ftp_lightning.stages.inputs import chosen_pruner
+
+    own = replace(settings, modes=())
+    if settings.pruned or settings.schedule:
+        return chosen_pruner(own, model).changed(kv=kv)
+    return chosen_pruner(replace(own, kv=kv), model)
 
 
 def _uniform(settings: BenchmarkStage, model: PreTrainedModel, budget: float, base: TokenPruner) -> Schedule:

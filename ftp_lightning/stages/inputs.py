@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning import models
+from ftp_lightning.cli.kv import AUTO, check_kv_blocks, given_modes
 from ftp_lightning.cli.option import check_reachable
 from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings, holds_family
 from ftp_lightning.costs.budget import default_with_cut, solve_budget
@@ -21,7 +22,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.family import find_blocks
-from ftp_lightning.routing import StaticRouter
+from ftp_lightning.routing import Router, StaticRouter
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import LARGEST, ScheduleFamily
 
@@ -46,7 +47,13 @@ def load_model(
     place |= {"device_map": settings.device_map}
     model, tokenizer = _load(settings.model, **place, seed=settings.seed)
     check_positions(model.config, settings.prompt_tokens + settings.continuation_tokens)
+    check_kv(settings, model.config)
     return model, tokenizer
+
+
+def check_kv(settings: ModelSettings, config: Any) -> None:
+    """UserError where --kv lists another number of blocks than the model of this configuration has."""
+    check_kv_blocks(getattr(settings, "kv", AUTO), config.get_text_config().num_hidden_layers)
 
 
 _models: dict[tuple, Any] | None = None
@@ -192,16 +199,16 @@ def read_schedule(path: str, budget: float | None = None) -> Schedule:
     return family.at(budget)
 
 
-def schedule_or_default(path: str | None, budget: float | None, model: PreTrainedModel) -> Schedule:
-    """The schedule in a file, else the default one of the budget."""
+def schedule_or_default(path: str | None, budget: float | None, model: PreTrainedModel, kv: str = AUTO) -> Schedule:
+    """The schedule in a file, else the default one of the budget for --kv."""
     if path:
         return load_schedule(path, model, budget)
-    return Schedule.default(num_blocks(model), DEFAULT_BUDGET if budget is None else budget)
+    return Schedule.default(num_blocks(model), DEFAULT_BUDGET if budget is None else budget, given_modes(kv))
 
 
 def default_of(settings: PrunedSettings, model: PreTrainedModel) -> Schedule:
     """`Schedule.default` of --budget for --kv; under --budget_kind flops the one whose FLOPs cut is nearest."""
-    kv = None if settings.kv == "auto" else settings.kv
+    kv = given_modes(settings.kv)
     if settings.budget is None or settings.budget_kind == "tokens":
         budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
         return Schedule.default(num_blocks(model), budget, kv)
@@ -247,20 +254,37 @@ def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
 
 
 def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPruner:
-    """What --pruned, --schedule, --budget, --kv and --decode say: a stored pruner, else the static router."""
+    """What --pruned, --schedule, --budget, --kv and --decode say: a stored pruner, else the static router.
+
+    UserError where --kv is not the mode that the schedule was found for.
+    """
     if settings.pruned:
         schedule = load_schedule(settings.schedule, model, settings.budget) if settings.schedule else None
         pruner = load_pruner(settings.pruned, model)
-        asked = {"kv": settings.kv, "decode": settings.decode}
-        changes = {name: value for name, value in asked.items() if value != "auto"}
-        return pruner.changed(schedule=schedule or pruner.schedule, **changes)
-    if settings.schedule:
-        schedule = load_schedule(settings.schedule, model, settings.budget)
-        schedule = schedule.under(schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv)
-    else:
-        schedule = default_of(settings, model)
+        changes = {} if settings.decode == "auto" else {"decode": settings.decode}
+        return in_mode(pruner.changed(schedule=schedule or pruner.schedule, **changes), settings.kv)
+    schedule = load_schedule(settings.schedule, model, settings.budget) if settings.schedule else None
     decode = "dense" if settings.decode == "auto" else settings.decode
-    return TokenPruner(StaticRouter(), schedule, decode=decode)
+    return new_pruner(StaticRouter(), schedule or default_of(settings, model), settings.kv, decode=decode)
+
+
+def new_pruner(router: Router, schedule: Schedule, kv: str, **about: Any) -> TokenPruner:
+    """A pruner in the mode of --kv, else of the schedule, else `DEFAULT_KV`; its schedule says which.
+
+    UserError where --kv is not the mode that the schedule was found for.
+    """
+    modes = given_modes(kv)
+    labelled = schedule if schedule.kv else schedule.under(modes or DEFAULT_KV)
+    return TokenPruner(router, labelled, modes, **about)
+
+
+def in_mode(pruner: TokenPruner, kv: str) -> TokenPruner:
+    """The pruner in the mode of --kv; UserError where its schedule was found for another one."""
+    modes = given_modes(kv)
+    if modes is None:
+        return pruner
+    new_pruner(pruner.router, pruner.scheduled, kv)  # refuses another mode, which `changed` takes as meant
+    return pruner.changed(kv=modes)
 
 
 def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:

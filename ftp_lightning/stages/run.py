@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import write_text
+from ftp_lightning.cli.kv import kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import BudgetSettings, RowsSettings, StageSettings
@@ -37,7 +38,7 @@ class RunStage(BudgetSettings, RowsSettings):
     stage: ClassVar[str] = "run"
 
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
-    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    kv: str = kv_option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     sensitivity_windows: int = option(16, "calibration windows of the sensitivity", least=1)
     search_windows: int = option(32, "calibration windows of search and fine-tuning", least=1)
     generations: int = option(15, "generations of the search", least=0)

@@ -24,6 +24,7 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
     config = models.load_config(first.model, revision=first.revision)
     tokenizer = models.load_tokenizer(first.model, revision=first.revision)
     inputs.check_positions(config, first.prompt_tokens + first.continuation_tokens)
+    inputs.check_kv(first, config)
     inputs.check_budget_length(cast(SearchStage, stages["search"]), config)
     lengths = cast(BenchmarkStage, stages["benchmark"]).lengths if "benchmark" in stages else ()
     inputs.check_positions(config, max(lengths or [1]), "prompts of the benchmark", "Give shorter --lengths.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.cli.kv import AUTO, given_modes, kv_option
 from ftp_lightning.cli.option import check_bounds, check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import BUDGET_LENGTH, BudgetSettings, RowsSettings, StageSettings, picked
@@ -37,8 +38,8 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
 
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     budgets: tuple[float, ...] = option((), "search all of these, in place of --budget; writes schedules.json")
-    kv: Literal["auto", "evict", "keep"] = option(
-        "auto", "keys and values of skipped tokens; auto is the mode of --pruned or --schedule, or keep"
+    kv: str = kv_option(
+        AUTO, "keys and values of skipped tokens; auto is the mode of --pruned or --schedule, or keep", AUTO
     )
     router: Literal["static", "random", "untrained"] = option(
         "static", "router to search with, where there is no --pruned; `untrained` looks at position and attention"
@@ -197,23 +198,21 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.routing import make_router
     from ftp_lightning.schedule import Schedule
-    from ftp_lightning.stages.inputs import load_pruner, num_blocks
+    from ftp_lightning.stages.inputs import in_mode, load_pruner, num_blocks
 
     if not settings.pruned:
         dense = Schedule.uniform(num_blocks(model), 0.0)
         router = make_router(settings.router, dense.num_blocks, hidden_size=1, seed=settings.seed)  # none reads states
         return TokenPruner(router, dense, kv=_mode(settings))
-    trained = load_pruner(settings.pruned, model)
-    changes = {} if settings.kv == "auto" else {"kv": settings.kv}
-    return trained.changed(**changes)
+    return in_mode(load_pruner(settings.pruned, model), settings.kv)
 
 
 def _mode(settings: SearchStage) -> Any:
     """The kv mode to search for: --kv, else that of the schedule to start from, else keep."""
     from ftp_lightning.stages.inputs import DEFAULT_KV, read_schedule
 
-    if settings.kv != "auto":
-        return settings.kv
+    if (modes := given_modes(settings.kv)) is not None:
+        return modes
     given = read_schedule(settings.schedule, settings.budget) if settings.schedule else None
     return given.kv if given is not None and given.kv else DEFAULT_KV
 

@@ -7,10 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, write_bytes
+from ftp_lightning.cli.kv import kv_option, modes_of
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import RowsSettings, StageSettings
 from ftp_lightning.errors import UserError
+from ftp_lightning.schedule import kv_name
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from ftp_lightning.lit.block_sensitivity import BlockSensitivity
 
 
-KV = {"keep": ("keep",), "evict": ("evict",), "both": ("keep", "evict")}
+BOTH = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,8 @@ class SensitivityStage(RowsSettings, StageSettings):
 
     stage: ClassVar[str] = "sensitivity"
 
-    kv: Literal["keep", "evict", "both"] = option(
-        "keep", "skipped tokens give no keys and values (evict), or do (keep); both are measured in one run"
+    kv: str = kv_option(
+        "keep", "skipped tokens give no keys and values (evict), or do (keep); both are measured in one run", BOTH
     )
     router: Literal["static", "random"] = option("static", "which tokens skip the block that is pruned alone")
     levels: tuple[float, ...] = option((0.3, 0.6, 0.9), "sparsities at which each block is pruned alone, rising")
@@ -77,7 +79,8 @@ class SensitivityStage(RowsSettings, StageSettings):
         from ftp_lightning.stages.inputs import num_blocks
 
         router = RandomRouter(self.seed) if self.router == "random" else StaticRouter()
-        makers = {kv: partial(TokenPruner, router, kv=kv) for kv in KV[self.kv]}
+        measured = ("keep", "evict") if self.kv == BOTH else (modes_of(self.kv),)
+        makers = {kv_name(kv): partial(TokenPruner, router, kv=kv) for kv in measured}
         shape: dict[str, Any] = {"prompt_tokens": prompt_tokens, "gradient": self.gradient}
         return BlockSensitivity(model, makers, num_blocks(model), self.levels, self.thresholds, **shape)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import RowsSettings, StageSettings, holds_family, picked
@@ -43,8 +44,8 @@ class TrainStage(RowsSettings, StageSettings):
     budget: float | None = option(None, "default schedule of this budget, without --schedule", least=0.0, below=1.0)
     dense: int | None = option(None, "train under the uniform schedule behind so many dense blocks", least=0)
     budgets: tuple[float, ...] = option((), "LOW,HIGH: every forward draws a budget; --schedule is a schedules.json")
-    kv: Literal["auto", "evict", "keep"] = option(
-        "auto", "keys and values of skipped tokens; auto is the mode that the schedule was found for, or keep"
+    kv: str = kv_option(
+        AUTO, "keys and values of skipped tokens; auto is the mode that the schedule was found for, or keep", AUTO
     )
     router: RouterName = option("dynamic", "which router; `dynamic` is the global one of 450 parameters")
     width: int | None = option(None, "units of the router's hidden layer; default: the router's own", least=1)
@@ -183,8 +184,8 @@ def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -
 def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: ScheduleFamily | None = None) -> TokenPruner:
     """The untrained router under the schedule, and what a skipped token gets; mean or map are fitted here, before the
     router is trained with them. With --pruned the one that is there."""
-    from ftp_lightning.pruning import TokenPruner
-    from ftp_lightning.stages.inputs import DEFAULT_KV, load_pruner, load_schedule, measured_rows
+    from ftp_lightning.stages import inputs
+    from ftp_lightning.stages.inputs import load_pruner, load_schedule, measured_rows
     from ftp_lightning.training.compensation import fit_compensation
 
     if settings.pruned:
@@ -199,8 +200,7 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
         rank = settings.skip_rank if settings.skip == "low-rank" else 0
         about["compensation"] = fit_compensation(model, rows, rank, batch_size=settings.batch_size)
     schedule = _first_schedule(settings, budget, model)
-    kv = schedule.kv or DEFAULT_KV if settings.kv == "auto" else settings.kv
-    return TokenPruner(new_router(settings, model), schedule.under(kv), **about)
+    return inputs.new_pruner(new_router(settings, model), schedule, settings.kv, **about)
 
 
 def _first_schedule(settings: TrainStage, budget: float | None, model: Any) -> Schedule:
@@ -211,7 +211,7 @@ def _first_schedule(settings: TrainStage, budget: float | None, model: Any) -> S
     from ftp_lightning.search.allocations import step
     from ftp_lightning.stages.inputs import num_blocks, schedule_or_default
 
-    schedule, blocks = schedule_or_default(settings.schedule, budget, model), num_blocks(model)
+    schedule, blocks = schedule_or_default(settings.schedule, budget, model, settings.kv), num_blocks(model)
     if settings.dense is None:
         return schedule
     if settings.dense >= blocks or schedule.budget * blocks > blocks - settings.dense:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.cli.kv import kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import StageSettings, picked, text_identity
@@ -46,7 +47,7 @@ class TrialStage(TrainStage):
     router: RouterName | Literal["static", "random"] = option(  # type: ignore[assignment]  # wider on purpose
         "dynamic", "which router; static and random learn nothing"
     )
-    kv: Literal["evict", "keep"] = option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    kv: str = kv_option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     steps: int = option(60, "optimiser steps: equal, short trainings", least=1)
     batch_size: int = option(2, "windows per forward", least=1)
     validations: int = option(1, "times the router is measured while it trains; at 1 no state is chosen", least=1)
