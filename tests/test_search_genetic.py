@@ -8,7 +8,7 @@ import pytest
 from ftp_lightning.errors import UserError
 from ftp_lightning.processes import Processes
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.search import allocations, genetic
+from ftp_lightning.search import allocations, genetic, genome
 from ftp_lightning.search.family import NEIGHBOUR, search_family
 from ftp_lightning.search.fitness import MemoFitness
 from ftp_lightning.search.genetic import enough_chunks, genetic_search
@@ -157,7 +157,7 @@ def test_a_stage_of_more_windows_than_there_are_is_refused():
 def test_a_parent_is_the_best_of_so_many_random_ones(size, expected):
     """The least of `size` draws from 0 ... 7 is k or more with probability ((8 - k) / 8) ** size."""
     alone = settings(tournament=size, crossover=0.0)
-    search, rng = genetic._Search(Distance(), BLOCKS, alone, Processes()), random.Random(0)
+    search, rng = genetic._Search(Distance(), genome.Genome(BLOCKS, alone), Processes()), random.Random(0)
     population = [genetic.Individual([0] * BLOCKS, loss) for loss in range(8)]
     picked = [search._origin(population, rng).loss for _ in range(4000)]
     assert sum(picked) / 4000 == pytest.approx(expected, abs=0.1)
@@ -171,7 +171,7 @@ def test_children_are_mixed_as_often_as_asked(monkeypatch, crossover, happens):
         mixed.append((one, other))
         return budget_crossover(one, other, rng)
 
-    monkeypatch.setattr(genetic, "budget_crossover", mate)
+    monkeypatch.setattr(genome, "budget_crossover", mate)
     genetic_search(Distance(), BLOCKS, settings(generations=3, proposed=0.0, crossover=crossover), seeds())
     assert bool(mixed) == happens and all(one is not other for one, other in mixed)
 
@@ -357,3 +357,80 @@ def test_proposals_may_begin_anywhere(monkeypatch):
     assert abs(result.schedule.budget - BUDGET) <= 1e-9
     assert all(low - 1e-9 <= s <= 0.9 + 1e-9 for s, low in zip(result.schedule.sparsity, bounds["min_sparsity"]))
     assert result.value < 0.7 * result.allocations["uniform"]
+
+
+WANTED = ("evict", "keep", "keep", "evict", "keep", "evict", "keep", "keep")
+
+
+class ModedDistance(Distance):
+    """The same, and a loss for every pruned block of another mode than the hidden one."""
+
+    def measure(self, schedule, chunk):
+        wrong = sum(s for s, mode, best in zip(schedule.sparsity, schedule.kv, WANTED, strict=True) if mode != best)
+        return super().measure(schedule.under(None), chunk) + 0.02 * wrong
+
+
+def moded(**changes):
+    return settings(**{"offspring": 6, "survivors": (2,), "search_kv": True} | changes)
+
+
+def moded_seeds():
+    return {f"{name}, {kv}": seed.under(kv) for kv in ("evict", "keep") for name, seed in seeds().items()}
+
+
+def test_modes_are_searched_with_the_sparsities():
+    result = genetic_search(ModedDistance(), BLOCKS, moded(generations=8), moded_seeds())
+    assert abs(result.schedule.budget - BUDGET) <= 1e-9 and result.value == ModedDistance()(result.schedule)
+    assert result.value < 0.5 * min(result.allocations.values()) and set(result.schedule.kv) == {"evict", "keep"}
+    pruned = [block for block, s in enumerate(result.schedule.sparsity) if s > 0.1]
+    assert sum(result.schedule.kv[block] == WANTED[block] for block in pruned) >= len(pruned) - 1
+
+
+def test_a_dense_block_has_one_mode_so_that_nothing_is_measured_twice():
+    made = genome.Genome(3, SearchSettings(budget=0.4, search_kv=True))
+    for kv in ("evict", "keep"):
+        individual = made.nearest(Schedule([0.0, 0.6, 0.6], kv))
+        assert individual[3:] == [1, *[("evict", "keep").index(kv)] * 2]
+        assert made.schedule(individual) == made.measured(Schedule([0.0, 0.6, 0.6], kv))
+    lifted = genome.Genome(2, SearchSettings(budget=0.4, min_sparsity=(0.1,), search_kv=True))
+    assert lifted.schedule(lifted.nearest(Schedule([0.1, 0.7], "evict"))).kv == ("evict", "evict")
+
+
+def test_a_search_of_modes_goes_on_as_if_uninterrupted():
+    states, asked = [], moded(generations=3)
+    whole = genetic_search(ModedDistance(), BLOCKS, asked, moded_seeds(), states.append)
+    fitness = ModedDistance()
+    again = genetic_search(fitness, BLOCKS, asked, moded_seeds(), resume=json.loads(json.dumps(states[1])))
+    assert again == whole and fitness.state_dict()["memo"] == states[-1]["memo"]["memo"]
+    with pytest.raises(UserError, match="other settings"):
+        genetic_search(ModedDistance(), BLOCKS, settings(generations=3), seeds(), resume=states[1])
+
+
+def test_a_seed_without_a_mode_is_refused_where_modes_are_searched():
+    with pytest.raises(UserError, match="uniform says no kv mode"):
+        genetic_search(ModedDistance(), BLOCKS, settings(search_kv=True), seeds())
+
+
+def test_what_is_measured_and_found_is_the_repaired_schedule():
+    class Halved(ModedDistance):
+        def measure(self, schedule, chunk):
+            assert schedule.budget == pytest.approx(BUDGET / 2)
+            return super().measure(schedule, chunk)
+
+    def half(schedule):
+        return Schedule([s / 2 for s in schedule.sparsity], schedule.kv)
+
+    result = genetic_search(Halved(), BLOCKS, moded(generations=1), moded_seeds(), repair=half)
+    assert result.schedule.budget == pytest.approx(BUDGET / 2) and result.value == Halved()(result.schedule)
+
+
+def test_a_family_of_searched_modes_resumes():
+    def start(budget):
+        return {f"ramp, {kv}": allocations.ramp(BLOCKS, budget).under(kv) for kv in ("evict", "keep")}
+
+    asked, states = {budget: start(budget) for budget in (0.2, 0.4)}, []
+    whole = search_family(ModedDistance(), BLOCKS, moded(generations=1), asked, states.append)
+    again = search_family(
+        ModedDistance(), BLOCKS, moded(generations=1), asked, resume=json.loads(json.dumps(states[2]))
+    )
+    assert again == whole and all(found.schedule.kv for found in whole.values())

@@ -10,7 +10,11 @@ from ftp_lightning.schedule import Schedule, level_step
 from ftp_lightning.search.operators import (
     Individual,
     budget_crossover,
+    crossover_with_modes,
     level_switch,
+    mode_flip,
+    split,
+    switch_with_modes,
     to_levels,
     to_schedule,
     top_level,
@@ -147,3 +151,52 @@ def test_a_tournament_takes_the_best_of_those_drawn():
     picks = [tournament(population, random.Random(seed), 4).loss for seed in range(200)]
     assert sum(picks) / 200 < 2.5 and max(picks) > 3
     assert {tournament(population, random.Random(seed), 1).loss for seed in range(99)} == set(range(10))
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=12), seeds, st.integers(1, 4))
+def test_a_flip_changes_at_least_one_mode_and_at_most_so_many(modes, seed, flips):
+    before = list(modes)
+    changed = mode_flip(modes, random.Random(seed), flips)
+    assert modes == before and set(changed) <= {0, 1}
+    assert 1 <= sum(a != b for a, b in zip(changed, modes, strict=True)) <= flips
+
+
+genes = st.integers(1, 10).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 20), min_size=n, max_size=n),
+        st.lists(st.integers(0, 1), min_size=2 * n, max_size=2 * n),
+    )
+)
+
+
+@given(genes, seeds)
+def test_a_mutation_with_modes_keeps_the_sum_of_the_levels(parent, seed):
+    levels, modes = parent[0], parent[1][: len(parent[0])]
+    child, after = split(switch_with_modes([*levels, *modes], random.Random(seed), 20, 2), len(levels))
+    assert sum(child) == sum(levels) and all(0 <= level <= 20 for level in child)
+    assert len(after) == len(modes) and set(after) <= {0, 1}
+
+
+def test_a_mutation_moves_levels_modes_or_both():
+    kinds = set()
+    for seed in range(40):
+        levels, modes = split(switch_with_modes([5, 5, 5, 1, 1, 1], random.Random(seed), 10, 1), 3)
+        kinds.add((levels != [5, 5, 5], modes != [1, 1, 1]))
+    assert kinds == {(True, False), (False, True), (True, True)}
+
+
+@given(genes, seeds)
+def test_a_crossover_takes_the_mode_with_the_sparsity(parents, seed):
+    levels, modes = parents
+    blocks = len(levels)
+    other = random.Random(seed).sample(levels, blocks)
+    a, b = [*levels, *modes[:blocks]], [*other, *modes[blocks:]]
+    child, found = split(crossover_with_modes(a, b, random.Random(seed)), blocks)
+    assert sum(child) == sum(levels)
+    for level, mode, x, y, first, second in zip(child, found, levels, other, a[blocks:], b[blocks:]):
+        nearer = (
+            {first, second}
+            if abs(level - x) == abs(level - y)
+            else {first if abs(level - x) < abs(level - y) else second}
+        )
+        assert mode in nearer

@@ -5,7 +5,7 @@ import pytest
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel as SklearnKernel
 
-from ftp_lightning.search.surrogate import MOST_POINTS, Kernel, Process, Surrogate, _distances
+from ftp_lightning.search.surrogate import EVICT_APART, MOST_POINTS, Kernel, Process, Surrogate, _distances
 
 BLOCKS = 6
 
@@ -100,3 +100,11 @@ def test_only_the_best_are_looked_at_and_losses_of_zero_are_no_trouble():
     assert len(surrogate.logs) == MOST_POINTS and surrogate.logs.max() < np.sort(score(known))[MOST_POINTS]
     still = Surrogate.fitted(known[:4], [{0: 0.0}] * 4, [1])
     assert np.isfinite(still(known)).all()
+
+
+def test_two_modes_are_the_farther_apart_the_more_tokens_skip():
+    keep, evict = np.array([[0.2], [0.8]]), np.array([[-0.2], [-0.8]])
+    apart = _distances(keep, evict)[..., 0].diagonal()
+    assert apart == pytest.approx([0.2 * EVICT_APART, 0.8 * EVICT_APART])
+    assert _distances(keep, keep)[..., 0] == pytest.approx(np.array([[0, 0.6], [0.6, 0]]))
+    assert np.linalg.eigvalsh(Kernel()(_distances(*[np.linspace(-1, 1, 41)[:, None]] * 2))).min() > -1e-9

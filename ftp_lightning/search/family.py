@@ -72,7 +72,8 @@ class _Family:
     def moved(self, other: float, budget: float) -> Schedule:
         """What was found for another budget, at this one."""
         lower, upper = self.settings.bounds(self.num_blocks)
-        return project(self.done[other].schedule.sparsity, budget, lower, upper)
+        found = self.done[other].schedule
+        return project(found.sparsity, budget, lower, upper).under(found.kv)
 
     def run(self, budget: float, seeds: dict[str, Schedule]) -> SearchResult:
         own, current, self.current = replace(self.settings, budget=budget), self.current, None
@@ -85,8 +86,8 @@ class _Family:
 
 
 def _recorded(found: SearchResult) -> dict[str, Any]:
-    return asdict(found) | {"schedule": list(found.schedule.sparsity)}
+    return asdict(found) | {"schedule": found.schedule.record()}
 
 
 def _restored(record: dict[str, Any]) -> SearchResult:
-    return SearchResult(**record | {"schedule": Schedule(record["schedule"])})
+    return SearchResult(**record | {"schedule": Schedule.from_record(record["schedule"])})

@@ -15,22 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from ftp_lightning.errors import UserError
 from ftp_lightning.processes import Processes
-from ftp_lightning.schedule import Schedule, level_step
-from ftp_lightning.search.allocations import random_allocation
+from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.fitness import MemoFitness
-from ftp_lightning.search.operators import (
-    Individual,
-    budget_crossover,
-    level_switch,
-    to_levels,
-    to_schedule,
-    top_level,
-    tournament,
-)
+from ftp_lightning.search.genome import Genome
+from ftp_lightning.search.operators import Individual, tournament
 from ftp_lightning.search.settings import SearchSettings
 from ftp_lightning.search.state import SearchState, population_hash
 from ftp_lightning.search.surrogate import Surrogate
@@ -59,45 +49,46 @@ class SearchResult:
 
 
 class _Search:
-    """One search: the settings made concrete for N blocks, and DEAP's toolbox over them."""
+    """One search: a genome, and DEAP's toolbox over it."""
 
-    def __init__(self, fitness: MemoFitness, num_blocks: int, settings: SearchSettings, processes: Processes):
+    def __init__(self, fitness: MemoFitness, genome: Genome, processes: Processes):
         from deap import base, tools
 
-        self.fitness, self.settings, self.processes = fitness, settings, processes
-        self.lower, self.upper = settings.bounds(num_blocks)
-        free = max(0.0, settings.budget - math.fsum(self.lower) / num_blocks)  # what the lower bounds leave to spread
-        self.step = level_step(num_blocks, free, settings.step)
-        self.tops = [top_level(self.step, high, low) for low, high in zip(self.lower, self.upper)]
+        self.fitness, self.genome, self.processes = fitness, genome, processes
+        self.settings = settings = genome.settings
         self.toolbox = base.Toolbox()
-        self.toolbox.register("mate", budget_crossover)
-        self.toolbox.register("mutate", level_switch, max_level=self.tops, switches=settings.switches)
+        self.toolbox.register("mate", genome.child)
+        self.toolbox.register("mutate", genome.mutant)
         self.toolbox.register("pick", tournament, size=settings.tournament)
         self.toolbox.register("select", tools.selBest)
         self.toolbox.register("map", processes.map)
-
-    def schedule(self, individual: Sequence[int]) -> Schedule:
-        return to_schedule(individual, self.step, self.upper, self.lower)
 
     def losses(self, schedules: Sequence[Schedule], chunks: Sequence[int] | None = None) -> list[float]:
         return self.fitness.scores(schedules, chunks, self.toolbox.map)
 
     def score(self, individuals: list[Individual], chunks: Sequence[int] | None = None) -> None:
         """Put the loss on the windows of `chunks` (default: all) into every individual."""
-        for individual, value in zip(individuals, self.losses([self.schedule(one) for one in individuals], chunks)):
+        for individual, value in zip(
+            individuals, self.losses([self.genome.schedule(one) for one in individuals], chunks)
+        ):
             individual.fitness.values = (value,)
 
     def begin(self, seeds: dict[str, Schedule]) -> SearchState:
         """Score the seed allocations as they are, then rounded to levels as the first population."""
-        schedules, before = list(seeds.values()), self.fitness.forward_tokens
-        allocations = dict(zip(seeds, self.losses(schedules)))
+        schedules, before = (
+            {name: self.genome.measured(seed) for name, seed in seeds.items()},
+            self.fitness.forward_tokens,
+        )
+        allocations = dict(zip(seeds, self.losses(list(schedules.values()))))
         best = min(seeds, key=allocations.__getitem__)
-        population = _distinct([to_levels(schedule, self.step, self.tops, self.lower) for schedule in schedules])
-        known = dict(zip(schedules, allocations.values()))  # a seed on the grid of levels is not measured again
+        population = _distinct([self.genome.nearest(seed) for seed in seeds.values()])
+        known = dict(
+            zip(schedules.values(), allocations.values())
+        )  # a seed on the grid of levels is not measured again
         for individual in population:
-            individual.fitness.values = (known.get(self.schedule(individual), math.nan),)
+            individual.fitness.values = (known.get(self.genome.schedule(individual), math.nan),)
         self.score([individual for individual in population if math.isnan(individual.loss)])
-        state = SearchState(random.Random(self.settings.seed), seeds[best], allocations[best], allocations, [])
+        state = SearchState(random.Random(self.settings.seed), schedules[best], allocations[best], allocations, [])
         state.tokens_before = before
         state.tried = [tuple(individual) for individual in population]
         state.wins = [0] * len(REACH)
@@ -152,10 +143,10 @@ class _Search:
         measured. How far from the best each may lie is drawn, by how often that led to a better schedule so far."""
         if count == 0:
             return []
-        measured = [self.fitness.known(self.schedule(levels)) for levels in state.tried]
-        sparsity = self._sparsity(state.tried)
-        surrogate = Surrogate.fitted(sparsity, measured, self.fitness.sizes)
-        best = _ranked(dict(zip(state.tried, surrogate(sparsity).tolist())))
+        measured = [self.fitness.known(self.genome.schedule(genes)) for genes in state.tried]
+        features = self.genome.features(state.tried)
+        surrogate = Surrogate.fitted(features, measured, self.fitness.sizes)
+        best = _ranked(dict(zip(state.tried, surrogate(features).tolist())))
         chosen, seen = [], set(state.tried)
         for reach in state.rng.choices(range(len(REACH)), [(1 + wins) ** 2 for wins in state.wins], k=count):
             rounds, deviations, anywhere = REACH[reach]
@@ -165,7 +156,7 @@ class _Search:
                 break
             chosen.append((list(proposal), reach))
             seen.add(tuple(proposal))
-            surrogate = surrogate.believing(self._sparsity([proposal]))
+            surrogate = surrogate.believing(self.genome.features([proposal]))
         return [Individual(levels, reach=reach) for levels, reach in self.processes.from_first(chosen)]
 
     def _proposal(
@@ -184,18 +175,14 @@ class _Search:
             mutants = dict.fromkeys(tuple(self._mutant(pool, rng)) for _ in range(DRAWS))
             drawn = [levels for levels in mutants if levels not in seen and levels not in expected]
             if drawn:
-                expected |= dict(zip(drawn, surrogate(self._sparsity(drawn), deviations).tolist()))
+                expected |= dict(zip(drawn, surrogate(self.genome.features(drawn), deviations).tolist()))
                 pool = _ranked(expected)
         return pool[0] if expected else None
 
     def _random(self, surrogate: Surrogate, rng: random.Random) -> list[Individual]:
         """`ELITE` random schedules, each with what is expected of it as its loss."""
-        about = (len(self.tops), self.settings.budget, rng, self.lower, self.upper)
-        drawn = [to_levels(random_allocation(*about), self.step, self.tops, self.lower) for _ in range(ELITE)]
-        return _ranked(dict(zip(map(tuple, drawn), surrogate(self._sparsity(drawn)).tolist())))
-
-    def _sparsity(self, individuals: Sequence[Sequence[int]]) -> np.ndarray:
-        return np.array([self.schedule(levels).sparsity for levels in individuals])
+        drawn = [self.genome.anywhere(rng) for _ in range(ELITE)]
+        return _ranked(dict(zip(map(tuple, drawn), surrogate(self.genome.features(drawn)).tolist())))
 
     def _mutant(self, parents: list[Individual], rng: random.Random) -> Individual:
         return self.toolbox.mutate(self._origin(parents, rng), rng)
@@ -215,7 +202,7 @@ class _Search:
         if champion.loss < state.best_value:
             if champion.reach is not None:
                 state.wins[champion.reach] += 1
-            state.best, state.best_value, state.stale = self.schedule(champion), champion.loss, 0
+            state.best, state.best_value, state.stale = self.genome.schedule(champion), champion.loss, 0
         state.entries.append(
             {
                 "generation": state.generation,
@@ -238,6 +225,7 @@ def genetic_search(
     on_generation: Callable[[dict], None] | None = None,
     resume: dict | None = None,
     processes: Processes | None = None,
+    repair: Callable[[Schedule], Schedule] | None = None,
 ) -> SearchResult:
     """Search the schedule of least loss on all windows among those whose mean is the budget.
 
@@ -250,6 +238,8 @@ def genetic_search(
         on_generation: receives the JSON-able state after the seeds (generation 0) and after every generation.
         resume: such a state; the search goes on from it to the result it would have had, `seeds` being the same.
         processes: those that share the measurements; every one of them calls this function with equal arguments.
+        repair: with `settings.search_kv`: turns a schedule of the budget, with its modes, into the one that is measured
+            and found, as `flops_budget.FlopsCut` does. Its `repr` tells it apart.
 
     UserError for proposals without a memo, seeds of another shape or budget, a state of another search, a stage of
     more windows than there are, and processes that differ.
@@ -260,9 +250,10 @@ def genetic_search(
         raise UserError("children are proposed from what was measured, which nothing remembers\nGive proposed = 0.")
     _check_stages(settings, fitness)
     seed_keys = {name: seed.key() for name, seed in seeds.items()}
-    identity = json.loads(json.dumps({"settings": asdict(settings), "seeds": seed_keys, "fitness": fitness.identity()}))
+    identity = {"settings": asdict(settings), "seeds": seed_keys, "fitness": fitness.identity(), "repair": repr(repair)}
+    identity = json.loads(json.dumps(identity))
     processes.check_equal("what is searched", identity)
-    search, started = _Search(fitness, num_blocks, settings, processes), time.monotonic()
+    search, started = _Search(fitness, Genome(num_blocks, settings, repair), processes), time.monotonic()
     if resume is None:
         state = search.begin(seeds)
         _report(state, search, identity, on_generation, started)
@@ -306,6 +297,8 @@ def _check_seeds(seeds: dict[str, Schedule], num_blocks: int, settings: SearchSe
                 f"seed {name} has {seed.num_blocks} blocks and budget {seed.budget}, "
                 f"the search {num_blocks} blocks and budget {settings.budget}"
             )
+        if settings.search_kv and seed.kv is None:
+            raise UserError(f"seed {name} says no kv mode, and modes are searched\nGive it one: seed.under(kv).")
         for block, (s, low, high) in enumerate(zip(seed.sparsity, lower, upper)):
             if not low - 1e-9 <= s <= high + 1e-9:
                 raise UserError(f"seed {name} has sparsity {s} in block {block}, which is to have {low} to {high}")

@@ -1,6 +1,7 @@
 """Integer levels and the operators that move them: the sum of the levels, hence the budget, never changes.
 
 An individual is a list of N levels g_l in {0, ..., G_l}; block l has sparsity lower_l + g_l * step, at most upper_l.
+Where kv modes are searched too, N modes follow, as places in `schedule.KV`: block l then has the mode KV[m_l].
 Every function here is pure: it returns a new individual and draws from the `random.Random` it is given. Bounds are one
 number for all blocks, or one per block.
 """
@@ -129,6 +130,49 @@ def budget_crossover(a: Sequence[int], b: Sequence[int], rng: random.Random) -> 
         movable = [block for block, pair in enumerate(zip(a, b)) if child[block] != limit(pair)]
         child[rng.choice(movable)] += direction
     return child
+
+
+def split(genes: Sequence[int], num_blocks: int) -> tuple[list[int], list[int]]:
+    """The levels and the modes of an individual; no modes where they are not searched."""
+    return list(genes[:num_blocks]), list(genes[num_blocks:])
+
+
+def mode_flip(modes: Sequence[int], rng: random.Random, flips: int) -> list[int]:
+    """Change the kv mode of some blocks: as many as the smaller of two draws from 1..flips [ours, as `level_switch`].
+
+    At least one mode changes, and at most `flips`.
+    """
+    count = min(rng.randint(1, flips), rng.randint(1, flips), len(modes))
+    changed = set(rng.sample(range(len(modes)), count))
+    return [1 - mode if block in changed else mode for block, mode in enumerate(modes)]
+
+
+def switch_with_modes(genes: Sequence[int], rng: random.Random, max_level: PerBlock, switches: int) -> Individual:
+    """Mutation of levels and modes: a level switch, a mode flip or both, one as likely as another [ours].
+
+    The sum of the levels stays. A block that leaves level 0 draws its mode, as the one before had no effect.
+    """
+    num_blocks = len(genes) // 2
+    levels, modes = split(genes, num_blocks)
+    kind = rng.randrange(3)
+    child = Individual(levels) if kind == 0 else level_switch(levels, rng, max_level, switches)
+    if kind != 1:
+        modes = mode_flip(modes, rng, switches)
+    risen = [before == 0 and after > 0 for before, after in zip(levels, child)]
+    return Individual([*child, *(rng.randrange(2) if rose else mode for rose, mode in zip(risen, modes))])
+
+
+def crossover_with_modes(a: Sequence[int], b: Sequence[int], rng: random.Random) -> Individual:
+    """`budget_crossover` of the levels; a block takes the mode of the parent whose level is nearer its own.
+
+    Where both are as near, a draw decides. The sum of the levels is the parents'; every mode is one of theirs.
+    """
+    num_blocks = len(a) // 2
+    (levels_a, modes_a), (levels_b, modes_b) = split(a, num_blocks), split(b, num_blocks)
+    child = budget_crossover(levels_a, levels_b, rng)
+    apart = [abs(level - x) - abs(level - y) for level, x, y in zip(child, levels_a, levels_b)]
+    first = [distance < 0 or (distance == 0 and rng.random() < 0.5) for distance in apart]
+    return Individual([*child, *(x if takes else y for takes, x, y in zip(first, modes_a, modes_b))])
 
 
 def _doubling(rng: random.Random) -> int:

@@ -32,6 +32,7 @@ class SearchSettings:
         max_seconds: no generation starts after so long, interruptions not counted; None = no limit. Where it ends a
             search, another machine finds another schedule.
         min_sparsity, max_sparsity: bounds of a block's sparsity, one for all blocks or one per block.
+        search_kv: whether the kv mode of every block is searched as well; else it is none of the search's business.
         seed: of all randomness.
     """
 
@@ -51,6 +52,7 @@ class SearchSettings:
     max_seconds: float | None = None
     min_sparsity: tuple[float, ...] = (0.0,)
     max_sparsity: tuple[float, ...] = (1.0,)
+    search_kv: bool = False
     seed: int = 0
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ class SearchState:
     """All that changes during a search; `record` makes it JSON-able, `restore` reads that.
 
     seconds: how long the generations took, interruptions not counted; no product holds it. tokens_before: forward
-    tokens of the fitness before this search. tried: levels of all that was measured, in that order. wins: by the
+    tokens of the fitness before this search. tried: genes of all that was measured, in that order. wins: by the
     reach of a proposal, how many generations it gave a better schedule.
     """
 
@@ -42,7 +42,7 @@ class SearchState:
             "seconds": self.seconds,
             "tokens_before": self.tokens_before,
             "rng": [version, list(numbers), gauss],
-            "best": {"sparsity": list(self.best.sparsity), "value": self.best_value},
+            "best": self.best.record() | {"value": self.best_value},
             "allocations": dict(self.allocations),
             "parents": [{"levels": list(p), "value": p.loss} for p in self.parents],
             "tried": [list(levels) for levels in self.tried],
@@ -58,13 +58,13 @@ class SearchState:
         parents = [Individual(p["levels"], p["value"]) for p in record["parents"]]
         best = record["best"]
         rest: dict[str, Any] = {name: record[name] for name in ("generation", "stale", "seconds", "tokens_before")}
-        found = {"best": Schedule(best["sparsity"]), "best_value": best["value"]}
+        found = {"best": Schedule.from_record(best), "best_value": best["value"]}
         tried = [tuple(levels) for levels in record["tried"]]
         lists: dict[str, Any] = {"tried": tried, "wins": list(record["wins"]), "entries": list(record["log"])}
         return SearchState(rng=rng, allocations=dict(record["allocations"]), parents=parents, **found, **rest, **lists)
 
 
 def population_hash(population: list[Individual]) -> str:
-    """16 hex digits over levels and losses, to the last bit: processes that drift apart show it."""
+    """16 hex digits over genes and losses, to the last bit: processes that drift apart show it."""
     text = json.dumps([[list(individual), individual.loss] for individual in population])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

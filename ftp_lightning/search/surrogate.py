@@ -17,6 +17,8 @@ MOST_POINTS = 300
 """The surrogate is fitted to so many measured schedules, the best: its cost grows with their cube."""
 DENSE_APART = 0.3
 """How much farther apart two sparsities count where one is 0: a dense block looks at every token."""
+EVICT_APART = 1.0
+"""Weight of what evicting blocks skip, in the distance of two schedules of different kv modes [ours]."""
 GRID = {
     "alone": (0.2, 0.5, 1.0, 2.0),
     "joint": (0.7, 1.4, 2.8, 5.6),
@@ -31,6 +33,9 @@ class Kernel:
 
     m is Matern's with nu = 5/2; d_l = |x_l - x'_l|, plus `DENSE_APART` where one of the two blocks is dense. So a block
     has an effect of its own, whatever the others do, and one that depends on them [ours].
+
+    Where kv modes are searched, x_l is negative in a block that evicts, and d_l is the Euclidean distance of the points
+    (|x_l|, `EVICT_APART` * what evicting blocks skip): two modes differ the more, the more tokens skip.
 
     Args:
         alone, joint: lengths over which the two parts vary.
@@ -81,7 +86,7 @@ class Surrogate:
     loses another may keep, and a schedule measured on one chunk says something of that chunk alone.
 
     Args:
-        sparsity: (n, N), schedules that were measured.
+        sparsity: (n, N), schedules that were measured; negative in blocks that evict, where kv modes are searched.
         logs: (n, chunks), log losses, NaN where not measured; every chunk was measured at least once.
         sizes: windows in each chunk.
         kernel: of all processes; None = the likeliest of `GRID`, one argument after another.
@@ -142,7 +147,8 @@ class Surrogate:
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(n, N), (m, N) -> (n, m, N)."""
     a, b = a[:, None], b[None]
-    return np.abs(a - b) + DENSE_APART * ((a > 0) != (b > 0))
+    evicted = EVICT_APART * (np.minimum(a, 0.0) - np.minimum(b, 0.0))
+    return np.hypot(np.abs(a) - np.abs(b), evicted) + DENSE_APART * ((a != 0) != (b != 0))
 
 
 def _matern(distance: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.artifact import write_text
-from ftp_lightning.cli.kv import kv_option
+from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import BudgetSettings, RowsSettings, StageSettings
@@ -18,7 +18,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import OUR_TASKS, EvaluateStage
 from ftp_lightning.stages.search import SearchStage
-from ftp_lightning.stages.sensitivity import SensitivityStage
+from ftp_lightning.stages.sensitivity import BOTH, SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
 
 SHARES = {"sensitivity": 3, "search": 15, "train": 18, "finetune": 10, "static": 7, "evaluate": 45, "benchmark": 2}
@@ -39,6 +39,7 @@ class RunStage(BudgetSettings, RowsSettings):
 
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     kv: str = kv_option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
+    search_kv: bool = option(False, "search the kv mode of every block as well, in place of --kv")
     sensitivity_windows: int = option(16, "calibration windows of the sensitivity", least=1)
     search_windows: int = option(32, "calibration windows of search and fine-tuning", least=1)
     generations: int = option(15, "generations of the search", least=0)
@@ -81,7 +82,16 @@ class RunStage(BudgetSettings, RowsSettings):
         super().check()
         if self.dense is not None and self.budget_kind == "flops":
             raise UserError("dense asks for a uniform schedule: a budget of tokens\nLeave --budget_kind out.")
+        if self.search_kv and self.kv != RunStage.kv:
+            raise UserError("kv is given, and --search_kv finds it\nLeave one of them out.")
+        if self.search_kv and self.dense is not None:
+            raise UserError("dense asks for a uniform schedule, whose kv mode nobody has searched\nLeave --dense out.")
         self.stages()
+
+    @property
+    def found_kv(self) -> str:
+        """--kv of the stages that take the mode of the searched schedule, where one is searched."""
+        return AUTO if self.search_kv else self.kv
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_report, headline
@@ -116,7 +126,8 @@ class RunStage(BudgetSettings, RowsSettings):
         trained, tuned = self._at("train/pruned"), self._at("finetune/pruned")
         sizes = {"windows": self.search_windows, "offspring": self.offspring, "recall_share": self.recall_share}
         budget = {name: getattr(self, name) for name in ("budget", "budget_kind", "budget_length")}
-        search = sizes | budget | {"kv": self.kv, "sensitivity": measured, "processes": self.processes}
+        search = sizes | budget | {"kv": self.found_kv, "search_kv": self.search_kv}
+        search |= {"sensitivity": measured, "processes": self.processes}
         search |= self.row_flags()
         evaluate = {"compare": self.compare, "before": trained, "sensitivity": measured}
         tuning = search | {"generations": self.finetune_generations}
@@ -148,7 +159,7 @@ class RunStage(BudgetSettings, RowsSettings):
         first: dict[str, Any] = (
             {"schedule": searched} if self.dense is None else {"budget": self.budget, "dense": self.dense}
         )
-        start = first | {"kv": self.kv, "router": self.router}
+        start = first | {"kv": self.found_kv, "router": self.router}
         for place in round_places(self.rounds):
             trained = {"pruned": self._at(f"{place}train/pruned"), "schedule": schedule}
             chain[f"{place}train"] = (TrainStage, self._training() | start)
@@ -159,7 +170,7 @@ class RunStage(BudgetSettings, RowsSettings):
 
     def _sensitivity(self) -> dict[str, Any]:
         return {
-            "kv": self.kv,
+            "kv": BOTH if self.search_kv else self.kv,
             "windows": self.sensitivity_windows,
             "recall_share": self.recall_share,
         } | self.row_flags()

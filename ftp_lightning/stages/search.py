@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,7 +32,8 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
 
     With --budgets one run searches a list of them and writes schedules.json, which gives a schedule for every budget
     between them. With --budget_kind flops all schedules have the mean token sparsity of the uniform one with this FLOPs
-    cut: exact where blocks cost alike. metrics.json tells the cut of the schedule found.
+    cut: exact where blocks cost alike. metrics.json tells the cut of the schedule found. With --search_kv as well every
+    schedule is scaled to the cut in its own modes.
     """
 
     stage: ClassVar[str] = "search"
@@ -41,6 +43,7 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     kv: str = kv_option(
         AUTO, "keys and values of skipped tokens; auto is the mode of --pruned or --schedule, or keep", AUTO
     )
+    search_kv: bool = option(False, "search the kv mode of every block as well, in place of --kv")
     router: Literal["static", "random", "untrained"] = option(
         "static", "router to search with, where there is no --pruned; `untrained` looks at position and attention"
     )
@@ -91,6 +94,8 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
         super().check()
         if (self.criterion == "accuracy") != (self.task is not None):
             raise UserError("criterion accuracy and a task need each other\nGive both, or neither.")
+        if self.search_kv:
+            self._check_search_kv()
         if not self.budgets:
             return
         if self.budget != SearchStage.budget:
@@ -103,6 +108,21 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
             check_bounds("budgets", budget, {"least": 0.0, "most": None, "below": 1.0, "above": None})
             if self.budget_kind == "tokens":
                 check_reachable(budget, self.prompt_tokens)
+
+    def _check_search_kv(self) -> None:
+        """UserError where something else is said of the modes, or cannot be kept while they change."""
+        if self.kv != AUTO:
+            raise UserError("kv is given, and --search_kv finds it\nLeave one of them out.")
+        if self.budget_kind == "flops" and self.budgets:
+            raise UserError(
+                "a family of FLOPs budgets has no searched modes yet\nGive one --budget, or leave --search_kv out."
+            )
+        bounded = (self.min_sparsity, self.max_sparsity) != (SearchStage.min_sparsity, SearchStage.max_sparsity)
+        if self.budget_kind == "flops" and bounded:
+            raise UserError(
+                "min_sparsity and max_sparsity cannot be kept by --search_kv, which scales schedules to a budget of "
+                "FLOPs\nLeave the bounds out, or give --budget_kind tokens."
+            )
 
     @property
     def chunk(self) -> int:
@@ -155,7 +175,7 @@ def carry_out(
     start = starting_pruner(settings, model)
     first, progress = processes.rank == 0, Progress(**timing)
     budgets = sorted(set(settings.budgets)) or [settings.budget]
-    where = settings, model, start.kv
+    where = settings, model, "keep" if settings.search_kv else start.kv  # a cut that all modes can make
     asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank) or 0.0) for budget in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
@@ -165,7 +185,8 @@ def carry_out(
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), job) if first else None
     with logging or nullcontext() as logger:
         listener = _Listener(settings, folder, progress, logger) if first else None
-        found = _search(asked, start, fitness, listener, state, processes)
+        repair = _repair(settings, model, start.skip_rank)
+        found = _search(asked, start, fitness, listener, state, processes, repair)
         if first:
             _write(settings, folder, model, start, found, text)
             _track(logger, settings, folder, (model, tokenizer), start, found)
@@ -217,6 +238,15 @@ def _mode(settings: SearchStage) -> Any:
     return given.kv if given is not None and given.kv else DEFAULT_KV
 
 
+def _repair(settings: SearchStage, model: Any, rank: int) -> Callable[[Schedule], Schedule] | None:
+    """What keeps a FLOPs cut while modes change; a share of tokens needs nothing."""
+    from ftp_lightning.search.flops_budget import FlopsCut
+
+    if not settings.search_kv or settings.budget_kind == "tokens":
+        return None
+    return FlopsCut(model, settings.budget, settings.budget_length, rank)
+
+
 class _Listener:
     """Hears of every generation: the state goes to disk, the numbers to the logger, a line to the terminal."""
 
@@ -250,8 +280,10 @@ def _search(
     listener: _Listener | None,
     state: dict | None,
     processes: Processes,
+    repair: Callable[[Schedule], Schedule] | None = None,
 ) -> dict[float, SearchResult]:
-    """Budget as it was asked for -> what was found; asked: the settings of each, told in tokens."""
+    """Budget as it was asked for -> what was found; asked: the settings of each, told in tokens. repair: see
+    `genetic_search`."""
     from ftp_lightning.search.family import search_family
     from ftp_lightning.search.genetic import genetic_search
     from ftp_lightning.stages.starting_schedules import starting_schedules
@@ -262,7 +294,8 @@ def _search(
     seeds = {one.budget: starting_schedules(one, start, fitness) for one in asked.values()}
     own = first.search_settings()
     if not others:
-        found = {first.budget: genetic_search(fitness, blocks, own, seeds[first.budget], listener, state, processes)}
+        more = listener, state, processes, repair
+        found = {first.budget: genetic_search(fitness, blocks, own, seeds[first.budget], *more)}
     else:
         found = search_family(fitness, blocks, own, seeds, listener, state, processes)
     return {budget: found[one.budget] for budget, one in asked.items()}
@@ -284,7 +317,8 @@ def _write(
     def metrics(result: SearchResult) -> dict[str, Any]:
         numbers = {"value": result.value, "allocations": result.allocations, "generations": result.generations}
         if settings.budget_kind == "flops":
-            cut = flops_reduction(model, result.schedule, settings.budget_length, start.kv, rank=start.skip_rank)
+            kv = result.schedule.kv or start.kv
+            cut = flops_reduction(model, result.schedule, settings.budget_length, kv, rank=start.skip_rank)
             numbers["flops_reduction"] = cut
         return numbers | {"stopped": result.stopped}
 
@@ -292,7 +326,7 @@ def _write(
 
     def told(schedule: Schedule) -> Schedule:
         """With the kv mode it was found for, and the documents it was selected on."""
-        return schedule.under(start.kv).after(start.scheduled.seen, more.get("seen", {}), *given)
+        return schedule.under(schedule.kv or start.kv).after(start.scheduled.seen, more.get("seen", {}), *given)
 
     if settings.budgets:
         schedules = [told(result.schedule) for result in found.values()]
