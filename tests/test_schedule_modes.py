@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +237,13 @@ def test_a_mode_per_block_computes_what_it_says():
     dense = model(more, past_key_values=model(prompt).past_key_values).logits
     assert torch.allclose(logits(MIXED), dense, atol=1e-5)
     assert not torch.allclose(logits("evict"), dense, atol=1e-3)
+
+
+def test_the_sensitivity_of_a_mode_per_block_is_that_of_each_blocks_own(command):
+    sizes = "--windows 1 --recall_share 0 --levels 0.5 --no_gradient --continuation_tokens 8".split()
+    for kv, output in (("both", "both"), (",".join(MIXED), "mixed")):
+        status, _, err = command("sensitivity", *TINY, *sizes, "--kv", kv, "--output", output)
+        assert status == 0, err
+    both, mixed = (json.loads(Path(output, "sensitivity.json").read_text()) for output in ("both", "mixed"))
+    assert list(mixed["kl_by_kv"]) == ["mixed"]
+    assert mixed["kl"] == [both["kl_by_kv"][mode][block] for block, mode in enumerate(MIXED)]
