@@ -5,7 +5,10 @@ Shapes: B rows, H query heads, G = key heads, Q queries, S keys, D head size.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,24 @@ from ftp_lightning.pruning.kept import Tokens, visible_keys
 
 SCORE_CHUNK = 128
 """Queries whose probabilities are held at once [ours]: B x H x 128 x S numbers."""
+KEY_CHUNK = 1024
+"""Keys of another dtype than float32 that are cast at once [ours]: B x G x 1024 x D numbers."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_float32(score: Callable[P, R]) -> Callable[P, R]:
+    """`score` with torch.autocast switched off: its products would be bfloat16, and move a score by several percent."""
+
+    @functools.wraps(score)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        tapped = args[0]
+        assert isinstance(tapped, Tapped)
+        with torch.autocast(tapped.key.device.type, enabled=False):
+            return score(*args, **kwargs)
+
+    return run
 
 
 @dataclass
@@ -34,6 +55,7 @@ def scaling_of(query: Tensor, kwargs: dict) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
+@in_float32
 def received_attention(
     tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None, before: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +83,7 @@ def received_attention(
     return total / count.clamp(min=1), count > 0
 
 
+@in_float32
 def received_by_query(tapped: Tapped, queries: Tokens, keys: Tokens) -> tuple[Tensor, Tensor]:
     """n_i * P_ij, averaged over heads, of every query: what each one alone says of its keys. (B, Q, S) float32 and bool
     (visible)."""
@@ -74,6 +97,7 @@ def received_by_query(tapped: Tapped, queries: Tokens, keys: Tokens) -> tuple[Te
     return torch.cat(scores, 1), torch.cat(seen, 1)
 
 
+@in_float32
 def attention_sums(tapped: Tapped, queries: Tokens, keys: Tokens, span: int) -> tuple[Tensor, Tensor]:
     """sum over all valid queries i of P_ij, averaged over heads: the attention that key j receives in all. A router's
     `reads`. Returns (B, S) float32 and bool (some query sees it)."""
@@ -86,6 +110,7 @@ def attention_sums(tapped: Tapped, queries: Tokens, keys: Tokens, span: int) -> 
     return total, count > 0
 
 
+@in_float32
 def last_logits(tapped: Tapped, queries: Tokens, keys: Tokens, span: int) -> tuple[Tensor, Tensor]:
     """q k_j of the row's last valid query before the softmax, averaged over heads. A router's `reads`. Returns (B, S)
     float32, also negative, and bool (the query sees the key)."""
@@ -94,10 +119,11 @@ def last_logits(tapped: Tapped, queries: Tokens, keys: Tokens, span: int) -> tup
     place = slots.argmax(1)[:, None]
     last = tapped.query.gather(2, place[:, None, :, None].expand(batch, heads, 1, size))
     last = last.reshape(batch, tapped.key.shape[1], -1, size).float() * tapped.scaling
-    logits = torch.matmul(last, tapped.key.float().transpose(2, 3)).flatten(1, 2).mean(1)
+    logits = _products(last, tapped.key).flatten(1, 2).mean(1)
     return logits, visible_keys(slots.gather(1, place), keys, tapped.window)[:, 0]
 
 
+@in_float32
 def attention_rank(
     tapped: Tapped, queries: Tokens, keys: Tokens, span: int, iterations: int = 5, damping: float = 0.85
 ) -> tuple[Tensor, Tensor]:
@@ -188,6 +214,18 @@ def _query_chunks(tapped: Tapped, queries: Tokens, keys: Tokens, last: int | Non
         yield _Chunk(index, index.shape[1], stored, 0, visible, visible.sum(-1, dtype=torch.float32), False)
 
 
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """q k_j: (B, G, q, S) float32 of query (B, G, q, D) float32 and key (B, G, S, D) of any dtype, without a float32
+    copy of all keys."""
+    if key.dtype == torch.float32 or key.shape[2] <= KEY_CHUNK:
+        return torch.matmul(query, key.float().transpose(2, 3))
+    products = query.new_empty(*query.shape[:3], key.shape[2])
+    for start in range(0, key.shape[2], KEY_CHUNK):
+        some = key[:, :, start : start + KEY_CHUNK].float()
+        products[..., start : start + KEY_CHUNK] = torch.matmul(query, some.transpose(2, 3))
+    return products
+
+
 def _probabilities(tapped: Tapped, chunk: _Chunk) -> Tensor:
     """Softmax rows (B, H, q, keys) float32 of the chunk's queries; zeros where a query may see nothing."""
     batch, heads, _, size = tapped.query.shape
@@ -198,7 +236,7 @@ def _probabilities(tapped: Tapped, chunk: _Chunk) -> Tensor:
         q = tapped.query.gather(2, chunk.index[:, None, :, None].expand(batch, heads, -1, size))
     q = q.reshape(batch, key.shape[1], -1, size)  # the heads of one key head side by side
     # in float32 from the start: the product may not fit float16, and ranks must not depend on the model's dtype
-    logits = torch.matmul(q.float() * tapped.scaling, key.float().transpose(2, 3))
+    logits = _products(q.float() * tapped.scaling, key)
     if tapped.softcap is not None:
         logits = tapped.softcap * torch.tanh(logits / tapped.softcap)
     logits = logits.view(batch, heads, chunk.queries, -1)
