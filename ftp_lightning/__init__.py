@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ftp_lightning.attention_score import AttentionScore
     from ftp_lightning.disk.pruned_model import load_pruned
     from ftp_lightning.errors import UserError
     from ftp_lightning.hub import from_pretrained, push_to_hub
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttentionScore": "ftp_lightning.attention_score",
     "Schedule": "ftp_lightning.schedule",
     "ScheduleFamily": "ftp_lightning.schedule_family",
     "TokenPruner": "ftp_lightning.pruning",
@@ -59,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttentionScore",
     "DynamicRouter",
     "FixedRouter",
     "HiddenFactorsRouter",

@@ -14,6 +14,7 @@ PACKAGE = Path(ftp_lightning.__file__).parent
 CORE = (
     "schedule",
     "schedule_family",
+    "attention_score",
     "routing",
     "pruning",
     "costs",

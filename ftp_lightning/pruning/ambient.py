@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ftp_lightning.attention_score import Span
 from ftp_lightning.errors import UserError
 from ftp_lightning.training.gates import StraightThrough
 
@@ -35,6 +36,7 @@ class Ambient(threading.local):
         generation: the call of `generate` that is running.
         routes_chunks: inside `TokenPruner.prompt`.
         training: inside `TokenPruner.masked`.
+        spans: inside `TokenPruner.question`, the spans of the prompts' questions.
         stock: the model runs as it is, for a scout.
         last_tokens: how many last positions of this forward's hidden states are read; None: perhaps all.
         trace, routings: of the last forward.
@@ -44,6 +46,7 @@ class Ambient(threading.local):
     generation: Generation | None = None
     routes_chunks: bool = False
     training: Training | None = None
+    spans: tuple[Span, ...] = ()
     stock: bool = False
     last_tokens: int | None = None
     trace: Trace | None = None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ftp_lightning.attention_score import check_ends, spans_of_rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.ambient import Gate
 from ftp_lightning.pruning.attention import attend, interface, tap_attention
@@ -107,7 +108,7 @@ class Attached:
             if asks(later):
                 return True
             writes_all = self.sites[later].window is None and not pruner.removed_parts(later)
-            if writes_all and needs.once != "from block 0" and not needs.adds_up:
+            if writes_all and needs.once != "from block 0" and not pruner.reads_all_blocks:
                 return False
         return False
 
@@ -230,15 +231,32 @@ class Attached:
         width = forward.real.shape[1] if training is None else training.prompt_tokens
         forward.route(width, None if pruner.schedule is None else pruner.schedule.sparsity)
         if pruner.router.needs.attention and forward.routed is not None:
-            rows, tokens = forward.routed.real.shape
-            forward.table = PromptTable(rows, tokens, forward.real.device, pruner.router.needs.adds_up)
+            forward.table = self.prompt_table(forward, pruner.router.needs.adds_up)
+
+    def prompt_table(self, forward: Forward, adds_up: bool = False) -> PromptTable:
+        """An empty table of scores that knows whose queries count. UserError where a question's span is wanted and not
+        given, or ends behind its prompt."""
+        score, generation, routed = self.pruner.attention_score, self.ambient.generation, forward.routed
+        assert routed is not None  # a continuation has another table
+        (rows, tokens), spans = routed.real.shape, self.ambient.spans
+        table = PromptTable(rows, tokens, forward.real.device, adds_up, score.blocks == "max")
+        asks = score.window == "question"
+        if asks and (self.pruner.router.needs.reads is not None or not forward.active):
+            return table
+        if asks:
+            spans = spans_of_rows(spans, rows)
+            if not forward.past and (generation is None or generation.prompt_end == tokens):
+                check_ends(spans, routed.lengths)
+        table.ask(score, routed.real, forward.position[:, :tokens], spans)
+        return table
 
     def _open_continuation(self, forward: Forward, cache) -> None:
         forward.follows = self.pruner.decode != "dense" and self.routes
         has_routed = any(isinstance(layer, RoutedLayer) for layer in cache.layers)
         forward.active = forward.follows or has_routed or bool(self.pruner.removed)
         if forward.follows and self.pruner.router.needs.attention:
-            forward.table = ContinuationTable(forward.real, forward.past_real, forward.past)
+            greatest = self.pruner.attention_score.blocks == "max"
+            forward.table = ContinuationTable(forward.real, forward.past_real, forward.past, greatest)
 
     def _close(self, done: Forward) -> None:
         done.trace.prompt = done.trace if done.routed is not None else self.pruner.trace.prompt

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from ftp_lightning.attention_score import DEFAULT_WINDOW, AttentionScore, checked_spans
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.ambient import Ambient, Training
 from ftp_lightning.pruning.attached import Attached
@@ -22,7 +24,6 @@ from ftp_lightning.training.gates import StraightThrough
 DEFAULT_KV = "evict"
 """The kv mode where neither pruner nor schedule says one (paper)."""
 CHOICES = ("topk", "threshold")
-ATTENTION = ("window", "exact")
 
 
 class TokenPruner:
@@ -41,7 +42,7 @@ class TokenPruner:
             < `threshold`, "strict" where p_compute < 0.5 and the row's skipped share stays within s_l (paper, Section
             4.4). The last two ask the device at every routed block how many tokens skip.
         attention: queries that the attention score averages over: the last `window` kept ones, or "exact" = all kept
-        ones.
+            ones; or an `AttentionScore`, which has more options.
         skip: what a skipped token gets: "identity" (h; paper), "mean" (h + b_l) or "low-rank" (h + W_l h + b_l) [ours].
             The last two need a `compensation`, and go for continuation tokens that skip, too.
         compensation: from `compensation.fit_compensation`, on the dense model that is pruned; of rank 0 for "mean".
@@ -67,8 +68,8 @@ class TokenPruner:
         choice: str = "topk",
         threshold: float = 0.5,
         decode: str = "dense",
-        attention: str = "window",
-        window: int = 32,
+        attention: str | AttentionScore | Mapping[str, Any] = "window",
+        window: int = DEFAULT_WINDOW,
         skip: str = "identity",
         parts: str = "block",
         compensation: Compensation | None = None,
@@ -90,7 +91,11 @@ class TokenPruner:
         )
         self.choice = _one_of("choice", choice, CHOICES)
         self.decode = _one_of("decode", decode, DECODE)
-        self.attention = _one_of("attention", attention, ATTENTION)
+        self.attention_score = AttentionScore.of(attention, int(window))
+        _check_score(self.attention_score, router)
+        self.window = self.attention_score.window if isinstance(self.attention_score.window, int) else int(window)
+        said = self.attention_score.said()
+        self.attention = said if isinstance(said, str) else self.attention_score
         self.parts = _one_of("parts", parts, tuple(ADDRESSED))
         if router.ranks_only and (choice != "topk" or decode != "dense"):
             raise UserError(
@@ -101,9 +106,7 @@ class TokenPruner:
         check_skip(skip, compensation, self.addressed, blocks)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}, must be in [0, 1]")
-        if window < 1:
-            raise ValueError(f"window is {window}, must be at least 1 query")
-        self.threshold, self.window = float(threshold), int(window)
+        self.threshold = float(threshold)
         self.ambient = Ambient()
         self._trace, self._routings = Trace(), list[Routing]()
         self._attached: Attached | None = None
@@ -143,6 +146,11 @@ class TokenPruner:
         """The schedule, where the router is known to be none that goes without."""
         assert self.schedule is not None
         return self.schedule
+
+    @property
+    def reads_all_blocks(self) -> bool:
+        """Whether what all blocks wrote counts, not only what the latest one wrote."""
+        return self.router.needs.adds_up or self.attention_score.blocks == "max"
 
     @property
     def skip_rank(self) -> int:
@@ -205,6 +213,18 @@ class TokenPruner:
             yield
 
     @contextmanager
+    def question(self, spans: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Inside, prompts have their question at `spans`, which `AttentionScore(window="question")` averages over.
+
+        spans: (start, end) among the real tokens of the prompt, end excluded: one pair for all rows, or one per row.
+        UserError where they are none, or the pruner's attention score does not ask for them.
+        """
+        if self.attention_score.window != "question":
+            raise UserError("this pruner reads no question: give it attention=AttentionScore(window='question').")
+        with self.ambient.having(spans=checked_spans(spans)):
+            yield
+
+    @contextmanager
     def masked(
         self, prompt_tokens: int, gates: StraightThrough | None = None, recompute: bool = False
     ) -> Iterator[None]:
@@ -230,7 +250,11 @@ class TokenPruner:
         it takes those along, and `TokenPruner(router, schedule, **settings)` refuses a skip without its compensation.
         """
         names = ("choice", "threshold", "decode", "attention", "window", "skip", "parts")
-        return {"kv": list(self.kv), **{name: getattr(self, name) for name in names}}
+        return {
+            "kv": list(self.kv),
+            **{name: getattr(self, name) for name in names},
+            "attention": self.attention_score.said(),
+        }
 
     def identity(self) -> dict:
         """JSON-able: all that decides what the pruner does. Pruners of one identity answer alike on the same model."""
@@ -251,6 +275,8 @@ class TokenPruner:
         uniform = len(set(self._kv_wanted)) == 1  # one name fits a schedule of any number of blocks
         own["kv"] = self._kv_wanted[0] if uniform else self._kv_wanted
         own |= changes
+        if isinstance(changes.get("attention"), AttentionScore) and "window" not in changes:
+            own["window"] = DEFAULT_WINDOW
         schedule = own["schedule"]
         if schedule is not None and schedule.kv is not None:
             own["schedule"] = schedule.under(changes["kv"]) if changes.get("kv") else schedule
@@ -289,6 +315,16 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise UserError(f"{name} is {value!r}; this version knows {', '.join(allowed)}.")
     return value
+
+
+def _check_score(score: AttentionScore, router: Router) -> None:
+    """UserError for options that this router would not read."""
+    name = type(router).__name__
+    if router.needs.reads is not None and not isinstance(score.said(), str):
+        raise UserError(f"a {name} reads attention in its own way: leave out the options of AttentionScore.")
+    if score.blocks == "max" and (router.needs.once == "from block 0" or router.needs.adds_up):
+        how = "reads what the first block wrote" if router.needs.once else "adds up what all blocks wrote"
+        raise UserError(f"a {name} {how}: leave out blocks='max'.")
 
 
 _NOTHING: frozenset[str] = frozenset()

@@ -11,7 +11,7 @@ import torch
 
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.kept import Kept, Tokens
-from ftp_lightning.pruning.scores import received_attention, received_by_query
+from ftp_lightning.pruning.scores import pooled_scores, received_attention, received_by_query
 from ftp_lightning.pruning.table import ContinuationTable, PromptTable, remember_prompt
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def write_scores(run: BlockRun, kept: Kept | None, queries: Tokens, keys: Tokens
 
 def _write_prompt(run: BlockRun, tapped, kept: Kept | None, queries: Tokens, keys: Tokens, layer) -> None:
     forward, pruner, width = run.forward, run.attached.pruner, run.routed.real.shape[1]
+    table = cast(PromptTable, forward.table)
     if forward.training is not None:  # tokens after the routed ones have no say in how these are routed
         tapped.query, tapped.key = tapped.query[:, :, :width], tapped.key[:, :, :width]
         queries, keys = queries.first(width), keys.first(width)
@@ -46,17 +47,21 @@ def _write_prompt(run: BlockRun, tapped, kept: Kept | None, queries: Tokens, key
     if reads is not None:
         scores, seen = reads(tapped, queries, keys, forward.span)
     else:
-        last, before = pruner.window if pruner.attention == "window" else None, keys.slots.shape[1] - new
-        scores, seen = received_attention(tapped, queries, keys, last, before)
+        score, before = pruner.attention_score, keys.slots.shape[1] - new
+        queries = table.asked(queries, None if kept is None else kept.index)
+        scores, seen = received_attention(tapped, queries, keys, table.last, before, score.heads)
+        scores = pooled_scores(scores, seen, keys, forward.seen, score.pooling, score.kernel_size)
     if layer is not None and pruner.decode != "dense":
         remember_prompt(layer, scores, seen, keys, forward.span)
     index = kept.index if kept is not None and evicted else None
-    cast(PromptTable, forward.table).write(scores[:, -new:], seen[:, -new:], index)
+    table.write(scores[:, -new:], seen[:, -new:], index)
 
 
 def _write_continuation(run: BlockRun, tapped, kept: Kept | None, queries: Tokens, keys: Tokens, layer) -> None:
-    scores, seen = received_by_query(tapped, queries, keys)
+    score = run.attached.pruner.attention_score
+    scores, seen = received_by_query(tapped, queries, keys, score.heads)
     seen = seen & queries.valid[..., None]
+    scores = pooled_scores(scores, seen, keys, run.forward.seen, score.pooling, score.kernel_size)
     if kept is not None and not kept.whole:
         tokens = kept.keep.shape[1]
         scores = kept.put(scores.new_zeros(len(scores), tokens, scores.shape[2]), scores)

@@ -57,44 +57,81 @@ def scaling_of(query: Tensor, kwargs: dict) -> float:
 
 @in_float32
 def received_attention(
-    tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None, before: int = 0
+    tapped: Tapped, queries: Tokens, keys: Tokens, last: int | None, before: int = 0, heads: str = "mean"
 ) -> tuple[Tensor, Tensor]:
     """Attention score of every key [ours, method.md section 4]:
 
-        a_j = mean over heads and over those queries i in Q that may see j, of n_i * P_ij
+        a_j = mean over heads h, and over those queries i in Q that may see j, of n_i * P_hij
 
     with n_i the number of keys visible to query i (uniform attention gives 1 in every mode), and Q the row's last
     `min(last, valid)` valid queries (`window`), or all of them (`last=None`, `exact`, in chunks of 128 queries).
-    `before`: keys that are earlier than every query.
+    `before`: keys that are earlier than every query. heads "max": the greatest score of all heads, in place of the
+    mean.
 
     Returns: scores (B, S) float32, seen (B, S) bool: False where no query of Q sees the key; its score is then
     meaningless.
     """
     batch, stored = keys.slots.shape
-    heads = tapped.query.shape[1]
-    total = tapped.key.new_zeros(batch, stored, dtype=torch.float32)
-    count = torch.zeros_like(total)
+    number = tapped.query.shape[1]
+    count = tapped.key.new_zeros(batch, stored, dtype=torch.float32)
+    by_head = heads == "max"
+    total = count.new_zeros(batch, number if by_head else 1, stored)
     for chunk in _query_chunks(tapped, queries, keys, last, before):
         probability = _probabilities(tapped, chunk)
-        weight = (chunk.counts / heads)[:, None].expand(-1, heads, -1).reshape(batch, 1, -1)
-        total[:, : chunk.keys] += torch.matmul(weight, probability.flatten(1, 2)).squeeze(1)
+        if by_head:
+            total[..., : chunk.keys] += torch.matmul(chunk.counts[:, None, None], probability).squeeze(2)
+        else:
+            weight = (chunk.counts / number)[:, None].expand(-1, number, -1).reshape(batch, 1, -1)
+            total[..., : chunk.keys] += torch.matmul(weight, probability.flatten(1, 2))
         count[:, : chunk.open] += chunk.queries
         count[:, chunk.open : chunk.keys] += chunk.visible.sum(1)
-    return total / count.clamp(min=1), count > 0
+    return (total.amax(1) if by_head else total[:, 0]) / count.clamp(min=1), count > 0
 
 
 @in_float32
-def received_by_query(tapped: Tapped, queries: Tokens, keys: Tokens) -> tuple[Tensor, Tensor]:
-    """n_i * P_ij, averaged over heads, of every query: what each one alone says of its keys. (B, Q, S) float32 and bool
-    (visible)."""
+def received_by_query(tapped: Tapped, queries: Tokens, keys: Tokens, heads: str = "mean") -> tuple[Tensor, Tensor]:
+    """n_i * P_ij, averaged over heads or of the greatest (heads "max"), of every query: what each one alone says of its
+    keys. (B, Q, S) float32 and bool (visible)."""
     scores, seen = [], []
     for chunk in _query_chunks(tapped, queries, keys, None, 0):
-        said = _probabilities(tapped, chunk).mean(1) * chunk.counts[..., None]
+        probability = _probabilities(tapped, chunk)
+        said = (probability.amax(1) if heads == "max" else probability.mean(1)) * chunk.counts[..., None]
         more = keys.slots.shape[1] - chunk.keys  # later than every query of the chunk
         scores.append(torch.nn.functional.pad(said, (0, more)))
         visible = torch.nn.functional.pad(chunk.visible, (chunk.open, 0), value=True)
         seen.append(torch.nn.functional.pad(visible, (0, more)))
     return torch.cat(scores, 1), torch.cat(seen, 1)
+
+
+def pooled_scores(scores: Tensor, seen: Tensor, keys: Tokens, row: Tokens, pooling: str, kernel_size: int) -> Tensor:
+    """Scores pooled over the `kernel_size` tokens around each key: "max" or "average" of those that are seen; "none".
+
+    Neighbours are neighbours among the row's real tokens, so that padding changes nothing; a token that is no key here
+    has no score.
+
+    Args: scores, seen (..., S) of the keys, with one dimension more than keys.slots or none; row (B, span), all tokens
+    seen so far, valid = real. Returns (..., S) float32, meaningless where `seen` is False.
+    """
+    if pooling == "none":
+        return scores
+    places = keys.slots
+    if not row.all_valid:
+        places = (row.valid.to(torch.int64).cumsum(1) - 1).clamp(min=0).gather(1, places)
+    places = places.view(len(places), *[1] * (scores.dim() - 2), -1).expand_as(scores).reshape(-1, scores.shape[-1])
+    known = torch.where(seen, scores, -torch.inf).reshape(places.shape)
+    # a filler may share its place with a key, and is not seen: the larger of the two stands
+    text = known.new_full((len(places), 1, row.slots.shape[1]), -torch.inf)
+    text = text.scatter_reduce(2, places[:, None], known[:, None], "amax")
+    around = {"kernel_size": kernel_size, "stride": 1, "padding": kernel_size // 2}
+    if pooling == "max":
+        text = torch.nn.functional.max_pool1d(text, **around)
+    else:
+        counts = text > -torch.inf
+        total, share = (
+            torch.nn.functional.avg_pool1d(x, **around) for x in (torch.where(counts, text, 0.0), counts.float())
+        )
+        text = total / share.clamp(min=0.5 / kernel_size)
+    return text[:, 0].gather(1, places).view_as(scores)
 
 
 @in_float32

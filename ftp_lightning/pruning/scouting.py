@@ -14,7 +14,6 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.block_run import ScoutDone
 from ftp_lightning.pruning.forward import Forward
 from ftp_lightning.pruning.generation import split_arguments
-from ftp_lightning.pruning.table import PromptTable
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.attached import Attached
@@ -25,7 +24,7 @@ def scouted(attached: Attached, inner, arguments: dict, prompt: Forward) -> Tens
     """What the router's `Scout` says of the prompt's tokens: (B, P) float32."""
     scout, routed = attached.pruner.router.needs.scout, prompt.routed
     assert scout is not None and routed is not None  # else nobody asks
-    rows, width = routed.real.shape
+    width = routed.real.shape[1]
     if prompt.past:
         raise UserError("this router looks at whole prompts; chunks on a filled cache are refused.")
     first = split_arguments(arguments, width, 0)[0] if width < prompt.real.shape[1] else arguments
@@ -34,8 +33,8 @@ def scouted(attached: Attached, inner, arguments: dict, prompt: Forward) -> Tens
     about["use_cache"] = True  # without a cache transformers asks the device whether texts are packed
     if scout.kind == "surprisal":
         return _surprisal(attached, about, routed.position)
-    table = PromptTable(rows, width, prompt.real.device)
-    look = Forward(routed.real, 0, None, prompt.padded, routed, look=scout, table=table)
+    look = Forward(routed.real, 0, None, prompt.padded, routed, look=scout)
+    look.table = table = attached.prompt_table(look)
     try:
         with attached.ambient.having(forward=look):
             inner(**about)

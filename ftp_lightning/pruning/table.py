@@ -6,6 +6,9 @@ that token was a key wrote last, by any query up to itself [ours]: block by bloc
 tokens scored at once reads the very numbers that the same tokens read one by one. What a block wrote last is kept with
 its layer of the cache (`RoutedLayer.scores`), by slot.
 
+With `AttentionScore(blocks="max")` a router reads the greatest of what the blocks before it wrote last, in place of the
+latest.
+
 Shapes: B rows, T new tokens, S slots seen after this forward.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ftp_lightning.attention_score import AttentionScore, Span
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.routing.factors import average_rank
@@ -23,20 +27,53 @@ UNWRITTEN = -1.0
 
 
 class PromptTable:
-    """Scores (B, P) of the routed tokens; 1 before any is known. adds_up: sums of what was written, 0 before."""
+    """Scores (B, P) of the routed tokens; 1 before any is known. adds_up: sums of what was written, 0 before.
 
-    def __init__(self, batch: int, tokens: int, device: torch.device, adds_up: bool = False):
+    asking (B, P) bool: the tokens whose queries are averaged over, None = all; `last`: at most so many of them, the
+    last ones, None = all.
+    """
+
+    def __init__(self, batch: int, tokens: int, device: torch.device, adds_up: bool = False, greatest: bool = False):
         self.adds_up = adds_up
         self.own = torch.full((batch, tokens), 0.0 if adds_up else 1.0, device=device)
+        self.known = torch.zeros(batch, tokens, dtype=torch.bool, device=device) if greatest else None
         self.rank = None  # among the routed tokens: left to the router's factor
+        self.asking: Tensor | None = None
+        self.last: int | None = None
+
+    def ask(self, score: AttentionScore, real: Tensor, position: Tensor, spans: tuple[Span, ...]) -> None:
+        """Say whose queries count: real, position (B, P) among the row's real tokens; spans: one per row, for
+        window="question"."""
+        if score.window == "question":
+            start, end = torch.tensor(spans, device=real.device).unbind(1)
+            self.asking = real & (position >= start[:, None]) & (position < end[:, None])
+            self.last = max(end - start for start, end in spans)
+        else:
+            self.last = score.window if isinstance(score.window, int) else None
+            if score.window_end:
+                self.asking = real.flip(1).cumsum(1).flip(1) > score.window_end
+                self.asking &= real
+
+    def asked(self, queries: Tokens, index: Tensor | None) -> Tokens:
+        """The queries that count among these, of the tokens at index (B, n) or of all in order."""
+        if self.asking is None:
+            return queries
+        asking = self.asking if index is None else self.asking.gather(1, index)
+        return Tokens(queries.slots, queries.valid & asking, False)
 
     def go_to(self, place: torch.device) -> None:
         self.own = self.own.to(place)
+        self.known = None if self.known is None else self.known.to(place)
+        self.asking = None if self.asking is None else self.asking.to(place)
 
     def write(self, scores: Tensor, seen: Tensor, index: Tensor | None) -> None:
         """Scores (B, n) of the tokens at index (B, n), or of all in order; where none was `seen` the old value
         stays."""
         before = self.own if index is None else self.own.gather(1, index)
+        if self.known is not None:
+            known = self.known if index is None else self.known.gather(1, index)
+            scores = torch.where(known, torch.maximum(before, scores), scores)
+            self.known = known | seen if index is None else self.known.scatter(1, index, known | seen)
         after = torch.where(seen, before + scores if self.adds_up else scores, before)
         self.own = after if index is None else self.own.scatter(1, index, after)
 
@@ -44,7 +81,7 @@ class PromptTable:
 class ContinuationTable:
     """Scores (B, T, S): those that each of T continuation tokens reads of all slots; 1 before any is known."""
 
-    def __init__(self, real: Tensor, past_real: Tensor | None, past: int):
+    def __init__(self, real: Tensor, past_real: Tensor | None, past: int, greatest: bool = False):
         batch, new = real.shape
         self.past, self.span = past, past + new
         before = real.new_ones(batch, past) if past_real is None else past_real
@@ -52,9 +89,11 @@ class ContinuationTable:
         slots = torch.arange(self.span, device=real.device)
         self.counts = everyone[:, None] & (slots <= slots[past:, None])  # (B, T, S): the real tokens up to each one
         self.values = torch.ones(batch, new, self.span, device=real.device)
+        self.known = torch.zeros_like(self.values, dtype=torch.bool) if greatest else None
 
     def go_to(self, place: torch.device) -> None:
         self.values, self.counts = self.values.to(place), self.counts.to(place)
+        self.known = None if self.known is None else self.known.to(place)
 
     @property
     def own(self) -> Tensor:
@@ -78,13 +117,21 @@ class ContinuationTable:
         before = _stored(layer, self.values[:, 0])
         latest = _forward_fill(torch.cat([before[:, None], said], 1))
         layer.scores.add(self.past + 1, latest[:, 1:])
-        self.values = torch.where(latest[:, 1:] >= 0, latest[:, 1:], self.values)
+        self._take_in(latest[:, 1:])
 
     def recall(self, layer: RoutedLayer) -> None:
         """Take in what the block wrote before, where none of the new tokens is computed there."""
         before = _stored(layer, self.values[:, 0])[:, None].expand_as(self.values)
         layer.scores.add(self.past + 1, before)
-        self.values = torch.where(before >= 0, before, self.values)
+        self._take_in(before)
+
+    def _take_in(self, said: Tensor) -> None:
+        """What a block says (B, T, S), UNWRITTEN where it says nothing."""
+        fresh = said >= 0
+        if self.known is not None:
+            said = torch.where(self.known, torch.maximum(self.values, said), said)
+            self.known = self.known | fresh
+        self.values = torch.where(fresh, said, self.values)
 
 
 def remember_prompt(layer: RoutedLayer, scores: Tensor, seen: Tensor, keys: Tokens, span: int) -> None:

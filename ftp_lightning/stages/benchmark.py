@@ -268,7 +268,7 @@ def how(pruner: TokenPruner, mixed: bool) -> dict[str, Any]:
     from ftp_lightning.routing import ROUTERS
 
     router = next((name for name, kind in ROUTERS.items() if type(pruner.router) is kind), type(pruner.router).__name__)
-    return {"mixed": mixed, "router": router, "attention": pruner.attention}
+    return {"mixed": mixed, "router": router, "attention": str(pruner.attention)}
 
 
 def machine(model: PreTrainedModel) -> dict[str, Any]:

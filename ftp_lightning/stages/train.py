@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder
+from ftp_lightning.cli.attention import AttentionSettings
 from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
@@ -30,7 +31,7 @@ RouterName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStage(RowsSettings, StageSettings):
+class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     """Train the router under a schedule, the model frozen. Writes pruned/ (router, schedule, settings, --skip).
 
     Stopped by SIGTERM or SIGUSR1 it saves and leaves; after any interruption the same command goes on.
@@ -51,8 +52,6 @@ class TrainStage(RowsSettings, StageSettings):
     width: int | None = option(None, "units of the router's hidden layer; default: the router's own", least=1)
     factors: tuple[str, ...] = option((), "factors that the router sees; default: all it knows")
     choice: Literal["topk", "threshold"] = option("topk", "exactly the scheduled tokens, or those with p above 0.5")
-    window: int = option(32, "queries that the attention score averages over", least=1)
-    attention: Literal["window", "exact"] = option("window", "`exact`: it averages over all computed queries")
     steps: int = option(200, "optimiser steps", least=1)
     batch_size: int = option(4, "rows per forward", least=1)
     accumulate: int = option(1, "forwards per step", least=1)
@@ -89,6 +88,7 @@ class TrainStage(RowsSettings, StageSettings):
     shard: bool = option(False, "every process holds a share of the model's blocks (FSDP)", passive=True)
 
     def check(self) -> None:
+        super().check()
         if self.shard and self.device_map != NONE:
             raise UserError("shard and device_map both say where the blocks lie\nLeave one of them out.")
         if self.pruned:
@@ -105,7 +105,7 @@ class TrainStage(RowsSettings, StageSettings):
 
     def _check_pruned(self) -> None:
         """UserError where something is asked of the router or pruner that the folder says already."""
-        names = ("budget", "kv", "router", "width", "factors", "choice", "window", "attention", "skip")
+        names = ("budget", "kv", "router", "width", "factors", "choice", *self.attention_flags(), "skip")
         given = [name for name in names if getattr(self, name) != getattr(TrainStage, name)]
         if given:
             name = given[0]
@@ -194,7 +194,12 @@ def new_pruner(settings: TrainStage, model: Any, tokenizer: Any, family: Schedul
             return loaded.with_schedule(family.at(sum(settings.budgets) / 2))
         return loaded.with_schedule(load_schedule(settings.schedule, model)) if settings.schedule else loaded
     budget = sum(settings.budgets) / 2 if family is not None and settings.budget is None else settings.budget
-    about = {name: getattr(settings, name) for name in ("choice", "attention", "window", "skip")}
+    about: dict[str, Any] = {"choice": settings.choice, "skip": settings.skip}
+    score = settings.attention_score()
+    if isinstance(plain := score.said(), str):
+        about |= {"attention": plain, "window": settings.window}
+    else:
+        about["attention"] = score
     if settings.skip != "identity":
         rows = measured_rows(settings, model, tokenizer, settings.skip_windows, settings.recall_share)
         rank = settings.skip_rank if settings.skip == "low-rank" else 0

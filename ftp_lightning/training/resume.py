@@ -98,16 +98,16 @@ def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[N
         yield
 
 
-def first_needed_block(model: nn.Module, block: int, needs: Needs) -> int:
+def first_needed_block(model: nn.Module, block: int, needs: Needs, all_blocks: bool = False) -> int:
     """The lowest block that must run so that a router decides at `block` as in the full forward.
 
     A router that reads attention scores needs the last dense block below that sees every token: it writes the whole
-    table anew, so what stood there before is of no account; one that decides from block 0 needs the very first block.
-    Any other needs `block` alone.
+    table anew, so what stood there before is of no account. One that decides from block 0 needs the very first block,
+    as does one that reads what all blocks wrote (`all_blocks`). Any other needs `block` alone.
     """
     if not needs.attention:
         return block
-    if needs.once == "from block 0":
+    if needs.once == "from block 0" or all_blocks:
         return 0
     below = list(find_blocks(model)[:block])
     seeing_all = [index for index, module in enumerate(below) if sliding_window(find_attention(module)) is None]

@@ -212,8 +212,8 @@ class FtpLM(Ranked, HFLM):
         return text
 
     def _widen(self, suffix: int) -> None:
-        wanted = (self.window or 0) + suffix
-        if self.pruner is None or self.pruner.attention != "window" or self.pruner.window >= wanted:
+        wanted, score = (self.window or 0) + suffix, None if self.pruner is None else self.pruner.attention_score
+        if score is None or not isinstance(score.window, int) or score.window_end or score.window >= wanted:
             return
         self.pruner.detach()
         self.pruner = self.pruner.changed(window=wanted)
