@@ -1,6 +1,7 @@
 """Plausible faults, and the test that notices each:  python tests/mutations.py [WORDS OF A NAME]
 
 Each is put into a copy of the package, one at a time, and its test is run there; a test that still passes is an error.
+First all of these tests have to pass on the code as it stands: a test that fails anyway notices nothing.
 """
 
 import os
@@ -68,30 +69,50 @@ MUTATIONS = {
         P + "evaluation/harness/answers.py", 'getattr(model.config, "_attn_implementation", None)', "None",
         "test_evaluation_identity.py::test_dtype_attention_kernel_and_weights_count"),
 }  # fmt: skip
-"""Name -> file, what stands there once, what is put there, test."""
+"""Name -> file or folder, what stands there once, what is put there, test."""
+
+
+def changed(name: str) -> tuple[Path, str]:
+    """The file of this mutation, below the root, and its text with the fault; ValueError unless the old text stands
+    once in the file or folder that the list names."""
+    place, old, new, _ = MUTATIONS[name]
+    files = sorted((ROOT / place).rglob("*.py")) or [ROOT / place]
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    found = [file for file, text in texts.items() for _ in range(text.count(old))]
+    if len(found) != 1:
+        raise ValueError(f"{name}: {place} holds {old!r} {len(found)} times")
+    return found[0].relative_to(ROOT), texts[found[0]].replace(old, new)
+
+
+def status(tests: list[str], copy: Path) -> int:
+    """What pytest says of these tests of the copy: 0 all passed, 1 one failed, above 1 they could not be run."""
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"tests/{test}" for test in tests]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode
 
 
 def noticed(name: str, copy: Path) -> bool:
-    """Whether the test of this mutation fails with it; ValueError where the code is not what the list says."""
-    file, old, new, test = MUTATIONS[name]
-    path, text = copy / file, (ROOT / file).read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        raise ValueError(f"{name}: {file} holds {old!r} {text.count(old)} times")
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"]
+    """Whether the test of this mutation fails with it."""
+    file, text = changed(name)
+    before = (copy / file).read_text(encoding="utf-8")
+    (copy / file).write_text(text, encoding="utf-8")
     try:
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode == 1
+        return status([MUTATIONS[name][3]], copy) == 1
     finally:
-        path.write_text(text, encoding="utf-8")
+        (copy / file).write_text(before, encoding="utf-8")
 
 
 def main(words: str) -> int:
+    chosen = [name for name in MUTATIONS if words in name]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "build", "__pycache__"))
+        if not chosen or status(sorted({MUTATIONS[name][3] for name in chosen}), copy) != 0:
+            print(f"no mutation is named so, or its test does not pass without it: {words!r}")
+            return 1
         survived = 0
-        for name in (name for name in MUTATIONS if words in name):
+        for name in chosen:
             by_test = noticed(name, copy)
             survived += not by_test
             print(f"{'noticed' if by_test else 'SURVIVED':8s}  {name}: {MUTATIONS[name][3]}", flush=True)
