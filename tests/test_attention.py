@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ftp_lightning.pruning import scores as scoring
+from ftp_lightning.pruning.attention import Sight
 from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
+from ftp_lightning.pruning.table import PromptTable
 
 
 def everyone(tokens, batch=1):
@@ -61,3 +63,31 @@ def test_queries_of_kept_tokens_over_all_keys_equal_one_full_matrix(monkeypatch,
         count = visible[:, first:].sum(1)
         assert torch.equal(seen, count > 0)
         assert torch.allclose(score, said[:, first:].sum(1) / count.clamp(min=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("places", [None, torch.tensor([[0, 1, 3]])])
+def test_a_key_that_no_query_sees_keeps_its_latest_score(places):
+    """Beyond a sliding window, or a filler: what attention says of it there is no score."""
+    table = PromptTable(1, 4, torch.device("cpu"))
+    table.write(torch.tensor([[2.0, 3.0, 4.0, 5.0]]), torch.ones(1, 4, dtype=torch.bool), None)
+    scores, seen = torch.tensor([[6.0, 0.0, 7.0, 8.0]]), torch.tensor([[True, False, True, True]])
+    if places is None:
+        table.write(scores, seen, None)
+        assert table.own.tolist() == [[6, 3, 7, 8]]
+    else:  # the third token was evicted: nothing is said of it
+        table.write(scores.gather(1, places), seen.gather(1, places), places)
+        assert table.own.tolist() == [[6, 3, 4, 8]]
+
+
+@pytest.mark.parametrize("past", [0, 2, 5])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 7], [0, 3, 4, 7]])
+def test_no_key_that_a_chunk_of_queries_sees_is_left_out(kept, window, past):
+    slots = past + torch.tensor([kept])
+    queries, earlier = Tokens(slots, torch.ones_like(slots, dtype=torch.bool), True), everyone(past)
+    for keys, complete in ((everyone(past + 8), True), (earlier.followed_by(queries), False)):
+        sight = Sight(queries, keys, window, new=keys.slots.shape[1] - past, complete=complete)
+        for start in range(0, len(kept), 2):
+            low, high = sight.key_range(start, start + 2)
+            seen = sight.mask(start, start + 2, 0, keys.slots.shape[1])[0, 0].any(0).nonzero()
+            assert low <= seen.min() and seen.max() < high

@@ -7,7 +7,6 @@ from tiny import random_llama
 from transformers import LlamaForCausalLM
 
 from ftp_lightning.costs.flops import realised_flops
-from ftp_lightning.costs.request import kept_bytes
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import (
     continuation_logits,
@@ -217,11 +216,11 @@ def test_costs_are_those_of_all_batches(model, ragged, name):
     scores = evaluate_rows(model, ragged, pruner, batch_size=2)
     for row in ragged.rows:
         with torch.no_grad(), pruner(model):
-            model(torch.tensor([row.prompt]))
+            cache = model(torch.tensor([row.prompt]), use_cache=True).past_key_values
         found = realised_flops(model, pruner.trace.prompt, pruner.kv)
         dense.append(found[0])
         pruned.append(found[1])
-        stored.append(kept_bytes(model, pruner, pruner.trace.prompt))
+        stored.append(sum(held.nbytes for layer in cache.layers for held in (layer.keys, layer.values)))
     assert scores.costs.dense_flops == pytest.approx(dense) and scores.costs.flops == pytest.approx(pruned)
     assert scores.costs.kv_bytes == pytest.approx(stored)
     assert scores.flops_cut == pytest.approx(1 - sum(pruned) / sum(dense))

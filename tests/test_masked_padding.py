@@ -8,6 +8,7 @@ from test_engine import ROUTERS, seeded, tiny_llama
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
 from ftp_lightning.pruning.family import find_decoder
 from ftp_lightning.pruning.kept import Kept
+from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.training.gates import Soft
 
 LENGTHS = ((18, 6), (11, 4), (5, 1), (2, 6))
@@ -107,3 +108,11 @@ def test_what_a_padded_row_keeps_is_counted_right(monkeypatch):
     with torch.no_grad():
         student(tiny_llama(), TokenPruner(seeded(DynamicRouter), SCHEDULE), 18, *padded())
     assert len(made) == 4 and all(list(rows.counts) == rows.keep.sum(1).tolist() for rows in made)
+
+
+def test_padding_is_no_token_that_skips():
+    trace = Trace(real=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool))
+    keep = torch.tensor([[0, 0, 0, 1], [1, 1, 0, 1]], dtype=torch.bool)
+    trace.add(keep, keep)
+    trace.add(trace.real, keep)  # the MLP alone is skipped: that counts half
+    assert trace.sparsity == pytest.approx([2 / 6, 1 / 6]) and trace.row_sparsity.tolist() == [0.375, 0.1875]
