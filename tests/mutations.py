@@ -68,8 +68,95 @@ MUTATIONS = {
     "answers of another attention kernel are taken": (
         P + "evaluation/harness/answers.py", 'getattr(model.config, "_attn_implementation", None)', "None",
         "test_evaluation_identity.py::test_dtype_attention_kernel_and_weights_count"),
+    "keys of kept tokens are stored behind the others": (
+        P, "merged = kept.join(own, others)", "merged = torch.cat([others, own], 1)",
+        "test_families.py::test_training_forward_equals_inference_forward"),
+    "padding competes for the kept tokens": (
+        P, "self.reserved | ~self.real, torch", "self.reserved, torch",
+        "test_routing.py::test_topk_counts_and_reserves"),
+    "a budget counts padding": (
+        P, "lengths = tuple(real.sum(1).tolist())", "lengths = (tokens,) * batch",
+        "test_engine.py::test_a_row_decides_alone"),
+    "the last token but one is reserved": (
+        P, "(position == position[:, -1:])", "(position == position[:, -1:] - 1)",
+        "test_routing.py::test_topk_counts_and_reserves"),
+    "one token is reserved in place of two": (
+        P, "min(length, 2 if starts else 1)", "min(length, 1)",
+        "test_routing.py::test_topk_counts_and_reserves"),
+    "ranks are divided by the number of tokens": (
+        P, "rank / (context.lengths - 1).clamp", "rank / context.lengths.clamp",
+        "test_routing.py::test_factors_are_as_written"),
+    "in training skipped tokens score keys": (
+        P, "write_scores(run, None, Tokens(slots, keep, False), keys, None)",
+        "write_scores(run, None, Tokens(slots, forward.real, False), keys, None)",
+        "test_engine.py::test_training_forward_equals_inference_forward"),
+    "scores that no query gave are written": (
+        P, "after = torch.where(seen, before + scores if self.adds_up else scores, before)",
+        "after = before + scores if self.adds_up else scores",
+        "test_attention.py::test_a_key_that_no_query_sees_keeps_its_latest_score"),
+    "evicted tokens lose their score": (
+        P, "self.own.scatter(1, index, after)", "torch.ones_like(self.own).scatter(1, index, after)",
+        "test_engine.py::test_gathered_equals_oracle"),
+    "the first queries give the scores": (
+        P, "range(n - wanted, n, SCORE_CHUNK)", "range(0, wanted, SCORE_CHUNK)",
+        "test_engine.py::test_gathered_equals_oracle"),
+    "scores do not count the visible keys": (
+        P, "weight = (chunk.counts / heads)", "weight = (torch.ones_like(chunk.counts) / heads)",
+        "test_attention.py::test_uniform_attention_scores_one"),
+    "a sliding window shows one token more": (
+        P, "> query_slots[:, :, None] - window", ">= query_slots[:, :, None] - window",
+        "test_families.py::test_gathered_equals_masked_oracle"),
+    "a chunk of queries misses the first key of its window": (
+        P, "keys - self.new + start - self.window + 1", "keys - self.new + start - self.window + 2",
+        "test_attention.py::test_no_key_that_a_chunk_of_queries_sees_is_left_out"),
+    "a query does not see the key of its own slot": (
+        P, "self.queries.slots[:, stop - 1].max()) + 1 - offset",
+        "self.queries.slots[:, stop - 1].max()) - offset",
+        "test_attention.py::test_no_key_that_a_chunk_of_queries_sees_is_left_out"),
+    "a cache with a window drops one key too many": (
+        P, "last = (self.window or 1) - 1", "last = (self.window or 1) - 2",
+        "test_generate.py::test_greedy_is_the_masked_twins"),
+    "the cache tells the tokens it holds, not those seen": (
+        P, "return self.seen\n", "return self.keys.shape[2] if self.is_initialized else 0\n",
+        "test_engine.py::test_generate_equals_stepwise_greedy"),
+    "a decoded token has the next one's position": (
+        P, "real, position, position + 1,", "real, position + 1, position + 1,",
+        "test_policies.py::test_decisions_and_logits_are_the_twins"),
+    "positions of padded rows start at one": (
+        P, "positions = (mask.cumsum(1) - 1).clamp(min=0)", "positions = mask.cumsum(1)",
+        "test_evaluation_continuation.py::test_of_other_families_a_row_among_others_is_what_it_is_alone"),
+    "a last chunk of one token is not routed": (
+        P, "self.routes and past < self.prompt_end", "self.routes and past + 1 < self.prompt_end",
+        "test_generate.py::test_chunked_prefill_routes_every_chunk"),
+    "strict lets one more token skip": (
+        P, "allowed = skipped + 1 <= ", "allowed = skipped <= ",
+        "test_policies.py::test_strict_stays_within_its_allowance_at_every_prefix"),
+    "a crop leaves the account of what it removed": (
+        P, "account[:, : self.seen] for part", "account for part",
+        "test_policies.py::test_crop_leaves_nothing_of_what_it_removed"),
+    "beams leave their scores behind": (
+        P, "self.scores.map(change)", "pass",
+        "test_policies.py::test_rows_of_a_cache_move_with_all_that_is_known_of_them"),
+    "a list of kv modes is read from its end": (
+        P, "self._kv_wanted = _modes(kv, schedule, blocks)", "self._kv_wanted = _modes(kv, schedule, blocks)[::-1]",
+        "test_schedule_modes.py::test_a_mode_per_block_computes_what_it_says"),
+    "FLOPs of keep are those of evict": (
+        P, "keyed = real if mode == \"keep\" else attended", "keyed = attended",
+        "test_flops.py::test_realised_limit_counts_the_pairs_one_by_one"),
+    "planned FLOPs of keep are those of evict": (
+        P, "_flops(cost, tokens if keeps else attended,", "_flops(cost, attended,",
+        "test_flops.py::test_linear_flops_are_those_executed"),
+    "cached bytes of keep are those of evict": (
+        P, "(trace.real if mode == \"keep\" else attended)", "attended",
+        "test_evaluation_continuation.py::test_costs_are_those_of_all_batches"),
+    "padding counts as skipped": (
+        P, "computed / self.real.sum().clamp(min=1)", "computed / self.real.numel()",
+        "test_masked_padding.py::test_padding_is_no_token_that_skips"),
 }  # fmt: skip
-"""Name -> file or folder, what stands there once, what is put there, test."""
+"""Name -> file or folder, what stands there once, what is put there, test.
+
+Faults of the engine name the whole package, so that they need no change where a module moves.
+"""
 
 
 def changed(name: str) -> tuple[Path, str]:
