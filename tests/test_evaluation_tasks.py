@@ -16,6 +16,7 @@ from ftp_lightning.evaluation.continuation import continuation_logits, nll_per_t
 from ftp_lightning.evaluation.harness import accounts, results, task_data, tasks
 from ftp_lightning.evaluation.harness.accounts import Answer
 from ftp_lightning.evaluation.harness.answers import AnswerBook
+from ftp_lightning.evaluation.harness.index import task_manager
 from ftp_lightning.evaluation.harness.model import FtpLM
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner
@@ -187,9 +188,8 @@ def test_examples_are_those_that_lm_eval_draws_by_default(ftp, model, tokenizer,
         ]
         write(tmp_path / f"arc_easy_{split}.jsonl", arc)
     files = task_data.find_files("arc_easy", tmp_path)
-    theirs = simple_evaluate(
-        ftp(), tasks=[tasks.local_task("arc_easy", files, tmp_path)], num_fewshot=3, bootstrap_iters=0
-    )
+    task, manager = tasks.local_task("arc_easy", files, tmp_path), task_manager(["arc_easy"])
+    theirs = simple_evaluate(ftp(), tasks=[task], num_fewshot=3, bootstrap_iters=0, task_manager=manager)
     seen = [sample["arguments"][0][0] for sample in theirs["samples"]["arc_easy"]]
     assert [text_before for _, text_before in contexts({"arc_easy": files}, 3)][::4] == seen
 

@@ -63,12 +63,11 @@ def _dataset(name: str, again: bool) -> None:
 
 
 def _tasks(names: list[str]) -> None:
-    from lm_eval.tasks import TaskManager
-
+    from ftp_lightning.evaluation.harness.index import task_manager
     from ftp_lightning.stages.task_files import check_tasks
 
     check_tasks(names)
-    TaskManager().load(names)
+    task_manager(names).load(names)
 
 
 def _attempt(name: str, fetch):

@@ -153,19 +153,18 @@ def local_files(settings: EvaluateStage) -> dict[str, Files | None]:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """UserError, with the nearest names, for tasks that neither we nor lm-eval know; its list takes seconds to read, so
-    that is done only where one is not known here."""
+    """UserError, with the nearest names, for tasks that neither we nor lm-eval know. lm-eval is imported only where a
+    name is not known here."""
     others = [name for name in names if name not in MAKERS and name not in DECLARED]
     if not others:
         return
-    from lm_eval.tasks import TaskManager
-
+    from ftp_lightning.evaluation.harness.index import names_like, task_manager
     from ftp_lightning.evaluation.harness.made import unknown_task
 
-    known = TaskManager().all_tasks
+    known = task_manager(others).all_tasks
     for name in others:
         if name not in known:
-            raise unknown_task(name, [*MAKERS, *known])
+            raise unknown_task(name, [*MAKERS, *names_like(name)])
 
 
 def local_file(task: str, folder: str | None) -> Files | None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.harness.declared import declared
+from ftp_lightning.evaluation.harness.index import names_like, task_manager
 from ftp_lightning.evaluation.harness.made import CONTEXTS, local_data, made_task, unknown_task
 from ftp_lightning.evaluation.harness.results import summaries
 from ftp_lightning.evaluation.harness.seen import leave_out
@@ -146,23 +145,15 @@ def _definition(name: str, files, cache_dir: str) -> str | dict:
 
 
 def _task_manager(definitions: list[str | dict], metadata: dict):
-    """lm-eval's index of tasks, without its own where none of them is asked for (they take seconds to read)."""
+    """lm-eval's index of the tasks that are asked for by name, or taken as they are but for their data."""
     names = [d for d in definitions if isinstance(d, str)]
     groups = [d["task"] for d in definitions if not isinstance(d, str) and "group" in d]
     wanted = names + [member["task"] for group in groups for member in group]
-    manager = _index(bool(wanted), json.dumps(metadata, sort_keys=True))
+    manager = task_manager(wanted, metadata)
     for name in wanted:
         if name not in manager.all_tasks:
-            raise unknown_task(name, [*CONTEXTS, *manager.all_tasks])
+            raise unknown_task(name, [*CONTEXTS, *names_like(name)])
     return manager
-
-
-@lru_cache(maxsize=4)
-def _index(defaults: bool, metadata: str):
-    """Read once: every method of an evaluation asks for the same."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=defaults, metadata=json.loads(metadata))
 
 
 def _unreachable(names: Iterable[str], error: Exception) -> UserError:
