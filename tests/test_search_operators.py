@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftp_lightning.schedule import Schedule, level_step
+from ftp_lightning.search import operators
 from ftp_lightning.search.operators import (
     Individual,
     budget_crossover,
@@ -200,3 +201,9 @@ def test_a_crossover_takes_the_mode_with_the_sparsity(parents, seed):
             else {first if abs(level - x) < abs(level - y) else second}
         )
         assert mode in nearer
+
+
+def test_a_pair_is_that_of_the_list_of_all_pairs():
+    for givers, takers in (([0, 2, 3], [1, 2, 4]), ([1], [1, 5]), ([0, 1], [0, 1]), ([4], [2])):
+        pairs = [(giver, taker) for giver in givers for taker in takers if giver != taker]
+        assert [operators._pair(givers, takers, number) for number in range(len(pairs))] == pairs

@@ -43,7 +43,7 @@ class Individual(list[int]):
 
 def per_block(values: PerBlock, num_blocks: int) -> tuple:
     """One value per block. ValueError where there are neither one nor `num_blocks` of them."""
-    listed = tuple(values) if isinstance(values, Sequence) else (values,)
+    listed = tuple(values) if isinstance(values, (list, tuple, Sequence)) else (values,)  # the abstract check is slow
     if len(listed) not in (1, num_blocks):
         raise ValueError(f"{len(listed)} values were given for {num_blocks} blocks")
     return listed * num_blocks if len(listed) == 1 else listed
@@ -104,15 +104,26 @@ def level_switch(levels: Sequence[int], rng: random.Random, max_level: PerBlock,
     child, tops = Individual(levels), per_block(max_level, len(levels))
     for _ in range(min(rng.randint(1, switches), rng.randint(1, switches))):
         givers = [block for block, level in enumerate(child) if level > 0]
-        takers = [block for block, level in enumerate(child) if level < tops[block]]
-        pairs = [(giver, taker) for giver in givers for taker in takers if giver != taker]
+        takers = [block for block, (level, top) in enumerate(zip(child, tops)) if level < top]
+        pairs = len(givers) * len(takers) - len(set(givers).intersection(takers))
         if not pairs:
             break
-        giver, taker = rng.choice(pairs)
+        giver, taker = _pair(givers, takers, rng.randrange(pairs))
         amount = min(_doubling(rng), child[giver], tops[taker] - child[taker])
         child[giver] -= amount
         child[taker] += amount
     return child
+
+
+def _pair(givers: list[int], takers: list[int], number: int) -> tuple[int, int]:
+    """Entry `number` of `[(giver, taker) for giver in givers for taker in takers if giver != taker]`."""
+    for giver in givers:
+        others = len(takers) - (giver in takers)
+        if number < others:
+            skipped = giver in takers and takers.index(giver) <= number
+            return giver, takers[number + skipped]
+        number -= others
+    raise IndexError("there are fewer pairs")
 
 
 def budget_crossover(a: Sequence[int], b: Sequence[int], rng: random.Random) -> Individual:
