@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
@@ -44,6 +45,7 @@ def words(given: Any) -> str | None:
     return None if given is None else str(given)
 
 
+@cache
 def parser_of(settings_class: type[Settings]) -> Parser:
     """One flag per field, with its type, default and help; `--config` may be given several times, later ones win."""
     parser = Parser(
