@@ -27,7 +27,11 @@ NATS = {0.1: 0.15, 0.3: 0.35, 0.5: 0.9}
 """Most KL to dense per token of GOES_ON that a budget may cost; uniform `keep` costs 8 to 12 at any of them."""
 
 
-@pytest.fixture(scope="module", params=list(ANSWERS))
+SLOW = "gemma3-270m"  # its vocabulary takes ten seconds to read
+MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name == SLOW else []) for name in ANSWERS]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def loaded(request):
     try:
         return request.param, *load(request.param)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import family
+from grid_cases import pairwise
 from oracle import masked_dense
 from test_engine import BLOCKS, relative
 from test_policies import NONE_DENSE as SCHEDULE
@@ -17,6 +18,7 @@ from ftp_lightning.errors import UserError
 TEXT = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(1))
 TEXT[:, 7:] = TEXT[:, :7]  # so that looking up the prompt finds guesses
 POLICIES = ("dense", "threshold", "strict")
+MODES = ("evict", "keep")
 SLIDING = ("mistral_sliding", "gemma2", "gemma3")
 _MODELS = {}
 
@@ -78,9 +80,7 @@ class Spy:
         self._model.model.__dict__["forward"] = self._run
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", POLICIES)
-@pytest.mark.parametrize("name", ["llama", *SLIDING])
+@pytest.mark.parametrize(("name", "decode", "kv"), pairwise(["llama", *SLIDING], POLICIES, MODES))
 def test_greedy_is_the_masked_twins(name, decode, kv):
     model, pruner = model_of(name), pruner_of(decode, kv)
     with torch.no_grad(), pruner(model):
@@ -132,9 +132,7 @@ def beams_by_hand(model, pruner, ids, beams, new):
     return best
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", POLICIES)
-@pytest.mark.parametrize("name", ["llama", *SLIDING])
+@pytest.mark.parametrize(("name", "decode", "kv"), pairwise(["llama", *SLIDING], POLICIES, MODES))
 def test_beam_search_is_that_over_rebuilt_texts(name, decode, kv):
     model, pruner = model_of(name), pruner_of(decode, kv)
     with torch.no_grad(), pruner(model):
@@ -150,10 +148,9 @@ def test_beam_search_is_that_over_rebuilt_texts(name, decode, kv):
             assert relative(out.sequences_scores[3 * row : 3 * row + 3].double(), scores) < 1e-5
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", POLICIES)
-@pytest.mark.parametrize("name", ["llama", *SLIDING])
-@pytest.mark.parametrize("guesser", ["lookup", "assistant"])
+@pytest.mark.parametrize(
+    ("guesser", "name", "decode", "kv"), pairwise(["lookup", "assistant"], ["llama", *SLIDING], POLICIES, MODES)
+)
 def test_assisted_decoding_is_greedy(guesser, name, decode, kv):
     """Guesses that came with the prompt are no prompt, and guesses taken back leave nothing behind."""
     model, pruner, row = model_of(name), pruner_of(decode, kv), TEXT[:1]
@@ -247,9 +244,7 @@ def test_a_second_turn(decode, whole, chunk):
     assert set(plain.phases) == {"continuation"}
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", POLICIES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", *SLIDING])
+@pytest.mark.parametrize(("name", "decode", "kv"), pairwise(["llama", "gpt2", "opt", *SLIDING], POLICIES, MODES))
 def test_left_padded_rows_generate_what_they_do_alone(name, decode, kv):
     model, pruner = model_of(name), pruner_of(decode, kv)
     ids, mask = TEXT.clone(), torch.ones_like(TEXT)

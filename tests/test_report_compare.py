@@ -48,7 +48,8 @@ def test_runs_are_side_by_side_on_one_page(pair, tmp_path: Path):
     assert "b/demo: " not in shown.text.split("Outcome")[0] or "keeps fewer" in shown.text
 
 
-def test_a_run_on_one_document_shows_its_share_without_an_interval(pair, tmp_path: Path):
+def test_a_run_on_one_document_shows_its_share_without_an_interval(pair, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(page, "draw", lambda plot, rows: None)
     said = {"low": None, "high": None, "note": "one document: no interval"}
     edit(pair[1] / "evaluate/results.json", lambda r: [m["kept"].update(said) for m in r["methods"]])
     assert "50.0 % (one document: no interval)" in Page(build_comparison(list(pair), tmp_path / "out")).text
