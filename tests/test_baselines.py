@@ -15,7 +15,7 @@ from ftp_lightning.baselines.fast_kv import PropagatedSelector
 from ftp_lightning.baselines.gem_filter import GemFilterSelector
 from ftp_lightning.baselines.names import EQUAL_FLOPS, EQUAL_TOKENS, NEEDS_SENSITIVITY
 from ftp_lightning.baselines.peer import from_block, ramp, steps
-from ftp_lightning.baselines.registry import METHODS, PEERS, FtpProjected, Profile, Setting, first_dense
+from ftp_lightning.baselines.registry import METHODS, Profile, Setting, first_dense
 from ftp_lightning.baselines.removal import greedy_order
 from ftp_lightning.baselines.selectors import AttentionSelector, nested, pooled
 from ftp_lightning.baselines.skip_gpt import SkipGPTRouter
@@ -28,7 +28,7 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
-from ftp_lightning.routing import HiddenRouter, ProjectedRouter, RoutingContext
+from ftp_lightning.routing import HiddenRouter, RoutingContext
 from ftp_lightning.training.compensation import fit_compensation
 
 PROMPT = 18
@@ -76,7 +76,7 @@ ATTENTION = [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.8, 0.1, 0], [0.2, 0.1, 0.
 
 def test_the_last_tokens_attention_ranks_for_lazy_llm():
     what, slots = tapped(ATTENTION)
-    scores, seen = received_attention(what, slots, slots, PEERS["lazy_llm"].window)
+    scores, seen = received_attention(what, slots, slots, METHODS["lazy_llm"].window)
     assert seen.all() and torch.allclose(scores, 4 * torch.tensor([[0.2, 0.1, 0.6, 0.1]]), atol=1e-6)
     assert order(AttentionSelector().score(context(scores[0].tolist())))[:2] == [2, 0]
     assert steps(8).sparsity == (0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1)
@@ -161,7 +161,7 @@ def test_recent_and_sink():
 
 
 def test_short_gpt_removes_the_least_influential_blocks_first():
-    assert list(PEERS["short_gpt"].order(setting())) == [(1, "block"), (3, "block"), (2, "block")]
+    assert list(METHODS["short_gpt"].order(setting())) == [(1, "block"), (3, "block"), (2, "block")]
 
 
 def test_block_pruner_takes_what_hurts_least_beside_what_is_gone():
@@ -179,7 +179,7 @@ def test_block_pruner_takes_what_hurts_least_beside_what_is_gone():
 
 
 def test_block_pruner_minimises_the_loss_of_the_model():
-    peer, here = PEERS["block_pruner"], setting()
+    peer, here = METHODS["block_pruner"], setting()
     first = next(peer.order(here))
     parts = [(block, part) for block in range(BLOCKS) for part in ("attention", "mlp")]
     assert first == min(parts, key=lambda part: peer.loss(here, [part]))
@@ -200,12 +200,12 @@ def test_skip_gpt_has_a_map_for_each_part_and_mod_one_for_all_blocks():
         for p, values in zip(router.parameters(), ([[1.0, 0, 0]], [0.0], [[0.0], [1.0]], [0.0, 0.0])):
             p.copy_(torch.tensor(values))
     assert order(router.score(context(hidden=hidden))) == [0, 3, 2, 1]
-    [(_, every_other)] = PEERS["mod"].tries(setting())
+    [(_, every_other)] = METHODS["mod"].tries(setting())
     assert every_other.sparsity == (0, 1, 0, 1)
 
 
 def test_ffn_only_ranks_by_attention_and_leaves_attention_alone():
-    pruner = PEERS["ffn_only"].place(setting(), 0.15, PROFILE)
+    pruner = METHODS["ffn_only"].place(setting(), 0.15, PROFILE)
     _, trace = prefill_and_continue(MODEL, pruner, TEXT[:1], PROMPT)
     assert all(keep.all() for keep in trace.keep_attention) and trace.keep_mlp[0].all() and trace.keep_mlp[3].all()
     assert not trace.keep_mlp[1].all() and not trace.keep_mlp[2].all()
@@ -213,7 +213,7 @@ def test_ffn_only_ranks_by_attention_and_leaves_attention_alone():
 
 
 def test_the_last_block_is_free():
-    pruner = PEERS["last_block_free"].place(setting(), 0.5, PROFILE)
+    pruner = METHODS["last_block_free"].place(setting(), 0.5, PROFILE)
     pruned, trace = prefill_and_continue(MODEL, pruner, TEXT, PROMPT)
     assert trace.sparsity[:-1] == [0, 0, 0] and trace.sparsity[-1] == pytest.approx(16 / 18)
     dense = MODEL(input_ids=TEXT).logits
@@ -321,47 +321,19 @@ def test_what_is_wrong_is_told():
     with pytest.raises(ValueError, match="removed names"):
         TokenPruner(StaticRouter(), Schedule([0.5] * 4), removed=[(4, "block")])
     with pytest.raises(UserError, match="own schedule alone"):
-        PEERS["short_gpt"].place(setting(), 0.3, PROFILE, form=Schedule([1.0] * 4))
+        METHODS["short_gpt"].place(setting(), 0.3, PROFILE, form=Schedule([1.0] * 4))
     with pytest.raises(UserError, match="needs `influence`"):
-        PEERS["short_gpt"].place(Setting(MODEL), 0.3, PROFILE)
+        METHODS["short_gpt"].place(Setting(MODEL), 0.3, PROFILE)
     with pytest.raises(UserError, match="cannot be reached"):
-        PEERS["mod"].place(setting(), 0.7, PROFILE)
+        METHODS["mod"].place(setting(), 0.7, PROFILE)
     with pytest.raises(UserError, match="cannot be stored"):
         TokenPruner(StaticRouter(), Schedule([0.5] * 4), removed=[(0, "mlp")]).save("nowhere")
-
-
-# ---------------------------------------------------------------- ours, trained before
-
-
-def test_a_trained_router_is_taken_from_the_nearest_folder_that_reaches_the_cut(tmp_path):
-    made = {"keep-0.2-1-projected": [0.0, 0.2, 0.2, 0.4], "keep-0.5-1-projected": [0.0, 0.5, 1.0, 0.5]}
-    for name, sparsity in made.items():
-        router = ProjectedRouter(MODEL.config.hidden_size)
-        TokenPruner(router, Schedule(sparsity), kv="keep").save(tmp_path / name / "pruned", model=MODEL)
-        made[name] = sparsity, router
-    peer, here, found = FtpProjected(tmp_path), setting(seed=1), {}
-    for cut in (0.1, 0.15, 0.4):
-        pruner, (sparsity, router) = peer.place(here, cut, PROFILE), made[peer.taken]
-        found[cut] = peer.taken
-        assert abs(planned_cut(MODEL, pruner, PROMPT) - cut) < 0.05 and pruner.kv[0] == "keep"
-        factor = pruner.schedule.sparsity[1] / sparsity[1]
-        assert pruner.schedule.sparsity == pytest.approx([min(1.0, factor * s) for s in sparsity])
-        assert all(torch.equal(a, b) for a, b in zip(pruner.router.parameters(), router.parameters(), strict=True))
-    assert list(found.values()) == ["keep-0.2-1-projected", "keep-0.2-1-projected", "keep-0.5-1-projected"]
-    few = FtpProjected(tmp_path, least=0.3).place(here, 0.15, PROFILE)  # 20 % in a block is too little
-    assert [s > 0 for s in few.schedule.sparsity] == [False, False, False, True]
-    with pytest.raises(UserError, match="has no keep-"):
-        peer.place(setting(seed=2), 0.1, PROFILE)
-    with pytest.raises(UserError, match="own schedule alone"):
-        peer.place(here, 0.1, PROFILE, form=Schedule([1.0] * 4))
-    with pytest.raises(UserError, match="cannot be reached"):
-        peer.place(here, 0.95, PROFILE)
 
 
 # ---------------------------------------------------------------- equal cost
 
 COARSE = {"short_gpt", "block_pruner"}
-SCALED = [name for name in PEERS if name not in {"last_block_free", "deletion_surprisal", "default", *COARSE}]
+SCALED = [name for name in METHODS if name not in {"last_block_free", "deletion_surprisal", "default", *COARSE}]
 
 
 @pytest.mark.parametrize("new_tokens", [0, 6])
@@ -369,14 +341,14 @@ SCALED = [name for name in PEERS if name not in {"last_block_free", "deletion_su
 def test_every_peer_is_placed_at_the_cut_and_realises_it(name, new_tokens):
     here, profile = setting(), Profile(PROMPT, new_tokens)
     cut = 0.15 if name in ("ffn_only", "mod") or new_tokens else 0.3
-    pruner = PEERS[name].place(here, cut, profile)
+    pruner = METHODS[name].place(here, cut, profile)
     planned = planned_cut(MODEL, pruner, PROMPT, new_tokens)
     assert abs(planned - cut) < (0.15 if name in COARSE else 0.04)
     prefill_and_continue(MODEL, pruner, TEXT, PROMPT)
     assert realised_cut(MODEL, pruner, pruner.trace.prompt, new_tokens) == pytest.approx(planned, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["static", "threshold", "short_gpt", "gem_filter", "deletion_surprisal"])
+@pytest.mark.parametrize("name", ["topk", "threshold", "short_gpt", "gem_filter", "deletion_surprisal"])
 def test_the_costs_of_rows_are_those_of_each_alone(name):
     """Of padded prompts too, with as many new tokens as each row has; looks and removed parts are in them."""
     prompts, new = [row[:n].tolist() for row, n in zip(TEXT, (18, 9, 13))], [0, 6, 3]
@@ -384,8 +356,8 @@ def test_the_costs_of_rows_are_those_of_each_alone(name):
     pruner = TokenPruner(
         StaticRouter(), Schedule.uniform(4, 0.5), choice="threshold" if name == "threshold" else "topk"
     )
-    if name in PEERS:
-        pruner = PEERS[name].place(setting(), 0.1, PROFILE)
+    if name in METHODS:
+        pruner = METHODS[name].place(setting(), 0.1, PROFILE)
 
     def costs(batch, new_tokens):
         with torch.no_grad(), pruner(MODEL):
@@ -407,16 +379,16 @@ def test_the_costs_of_rows_are_those_of_each_alone(name):
 
 
 def test_a_look_is_charged():
-    surprisal = PEERS["deletion_surprisal"].place(setting(), 0.3, PROFILE)
+    surprisal = METHODS["deletion_surprisal"].place(setting(), 0.3, PROFILE)
     assert planned_cut(MODEL, surprisal, PROMPT) < -0.7  # what it deletes is gone, a prefill and its logits are added
-    filtered = PEERS["gem_filter"].place(setting(), 0.3, PROFILE)
+    filtered = METHODS["gem_filter"].place(setting(), 0.3, PROFILE)
     unlooked = TokenPruner(StaticRouter(), filtered.schedule, kv="evict")
     assert planned_cut(MODEL, unlooked, PROMPT) > planned_cut(MODEL, filtered, PROMPT) + 0.1
 
 
 def test_selectors_stand_under_each_others_schedules():
     form = first_dense(Schedule([0.5, 0.2, 0.5, 0.8]))
-    for name, peer in PEERS.items():
+    for name, peer in METHODS.items():
         if not peer.own_schedule_only:
             pruner = peer.place(setting(), 0.1, PROFILE, form, kv="keep")
             assert set(pruner.kv) == {"keep"} and pruner.schedule.sparsity[0] == 0.0, name
@@ -427,13 +399,21 @@ def test_selectors_stand_under_each_others_schedules():
 def test_compensation_for_all_or_none():
     for name in SCALED:
         for rank in (0, 2):
-            pruner = PEERS[name].place(setting(rank=rank), 0.12, PROFILE)
+            pruner = METHODS[name].place(setting(rank=rank), 0.12, PROFILE)
             assert pruner.skip_rank == rank and (pruner.skip == "low-rank") == bool(rank), name
-    pruner = PEERS["short_gpt"].place(setting(rank=2), 0.25, PROFILE)
+    pruner = METHODS["short_gpt"].place(setting(rank=2), 0.25, PROFILE)
     compensated, trace = prefill_and_continue(MODEL, pruner, TEXT[:1], PROMPT)
     kept = [torch.cat([k[0], k[0, :6]]) for k in trace.keep]
     expected = masked_dense(MODEL, kept, kept, pruner.kv, TEXT[0], pruner.compensation)
     assert relative(compensated[0], expected) < 1e-5
+
+
+def test_every_method_has_one_name():
+    """No two names of the registry give the same pruner."""
+    found = {name: peer.place(setting(), 0.1, PROFILE) for name, peer in METHODS.items()}
+    same = [(a, b) for a in found for b in found if a < b and found[a].identity() == found[b].identity()]
+    assert not same
+    assert {"static", "dynamic"} <= set(METHODS)  # as results.json, the report and --router call them
 
 
 def compared(name, chosen, **more):

@@ -5,7 +5,7 @@ import torch
 from ftp_models import ftp_models
 from tiny import random_llama
 
-from ftp_lightning.baselines.registry import PEERS, Setting
+from ftp_lightning.baselines.registry import METHODS, Setting
 from ftp_lightning.evaluation.harness.answers import asked_identity
 from ftp_lightning.models import load_tokenizer
 from ftp_lightning.pruning import TokenPruner
@@ -98,5 +98,5 @@ def test_autocast_counts(tmp_path):
 
 def test_selectors_of_one_kind_with_other_arguments_have_other_identities():
     setting = Setting(random_llama(300, num_hidden_layers=8))
-    identities = [str(router.identity()) for router, _ in PEERS["gem_filter"].tries(setting)]
+    identities = [str(router.identity()) for router, _ in METHODS["gem_filter"].tries(setting)]
     assert len(set(identities)) == len(identities) > 1

@@ -1,15 +1,17 @@
-"""A router without training under a plain way to spread a budget: what every search and training has to beat."""
+"""A router under a named way to spread a budget: what every search and training has to beat, and what they find."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import torch
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
 from ftp_lightning.costs.budget import default_with_cut
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
-from ftp_lightning.routing import Router, StaticRouter
+from ftp_lightning.routing import DynamicRouter, Router, StaticRouter
 from ftp_lightning.schedule import Schedule
 
 FORM_BUDGET = 0.3
@@ -99,3 +101,18 @@ class Static(Allocated):
         if setting.searched is None:
             raise UserError(f"{self.name} needs a searched schedule.\nGive one, or search it.")
         return setting.searched
+
+
+class Dynamic(Static):
+    """FTP's router of 450 parameters under the searched schedule (arXiv 2412.11494, Section 4.3).
+
+    The router is made, not trained: whoever compares it trains it.
+    """
+
+    name, title = "dynamic", "trained router, searched"
+    trained = seeded = True
+
+    def router(self, setting: Setting) -> Router:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setting.seed)
+            return DynamicRouter()

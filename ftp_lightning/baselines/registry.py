@@ -1,6 +1,6 @@
 """All methods by name: the one list that `evaluate`, the studies and the comparison with peers read."""
 
-from ftp_lightning.baselines.allocated import BlockInfluence, Default, FirstDense, Static, Uniform
+from ftp_lightning.baselines.allocated import BlockInfluence, Default, Dynamic, FirstDense, Static, Uniform
 from ftp_lightning.baselines.block_pruner import BlockPruner
 from ftp_lightning.baselines.deletion_random import DeletionRandom
 from ftp_lightning.baselines.deletion_recent import DeletionRecent
@@ -12,7 +12,6 @@ from ftp_lightning.baselines.last_block import LastBlockFree
 from ftp_lightning.baselines.late_blocks import LateBlocks
 from ftp_lightning.baselines.lazy_llm import LazyLLM
 from ftp_lightning.baselines.mixture_of_depths import MixtureOfDepths
-from ftp_lightning.baselines.ours import Ftp, FtpProjected, FtpStatic
 from ftp_lightning.baselines.peer import Peer, best_form, first_dense
 from ftp_lightning.baselines.random_tokens import RandomTokens
 from ftp_lightning.baselines.recent_sink import RecentSink
@@ -25,12 +24,9 @@ from ftp_lightning.baselines.zero_tprune import ZeroTPrune
 _ALL = (
     Uniform, Default, FirstDense, BlockInfluence, LateBlocks, LastBlockFree, DeletionRecent, DeletionRandom,
     DeletionSurprisal, ShortGPT, BlockPruner, RandomTokens, RecentSink, LazyLLM, FastKV, GemFilter, MixtureOfDepths,
-    SkipGPT, FfnOnly, SpAtten, ZeroTPrune, Static, FtpStatic, Ftp,
+    SkipGPT, FfnOnly, SpAtten, ZeroTPrune, Static, Dynamic,
 )  # fmt: skip
 METHODS: dict[str, Peer] = {method.name: method() for method in _ALL}
-"""By name, in the order of the tables; the last three are ours."""
+"""By name, in the order of the tables; the last two are FTP's own."""
 
-PEERS = {name: METHODS[name] for name in METHODS if name not in ("uniform", "block_influence", "static")}
-"""Methods that the comparison with peers places at equal FLOPs."""
-
-__all__ = ["METHODS", "PEERS", "PROFILES", "FtpProjected", "Peer", "Profile", "Setting", "best_form", "first_dense"]
+__all__ = ["METHODS", "PROFILES", "Peer", "Profile", "Setting", "best_form", "first_dense"]
