@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.schedule import Schedule
 from ftp_lightning.search.allocate import ALLOCATIONS, AllocationRequest, allocate, seed_allocations
 from ftp_lightning.search.allocations import greedy, knapsack, project
 
@@ -89,7 +90,7 @@ def test_what_is_missing_is_told(name, changes, told):
 
 
 def test_a_search_starts_from_what_it_has():
-    plain = {"uniform", "ramp", "late", "first_dense"}
+    plain = {"uniform", "ramp", "late", "first_dense", "default"}
     measured = plain | {"block_influence", "gradient", "sensitivity"}
     assert set(seed_allocations(request(3, 0.3, sensitivity=None))) == plain
     assert set(seed_allocations(request(3, 0.3))) == measured
@@ -97,6 +98,25 @@ def test_a_search_starts_from_what_it_has():
     assert set(seed_allocations(request(3, 0.3, sensitivity=low))) == measured - {"sensitivity"}
     assert set(seed_allocations(request(1, 0.3, sensitivity=None))) == plain - {"first_dense"}
     assert set(seed_allocations(request(3, 0.3), ("greedy", "random"))) == {"greedy", "random"}
+
+
+@pytest.mark.parametrize("kv", ["keep", "evict"])
+def test_a_search_starts_from_the_default_schedule_of_its_mode(kv):
+    found = seed_allocations(request(8, 0.3, sensitivity=None, kv=kv))["default"]
+    assert found.sparsity == pytest.approx(Schedule.default(8, 0.3, kv).sparsity) and found.kv is None
+
+
+def test_the_default_schedule_holds_for_its_own_modes_alone():
+    own = Schedule.default(8, 0.3)
+    mixed = request(8, 0.3, sensitivity=None, kv=own.kv)
+    assert allocate("default", mixed).sparsity == pytest.approx(own.sparsity)
+    assert allocate("default", request(8, 0.3, kv=["keep"] * 8)).sparsity == pytest.approx(
+        Schedule.default(8, 0.3, "keep").sparsity
+    )
+    other = request(8, 0.3, sensitivity=None, kv=own.kv[::-1])
+    assert "default" not in seed_allocations(other)
+    with pytest.raises(UserError, match="no default schedule for these kv modes"):
+        allocate("default", other)
 
 
 def test_the_dense_ends():

@@ -55,7 +55,7 @@ def test_both_searches_meet_the_budget_exactly(chain):
         assert found["value"] <= min(found["allocations"].values())
         assert found["generations"][-1]["best"] == found["value"]
     assert set(read(chain / "search/metrics.json")["allocations"]) == {
-        "uniform", "ramp", "late", "first dense", "block influence", "gradient", "sensitivity",
+        "uniform", "ramp", "late", "first dense", "default", "block influence", "gradient", "sensitivity",
     }  # fmt: skip
     assert {"start", "given"} <= set(read(chain / "finetune/metrics.json")["allocations"])
 

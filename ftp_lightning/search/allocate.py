@@ -23,7 +23,8 @@ class AllocationRequest:
         budget: mean sparsity B over the blocks, in [0, 1); met to 1e-9.
         lower, upper: least and highest sparsity of a block: one number for all, or N numbers.
         sensitivity: what stage `sensitivity` has written, parsed.
-        kv: the kv mode in force, or one per block: which of several measured KLs is looked at; None = the first.
+        kv: the kv mode in force, or one per block: which of several measured KLs is looked at (None = the first), and
+            for which modes `default` is made (None = those of `Schedule.default`).
         seed: of the random allocation.
         measure: Schedule -> loss, for the greedy one.
         resolution: difference of two sparsities, where an allocation goes by levels.
@@ -175,6 +176,23 @@ def _late(r: AllocationRequest) -> Schedule:
     return spread.late(r.num_blocks, r.budget, **r.bounds)
 
 
+def _default(r: AllocationRequest) -> Schedule:
+    kv = _default_modes(r)
+    return spread.project(Schedule.default(r.num_blocks, r.budget, kv).sparsity, r.budget, **r.bounds)
+
+
+def _default_modes(r: AllocationRequest) -> str | None:
+    """The modes in force as `Schedule.default` takes them: one for all blocks, or None for those of its own."""
+    modes = {r.kv} if isinstance(r.kv, str | None) else set(r.kv)
+    return modes.pop() if len(modes) == 1 else None
+
+
+def _needs_default_modes(r: AllocationRequest) -> str | None:
+    if r.kv is None or _default_modes(r) or tuple(r.kv) == Schedule.default(r.num_blocks, r.budget).kv:
+        return None
+    return "there is no default schedule for these kv modes\nLeave it out, or give --kv."
+
+
 def _block_influence(r: AllocationRequest) -> Schedule:
     return spread.from_importance(r.measured["block_influence"], r.budget, **r.bounds)
 
@@ -201,6 +219,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "first_dense": _dense_ends(first=True, last=False, seeds=True),
     "last_dense": _dense_ends(first=False, last=True),
     "ends_dense": _dense_ends(first=True, last=True),
+    "default": Allocation(_default, _needs_default_modes, seeds=True),
     "block_influence": Allocation(_block_influence, _needs("block_influence"), seeds=True),
     "gradient": Allocation(_gradient, _needs("gradient"), seeds=True),
     "sensitivity": Allocation(_sensitivity, _needs_levels, seeds=True),
