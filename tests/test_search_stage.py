@@ -50,6 +50,16 @@ def test_an_allocation_alone_is_what_is_found(command):
     assert Schedule.load("late/schedule.json").sparsity == pytest.approx((0.0, 0.0, 0.9))
 
 
+def test_the_default_schedule_alone_brings_its_kv_modes(command):
+    about = ("--allocations", "default", "--generations", "0", "--output")
+    assert command("search", *SMALL, *about, "mixed")[0] == 0
+    found, default = Schedule.load("mixed/schedule.json"), Schedule.default(3, 0.3)
+    assert found.sparsity == pytest.approx(default.sparsity) and found.kv == default.kv
+    assert command("search", *SMALL, *about, "keep", "--kv", "keep")[0] == 0
+    kept = Schedule.load("keep/schedule.json")
+    assert kept.kv == ("keep",) * 3 and kept.sparsity == pytest.approx(Schedule.default(3, 0.3, "keep").sparsity)
+
+
 @pytest.mark.parametrize("criterion", ["tv", "ce", "mse"])
 def test_another_criterion_is_another_search(command, criterion):
     assert command("search", *SMALL, "--criterion", criterion, "--output", "out")[0] == 0

@@ -41,7 +41,9 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     budgets: tuple[float, ...] = option((), "search all of these, in place of --budget; writes schedules.json")
     kv: str = kv_option(
-        AUTO, "keys and values of skipped tokens; auto is the mode of --pruned or --schedule, or keep", AUTO
+        AUTO,
+        "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or --allocations default, or keep",
+        AUTO,
     )
     search_kv: bool = option(False, "search the kv mode of every block as well, in place of --kv")
     router: Literal["static", "random", "untrained"] = option(
@@ -224,17 +226,20 @@ def starting_pruner(settings: SearchStage, model: Any) -> TokenPruner:
     if not settings.pruned:
         dense = Schedule.uniform(num_blocks(model), 0.0)
         router = make_router(settings.router, dense.num_blocks, hidden_size=1, seed=settings.seed)  # none reads states
-        return TokenPruner(router, dense, kv=_mode(settings))
+        return TokenPruner(router, dense, kv=_mode(settings, dense.num_blocks))
     return in_mode(load_pruner(settings.pruned, model), settings.kv)
 
 
-def _mode(settings: SearchStage) -> Any:
+def _mode(settings: SearchStage, blocks: int) -> Any:
     """The kv mode to search for: --kv, else that of the schedule to start from, else keep."""
+    from ftp_lightning.schedule import Schedule
     from ftp_lightning.stages.inputs import DEFAULT_KV, read_schedule
 
     if (modes := given_modes(settings.kv)) is not None:
         return modes
     given = read_schedule(settings.schedule, settings.budget) if settings.schedule else None
+    if given is None and settings.allocations == ("default",):
+        return Schedule.default(blocks, settings.budget).kv
     return given.kv if given is not None and given.kv else DEFAULT_KV
 
 
