@@ -14,8 +14,8 @@ import json
 from typing import Any
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
+from ftp_lightning.artifact import locked
 from ftp_lightning.studies.recall_study import Seeded, calibration, recall_study, searched
-from ftp_lightning.studies.runner import locked
 
 SEARCHED = "searched"
 WAYS = ("uniform", "first_dense", "late", "ramp", "block_influence", "gradient", "sensitivity", SEARCHED)

@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,18 @@ class Lock:
     def _close(self) -> None:
         self._opened.close()
         self.file = None
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """One process at a time at work on `place`, machine-wide; others wait, and a process that dies lets go."""
+    make_folder(place.parent)
+    lock = Lock(place.parent / f".{place.name}.lock")
+    lock.take(wait=True)
+    try:
+        yield
+    finally:
+        lock.free()
 
 
 def inside(folder: Path, name: Any) -> Path | None:

@@ -43,3 +43,10 @@ def shard(model: PreTrainedModel, processes: Processes, device: torch.device) ->
     rest = {weight for weight in decoder.parameters() if id(weight) not in within}
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=rest)  # so that the blocks have one root
     return model.to(device)
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether a forward of this model needs all processes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -1,5 +1,8 @@
 """Own answers: what the dense model says greedily, kept on disk, and whether a pruned model still says it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import random_llama
@@ -123,3 +126,36 @@ def test_a_prompt_longer_than_the_model_is_told(tiny):
     model.config.max_position_embeddings = 511
     with pytest.raises(UserError, match="have 512 tokens, the model takes 511"):
         own_answers(model, rows, 500)
+
+
+def side_by_side(work):
+    """The results of `work` in two threads that run at once."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(work), pool.submit(work)]]
+
+
+def test_of_several_processes_one_asks_and_the_others_read(tiny, monkeypatch, tmp_path):
+    model, rows = tiny
+    asked, real, both = [], module.greedy, threading.Event()
+
+    def greedy(model, batch, *rest):
+        asked.append(threading.get_ident())
+        if len(asked) > 1:
+            both.set()
+        both.wait(0.3)  # the other one would ask now
+        return real(model, batch, *rest)
+
+    monkeypatch.setattr(module, "greedy", greedy)
+    one, two = side_by_side(lambda: own_answers(model, rows, 4, tmp_path).hash())
+    assert one == two == own_answers(model, rows, 4).hash()
+    assert len(set(asked)) == 2  # one of the two threads, and this one, which was given no folder
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_processes_that_share_a_sharded_model_ask_together(tiny, monkeypatch, tmp_path):
+    """Its forward needs all of them: who waited for the first would wait for ever."""
+    model, rows = tiny
+    together, real = threading.Barrier(2, timeout=20), module.greedy
+    monkeypatch.setattr(module, "is_sharded", lambda model: True)
+    monkeypatch.setattr(module, "greedy", lambda *about: (together.wait(), real(*about))[1])
+    assert len(set(side_by_side(lambda: own_answers(model, rows, 4, tmp_path).hash()))) == 1

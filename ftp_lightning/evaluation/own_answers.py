@@ -6,12 +6,14 @@ They need no labels, and ask what a user cares about: does the pruned model stil
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ftp_lightning.artifact import locked
 from ftp_lightning.data.rows import Batch, Rows, moved
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.harness.accounts import Answer
@@ -20,6 +22,7 @@ from ftp_lightning.fingerprint import digest
 from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.kept import padding_arguments
+from ftp_lightning.sharding import is_sharded
 
 BATCH = 8
 EMPTY = "empty_answer"
@@ -32,7 +35,8 @@ def own_answers(
 
     An end token ends an answer and is its last token. A prompt that is answered by the end token alone is left out and
     counted as "empty_answer". Answers are kept in `folder` batch by batch, by a hash of the model and its precision,
-    the prompt and `new_tokens`, so that the same call goes on after a kill.
+    the prompt and `new_tokens`, so that the same call goes on after a kill. Processes that share the folder make each
+    answer once.
 
     Args:
         model: a Hugging Face causal LM with nothing attached.
@@ -68,18 +72,32 @@ def end_tokens(model) -> frozenset[int]:
 
 
 def _answers(model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder: str | Path | None) -> list[list[int]]:
-    """The answer to each prompt, from the folder or from the model."""
+    """The answer to each prompt, from the folder or from the model.
+
+    Of several processes that want the same, one asks the model and the others wait and read. A sharded model is asked
+    by all at once.
+    """
     who = {"model": model_identity(model), "dtype": str(model.dtype), "ends": sorted(ends), "new_tokens": new_tokens}
-    book = AnswerBook(folder, digest(json.dumps(who, sort_keys=True).encode()))
+    identity = digest(json.dumps(who, sort_keys=True).encode())
     keys = [request_key(row.prompt) for row in prompts.rows]
-    known = {key: list(answer.value) for key in keys if (answer := book.get(key)) is not None}
-    first = {key: i for i, key in enumerate(keys) if key not in known}
-    missing = prompts.subset(first.values())
-    for numbers, batch in missing.batches(BATCH):
-        found = dict(zip((list(first)[i] for i in numbers), greedy(model, batch, new_tokens, ends)))
-        book.add({key: Answer(tuple(answer)) for key, answer in found.items()})
-        known |= found
+    known = _known(AnswerBook(folder, identity), keys)
+    if len(known) == len(set(keys)):
+        return [known[key] for key in keys]
+    place = None if folder is None or is_sharded(model) else Path(folder).expanduser() / identity
+    with nullcontext() if place is None else locked(place):
+        book = AnswerBook(folder, identity)
+        known = _known(book, keys)
+        first = {key: i for i, key in enumerate(keys) if key not in known}
+        missing = prompts.subset(first.values())
+        for numbers, batch in missing.batches(BATCH):
+            found = dict(zip((list(first)[i] for i in numbers), greedy(model, batch, new_tokens, ends)))
+            book.add({key: Answer(tuple(answer)) for key, answer in found.items()})
+            known |= found
     return [known[key] for key in keys]
+
+
+def _known(book: AnswerBook, keys: list[str]) -> dict[str, list[int]]:
+    return {key: list(answer.value) for key in keys if (answer := book.get(key)) is not None}
 
 
 @torch.no_grad()

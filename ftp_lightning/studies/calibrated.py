@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import write_text
+from ftp_lightning.artifact import locked, write_text
 from ftp_lightning.baselines.block_pruner import BlockPruner
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.stages.inputs import measured_rows
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
-from ftp_lightning.studies.runner import is_finished, locked
+from ftp_lightning.studies.runner import is_finished
 
 ORDER = "block_pruner.json"
 

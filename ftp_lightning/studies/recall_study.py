@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftp_lightning.artifact import locked
 from ftp_lightning.studies.grid import Cell, arguments, finished, sentences
 from ftp_lightning.studies.method_table import kept_table
-from ftp_lightning.studies.runner import locked
 
 if TYPE_CHECKING:
     from ftp_lightning.evaluation.bench import Bench

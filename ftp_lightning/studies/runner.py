@@ -10,28 +10,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.artifact import Lock, StageFolder, make_folder, read_provenance
+from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from ftp_lightning.studies.trial import TrialStage
-
-
-@contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """One process at a time, machine-wide; a process that dies lets go."""
-    make_folder(place.parent)
-    lock = Lock(place.parent / f".{place.name}.lock")
-    lock.take(wait=True)
-    try:
-        yield
-    finally:
-        lock.free()
 
 
 def is_finished(settings: StageSettings) -> bool | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder
+from ftp_lightning.artifact import StageFolder, locked
 from ftp_lightning.cli.kv import kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
@@ -180,7 +180,7 @@ class TrialStage(TrainStage):
 
     def _shared(self, settings: StageSettings, progress: Progress) -> Path:
         """The folder of a finished stage that other runs may have carried out; one process at a time does."""
-        from ftp_lightning.studies.runner import is_finished, locked
+        from ftp_lightning.studies.runner import is_finished
 
         told = settings.config(), settings.identity(), ""
         name = StageFolder(Path(), settings.stage, *told).fingerprint
