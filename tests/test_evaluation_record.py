@@ -1,5 +1,6 @@
 """The record: sums over all items, what is needed, pairs by item and seed, and the way to disk and back."""
 
+import numpy as np
 import pandas
 import pytest
 
@@ -65,3 +66,37 @@ def test_a_record_comes_back_from_disk(tmp_path):
     path.write_text('{"a": 1}\n')
     with pytest.raises(UserError, match="holds no record"):
         of.read_record(path)
+
+
+def seeded(values, same_questions):
+    """A record without documents; values (seeds, items). `hash` is that of the words asked."""
+    words = [[n if same_questions else f"{n}/{seed}" for n in range(len(row))] for seed, row in enumerate(values)]
+    parts = [
+        of.record([{"right": v, "needed": True, "hash": w} for v, w in zip(*one)], "a", "t", seed)
+        for seed, one in enumerate(zip(values, words))
+    ]
+    return of.joined(parts)
+
+
+def test_a_question_without_a_document_is_one_cluster_however_often_it_is_asked():
+    values = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    same, other = seeded(values, True), seeded(values, False)
+    assert (of.kept(same).clusters, of.kept(same).seeds) == (3, 2)
+    assert (of.kept(other).clusters, of.kept(other).seeds) == (6, 2)
+    assert of.kept(other.drop(columns="hash")).clusters == 3  # unknown words: taken for the same, the wider reading
+    named = other.assign(method="b", right=0.0)
+    assert of.difference(of.joined([other, named]), "a", "b").clusters == 6
+
+
+@pytest.mark.parametrize("same_questions", [True, False])
+@pytest.mark.parametrize("between", [0.0, 0.3])
+def test_answers_of_three_seeds_are_covered_whether_or_not_they_were_asked_the_same(same_questions, between):
+    """30 questions, kept where a difficulty plus the seed's own effect is below a bound: 80 % in the long run."""
+    rng, hits, trials = np.random.default_rng(7), 0, 200
+    bound = 0.8416 * (1 + between**2) ** 0.5
+    for _ in range(trials):
+        difficulty = np.repeat(rng.normal(size=(1, 30)), 3, 0) if same_questions else rng.normal(size=(3, 30))
+        right = difficulty + between * rng.normal(size=(3, 1)) < bound
+        found = of.kept(seeded(right.astype(float).tolist(), same_questions))
+        hits += found.low <= 0.8 <= found.high
+    assert hits >= 0.92 * trials

@@ -34,6 +34,7 @@ def test_pairs_count_what_was_lost_and_gained():
     story = joined([items(name, [score] * 3, document="one story") for name, score in (("A", 1.0), ("B", 0.0))])
     (alone,) = pairing.compare(story, "A", "B")
     assert (alone["difference"], alone["low"], alone["high"]) == (1.0, None, None)  # one document shows no spread
+    assert (pair["clusters"], alone["clusters"]) == (5, 1)
 
 
 def test_runs_are_joined_by_what_was_asked(tmp_path):
@@ -48,15 +49,21 @@ def test_runs_are_joined_by_what_was_asked(tmp_path):
 
 def test_interval_of_a_ratio_holds_it_and_says_when_it_is_not_known():
     dense, pruned = [1.0] * 60 + [0.0] * 40, [1.0] * 54 + [0.0] * 46
-    found = statistics.ratio_interval([(pruned, dense, 0.0, None)])
+    found = statistics.ratio_interval([(pruned, dense, 0.0, None, None)])
     assert found.value == pytest.approx(0.9) and 0.8 < found.low < 0.9 < found.high <= 1.0
-    same = statistics.ratio_interval([(dense, dense, 0.25, None)])
+    same = statistics.ratio_interval([(dense, dense, 0.25, None, None)])
     assert same.value == 1 and 0.9 < same.low < 1 < same.high < 1.1  # equal on 100 items is not equal beyond doubt
-    unknown = statistics.ratio_interval([(pruned, [1.0, 0.0] * 50, 0.5, None)])
+    unknown = statistics.ratio_interval([(pruned, [1.0, 0.0] * 50, 0.5, None, None)])
     assert (unknown.low, unknown.note) == (None, "dense is at chance: no ratio")
-    alone = statistics.ratio_interval([(pruned, dense, 0.0, None), (pruned, dense, 0.0, ["a"] * 100)])
+    alone = statistics.ratio_interval([(pruned, dense, 0.0, None, None), (pruned, dense, 0.0, ["a"] * 100, None)])
     assert (alone.value, alone.low, alone.note) == (pytest.approx(0.9), None, "one document: no interval")
     assert statistics.ratio_interval([]) is None
+
+
+def test_seeds_that_differ_widen_a_ratio():
+    dense, pruned = [1.0] * 120, [1.0] * 40 + [0.0] * 20 + [1.0] * 20 + [0.0] * 40
+    one, three = (statistics.ratio_interval([(pruned, dense, 0.0, None, s)]) for s in (None, [0] * 40 + [1] * 80))
+    assert one.value == three.value and three.high - three.low > 2 * (one.high - one.low)
 
 
 def test_few_documents_widen_a_ratio():
@@ -64,7 +71,7 @@ def test_few_documents_widen_a_ratio():
     dense = [float(rng.random() < 0.8) for _ in range(200)]
     pruned = [one * (rng.random() < 0.9) for one in dense]
     many, few = (
-        statistics.ratio_interval([(pruned, dense, 0.0, [i * n // 200 for i in range(200)])]) for n in (100, 4)
+        statistics.ratio_interval([(pruned, dense, 0.0, [i * n // 200 for i in range(200)], None)]) for n in (100, 4)
     )
     assert many.value == few.value and few.high - few.low > 1.2 * (many.high - many.low)
 

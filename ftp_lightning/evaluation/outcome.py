@@ -10,7 +10,7 @@ from ftp_lightning.evaluation import statistics
 from ftp_lightning.evaluation.bench import DELETED, OWN_ANSWERS, Bench
 from ftp_lightning.evaluation.continuation import other_attention
 from ftp_lightning.evaluation.pairing import claims, compare
-from ftp_lightning.evaluation.record import DENSE, documents, flops_cut, joined, kept, mean, outcomes, pairs
+from ftp_lightning.evaluation.record import DENSE, documents, flops_cut, joined, kept, mean, outcomes, pairs, seeds
 from ftp_lightning.evaluation.statistics import Interval, mcnemar_p
 from ftp_lightning.schedule import kv_name
 
@@ -218,6 +218,6 @@ def _ends(parts: Sequence[tuple[DataFrame, DataFrame, float]]) -> list[float] | 
     for items, dense, at_chance in parts:
         named = joined([items.assign(method="pruned"), dense.assign(method=DENSE)])
         both = pairs(named, "pruned", DENSE, "score")
-        tasks.append((both["a"].tolist(), both["b"].tolist(), at_chance, documents(both)))
+        tasks.append((both["a"].tolist(), both["b"].tolist(), at_chance, documents(both), seeds(both)))
     found = statistics.ratio_interval(tasks)
     return None if found is None or found.low is None or found.high is None else [found.low, found.high]

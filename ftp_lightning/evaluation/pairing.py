@@ -30,7 +30,8 @@ def compare(items: DataFrame, a: str, b: str) -> list[dict[str, Any]]:
             lost, gained = outcomes(right["a"].tolist(), right["b"].tolist())
             ends = {"difference": apart.value, "low": apart.low, "high": apart.high}
             counts = {"lost": lost, "gained": gained, "p": mcnemar_p(lost, gained)}
-            found.append({"task": task, "a": a, "b": b, "items": apart.items, **ends, **counts})
+            stands_on = {"items": apart.items, "clusters": apart.clusters, "seeds": apart.seeds}
+            found.append({"task": task, "a": a, "b": b, **stands_on, **ends, **counts})
     return found
 
 

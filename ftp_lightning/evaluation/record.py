@@ -6,6 +6,7 @@ A record is a pandas.DataFrame with one row per item and method. Columns that a 
 |---|---|
 | method, seed, task, item | whose answer to what; `item` is unique within a task |
 | document | what the item was made from; items of one document go together in every interval |
+| hash | of the words that were asked; without a document, items of the same words go together |
 | prompt_tokens, continuation_tokens | tokens of the prompt, and of what followed it |
 | right, score | whether the answer is right, and its score by the task's metric |
 | first, agreed, kl | first token and whole answer as the dense model's; KL per continuation token, nats |
@@ -77,7 +78,7 @@ def mean(items: DataFrame, column: str) -> Interval:
     """Mean of a column with its 95 % interval over documents and, where they vary, seeds."""
     known = items[items[column].notna()] if column in items else items.iloc[:0]
     values = known[column].astype(float).tolist() if column in known else []
-    return clustered(values, documents(known), _seeds(known))
+    return clustered(values, documents(known), seeds(known))
 
 
 def kept(items: DataFrame, column: str = "right") -> Interval:
@@ -88,7 +89,7 @@ def kept(items: DataFrame, column: str = "right") -> Interval:
 def difference(items: DataFrame, a: str, b: str, column: str = "right") -> Interval:
     """Method `a` minus method `b` on the items (and seeds) that both have measured, item by item."""
     both = pairs(items, a, b, column)
-    return paired(both["a"].tolist(), both["b"].tolist(), documents(both), _seeds(both))
+    return paired(both["a"].tolist(), both["b"].tolist(), documents(both), seeds(both))
 
 
 def outcomes(right: Sequence[Any], other: Sequence[Any]) -> tuple[int, int]:
@@ -99,25 +100,43 @@ def outcomes(right: Sequence[Any], other: Sequence[Any]) -> tuple[int, int]:
 
 
 def pairs(items: DataFrame, a: str, b: str, column: str) -> DataFrame:
-    """Task, item, document and seed of the items that both methods have measured, and the two values `a` and `b`.
+    """Task, item, document, hash and seed of the items that both methods have measured, and the two values `a` and `b`.
 
     A method that was measured once (dense, or one that no seed changes) is held against every seed of the other.
     """
     one, two = (items[(items["method"] == name) & items[column].notna()] for name in (a, b))
     both_vary = min(len(set(side["seed"])) for side in (one, two)) > 1
     key = [*KEY, "seed"] if both_vary else KEY
-    left = one.reindex(columns=[*KEY, "document", "seed", column]).rename(columns={column: "a"})
+    left = one.reindex(columns=[*KEY, "document", "hash", "seed", column]).rename(columns={column: "a"})
     right = two.reindex(columns=[*key, column]).rename(columns={column: "b"})
     return left.merge(right, on=key).astype({"a": float, "b": float})
 
 
 def documents(items: DataFrame) -> list[tuple[Any, ...]]:
-    """The document of each item, within its task; the item itself where it has none."""
+    """Whose item each one is, within its task: its document; where it has none, the words asked (`hash`), else itself.
+
+    So a question that comes back under every seed is one cluster, as a document is, and questions that were drawn anew
+    for every seed are clusters within their seeds. Of items without either, those of one number count as one question:
+    the interval is then too wide where they are not, and never too narrow [ours, by simulation].
+    """
     if not len(items):
         return []
-    known = items["document"] if "document" in items else [None] * len(items)
-    own = zip(items["task"], items["item"], known, strict=True)
-    return [(task, "item", item) if _missing(document) else (task, document) for task, item, document in own]
+    none = [None] * len(items)
+    known, words = (items[name].tolist() if name in items else none for name in ("document", "hash"))
+    own = zip(items["task"], items["item"], known, words, strict=True)
+    return [_cluster(*one) for one in own]
+
+
+def _cluster(task: str, item: Any, document: Any, words: Any) -> tuple[Any, ...]:
+    if not _missing(document):
+        return task, document
+    return (task, "item", item) if _missing(words) else (task, "words", words)
+
+
+def seeds(items: DataFrame) -> list[Any] | None:
+    """The seeds, where there are several."""
+    found = items["seed"].tolist() if "seed" in items else []
+    return found if len(set(found)) > 1 else None
 
 
 def as_lines(items: DataFrame) -> str:
@@ -155,12 +174,6 @@ def _verdicts(items: DataFrame) -> dict[tuple[Any, ...], bool]:
         return {}
     known = zip(_keys(items), items["right"], strict=True)
     return {key: bool(verdict) for key, verdict in known if not _missing(verdict)}
-
-
-def _seeds(items: DataFrame) -> list[Any] | None:
-    """The seeds, where there are several."""
-    found = items["seed"].tolist() if "seed" in items else []
-    return found if len(set(found)) > 1 else None
 
 
 def _missing(value: Any) -> bool:

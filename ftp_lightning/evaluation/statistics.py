@@ -18,7 +18,7 @@ from ftp_lightning.evaluation.spread import Labels, Spread, Z, spread_of, t_quan
 
 EXTRA = 3
 """Degrees of freedom of a share beyond the documents that hold a loss, see `_korn_graubard` [ours, by simulation]."""
-Task = tuple[Sequence[float], Sequence[float], float, Labels]
+Task = tuple[Sequence[float], Sequence[float], float, Labels, Labels]
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,9 @@ def chance_of(labels: Sequence[int], choices: int) -> float:
 def ratio_interval(tasks: Sequence[Task]) -> Interval | None:
     """95 % interval of the mean over tasks of (pruned - chance) / (dense - chance) [ours].
 
-    tasks: (pruned scores, dense scores, chance, documents or None) of each, item by item, the same questions. With
-    chance 0 this is retention / 100, with one task skill. Each ratio R is linearised: its items are
-    (pruned - chance - R (dense - chance)) / (mean dense - chance), and their variances over documents add up.
+    tasks: (pruned scores, dense scores, chance, documents or None, seeds or None) of each, item by item, the same
+    questions. With chance 0 this is retention / 100, with one task skill. Each ratio R is linearised: its items are
+    (pruned - chance - R (dense - chance)) / (mean dense - chance), and their variances over documents and seeds add up.
 
     Returns None without tasks, and no ends where the interval of a dense score reaches its chance, or where a task has
     one document: then the ratio is not known.
@@ -266,7 +266,7 @@ def ratio_interval(tasks: Sequence[Task]) -> Interval | None:
     if not tasks:
         return None
     ratios, reaches, items, clusters, note = [], [], 0, 0, ""
-    for scores, dense_scores, chance, documents in tasks:
+    for scores, dense_scores, chance, documents, seeds in tasks:
         pruned, dense = np.asarray(scores, dtype=float), np.asarray(dense_scores, dtype=float)
         above = float(dense.mean()) - chance
         base = clustered(dense_scores, documents)
@@ -274,7 +274,7 @@ def ratio_interval(tasks: Sequence[Task]) -> Interval | None:
             return Interval(None, None, None, len(dense), base.clusters, note="dense is at chance: no ratio")
         ratio = (float(pruned.mean()) - chance) / above
         rests = (pruned - chance - ratio * (dense - chance)) / above
-        spread = spread_of(rests, documents, None)
+        spread = spread_of(rests, documents, seeds)
         both = np.isin([pruned, dense], (0.0, 1.0)).all()
         reach = max(spread.reach, spread.floor(pruned, dense) / above if both and not spread.note else 0.0)
         ratios.append(ratio)

@@ -28,7 +28,7 @@ class Cell:
         return "-".join(str(value).replace("/", "_").replace(" ", "_") for value in asdict(self).values())
 
 
-LABELS = ("answers", "hash", "metric", "label", "id")
+LABELS = ("answers", "metric", "label", "id")
 """Columns that no table reads: they are not published."""
 
 AnyCell = TypeVar("AnyCell", bound=Cell)
