@@ -427,6 +427,19 @@ def test_the_headline_table_has_the_measured_time_of_what_was_clocked(run: Path)
     assert times["dense"] == "228 ms" and times["dynamic"] == "174 ms (1.31x)" and times["random tokens"] == "–"
 
 
+def test_own_answers_are_shown_with_their_intervals(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    own = {"share": 0.62, "low": 0.55, "high": 0.69, "items": 200, "note": ""}
+    own |= {"first": {"share": 0.9, "low": None, "high": None, "note": "one document: no interval"}}
+    own |= {"kl": {"mean": 0.0213, "low": 0.0151, "high": 0.0274}}
+    edit(folder / "evaluate/results.json", lambda found: found["methods"][-1].update(own_answers=own))
+    build_report(folder)
+    shown = Page(folder / "report.html")
+    for words in ("whole answers kept", "62.0 % [55.0, 69.0]", "90.0 % (one document: no interval)"):
+        assert words in shown.text
+    assert "0.0213 [0.0151, 0.0274]" in shown.text and "word for word" in shown.text
+
+
 def test_the_best_are_those_that_nobody_beats_in_both() -> None:
     rows = [{"flops_cut": cut, "share": share} for cut, share in ((0.0, 1.0), (0.3, 0.9), (0.3, 0.5), (0.4, 0.2))]
     assert [row["best"] for row in outcome_series.with_best(rows)] == [1, 1, 0, 1]

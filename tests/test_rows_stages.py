@@ -55,6 +55,8 @@ def test_a_stage_takes_prompts_of_any_length(run, stage, rows):
         assert set(method["agreement"]) == {"first", "whole"}
         own = method["own_answers"]
         assert own is None if rows == "prompts" else own["items"] == metrics["rows"] and 0 <= own["share"] <= 1
+        assert own is None or (own["share"] <= own["first"]["share"] <= 1 and own["kl"]["low"] < own["kl"]["mean"])
+        assert Path("out/own_answers.csv").exists() == (own is not None)
 
 
 def test_prompts_without_an_answer_get_the_models_own(run):

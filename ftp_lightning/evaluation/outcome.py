@@ -72,7 +72,7 @@ def _method(bench: Bench, items: DataFrame, name: str, pruner: TokenPruner, task
     prompt, sequence = (
         bench.scores.get((name, text, mode)) or bench.score(name, pruner, text, mode) for mode in ("prompt", "sequence")
     )
-    own = kept_cell(of(items, name, OWN_ANSWERS)) if OWN_ANSWERS in bench.texts else None
+    own = own_answers_cell(of(items, name, OWN_ANSWERS)) if OWN_ANSWERS in bench.texts else None
     headline = next((task for task in tasks if task in twins(items)), None)
     return {
         "name": name,
@@ -174,9 +174,21 @@ def kept_cell(items: DataFrame | None) -> dict[str, Any] | None:
     return total | {"by_distance": {bucket: _kept(items[buckets == bucket]) for bucket in near_first}}
 
 
+def own_answers_cell(items: DataFrame) -> dict[str, Any] | None:
+    """Whole answers of the dense model that are kept, and of the same rows the first tokens and the KL per token.
+
+    `first` is a share, `kl` the mean over answers of the KL per token in nats; both with their intervals.
+    """
+    whole = kept_cell(items)
+    return whole and whole | {"first": _told(mean(items, "first")), "kl": _told(mean(items, "kl"), "mean")}
+
+
 def _kept(items: DataFrame) -> dict[str, Any]:
-    found = kept(items)
-    ends = {"share": found.value, "low": found.low, "high": found.high, "items": found.items}
+    return _told(kept(items))
+
+
+def _told(found: Interval, name: str = "share") -> dict[str, Any]:
+    ends = {name: found.value, "low": found.low, "high": found.high, "items": found.items}
     return ends | {"clusters": found.clusters, "seeds": found.seeds, "note": found.note}
 
 

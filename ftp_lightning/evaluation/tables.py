@@ -107,15 +107,17 @@ def with_error(name: str, error: str) -> Callable[[Record], str]:
     return show
 
 
-def with_interval(name: str, low: str, high: str, scale: float = 100.0, sign: str = "") -> Callable[[Record], str]:
-    """ "91.2 [89.7, 92.5]"."""
+def with_interval(
+    name: str, low: str, high: str, scale: float = 100.0, sign: str = "", shown: str = ".1f"
+) -> Callable[[Record], str]:
+    """ "91.2 [89.7, 92.5]"; `shown`: the format of each number."""
 
     def show(record: Record) -> str:
         if record.get(name) is None:
             return MISSING
         ends = [end for end in (record.get(low), record.get(high)) if end is not None]
-        inside = f" [{', '.join(f'{scale * end:{sign}.1f}' for end in ends)}]" if len(ends) == 2 else ""
-        return f"{scale * record[name]:{sign}.1f}{inside}"
+        inside = f" [{', '.join(f'{scale * end:{sign}{shown}}' for end in ends)}]" if len(ends) == 2 else ""
+        return f"{scale * record[name]:{sign}{shown}}{inside}"
 
     return show
 
@@ -125,7 +127,13 @@ def with_interval(name: str, low: str, high: str, scale: float = 100.0, sign: st
 
 def result_tables(results: Results) -> list[Table]:
     """All tables of one results.json."""
-    tables = [methods_table(results), tasks_table(results), leak_table(results), pairs_table(results)]
+    tables = [
+        methods_table(results),
+        own_answers_table(results),
+        tasks_table(results),
+        leak_table(results),
+        pairs_table(results),
+    ]
     return [*tables, retention_table(results)]
 
 
@@ -168,6 +176,36 @@ def methods_table(results: Results) -> Table:
         "retention, % [95 %]": with_interval("retention", "retention_low", "retention_high", 1.0),
     }
     return Table("methods", "Methods on text", columns, rows)
+
+
+def own_answers_table(results: Results) -> Table:
+    """What a method keeps of the dense model's own answers, with intervals; no rows where none were asked for."""
+    rows = [
+        {
+            "method": method["name"],
+            "answers": own["items"],
+            **_prefixed("whole", own, ENDS),
+            **_prefixed("first", own.get("first"), ENDS),
+            **_prefixed("kl", own.get("kl"), ("mean", "low", "high")),
+        }
+        for method in results["methods"]
+        if (own := method.get("own_answers"))
+    ]
+    columns = {
+        "method": text("method"),
+        "answers": text("answers"),
+        "whole answers kept, % [95 %]": with_interval("whole_share", "whole_low", "whole_high"),
+        "first tokens kept, % [95 %]": with_interval("first_share", "first_low", "first_high"),
+        "KL per token [95 %]": with_interval("kl_mean", "kl_low", "kl_high", 1.0, shown=".3g"),
+    }
+    return Table("own_answers", "The dense model's own answers", columns, rows, (OWN_ANSWERS_NOTE,))
+
+
+ENDS = ("share", "low", "high")
+OWN_ANSWERS_NOTE = (
+    "The dense model answers each prompt greedily. A whole answer is kept where the pruned model gives it word for "
+    "word. KL is in nats, averaged within each answer first."
+)
 
 
 def tasks_table(results: Results) -> Table:

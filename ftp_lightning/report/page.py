@@ -96,6 +96,8 @@ def context(folder: Path, run: Run, svgs: dict[str, str]) -> dict[str, Any]:
         "headline": headline_table(run),
         "headline_label": headline_label(results),
         "noise_floor": wording.noise_floor_text(results),
+        "own_answers_columns": wording.OWN_ANSWERS,
+        "own_answers": wording.own_answer_rows(results),
         "method_labels": [label for _, label in wording.method_labels(results)],
         "tasks": wording.task_rows(results) if results else [],
         "searches": {stage: search_summary(run[stage]) for stage in ("search", "finetune", "static") if run[stage]},

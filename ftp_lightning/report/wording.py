@@ -41,6 +41,27 @@ def kept_text(kept: dict[str, Any] | None) -> str:
     return f"{percent(kept['share'])} [{percent(kept['low'], unit='')}, {percent(kept['high'], unit='')}]"
 
 
+OWN_ANSWERS = ("method", "answers", "whole answers kept [95 %]", "first tokens kept [95 %]", "KL per token [95 %]")
+
+
+def own_answer_rows(results: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    """What each method keeps of the dense model's own answers, columns as in `OWN_ANSWERS`; none without them."""
+    told = [(label, method.get("own_answers")) for method, label in method_labels(results)]
+    return [
+        (label, str(own["items"]), kept_text(own), kept_text(own.get("first")), kl_text(own.get("kl")))
+        for label, own in told
+        if own
+    ]
+
+
+def kl_text(kl: dict[str, Any] | None) -> str:
+    """ "0.021 [0.015, 0.027]": KL in nats per token and its 95 % interval."""
+    if not kl:
+        return MISSING
+    ends = f"[{number(kl['low'])}, {number(kl['high'])}]" if kl["low"] is not None else "(no interval)"
+    return f"{number(kl['mean'])} {ends}"
+
+
 NAMES = {
     "random": "random tokens",
     "uniform": "uniform, static",
