@@ -20,6 +20,7 @@ from ftp_lightning.evaluation.harness.answers import AnswerBook, asked_identity
 from ftp_lightning.evaluation.harness.generation import generate, job_batches, jobs_of
 from ftp_lightning.evaluation.harness.ranks import Ranked
 from ftp_lightning.evaluation.harness.requests import Item, context_batches, text_batches
+from ftp_lightning.evaluation.harness.seen import warn_of_seen
 from ftp_lightning.evaluation.scoring import rolling_windows, score_after_prompt, score_in_sequence
 from ftp_lightning.pruning import TokenPruner
 
@@ -64,6 +65,7 @@ class FtpLM(Ranked, HFLM):
         self.mode, self.prompt_tokens, self.continuation_tokens = mode, int(prompt_tokens), int(continuation_tokens)
         self.pruner = _pruner(pruned, pruner, decode, threshold)
         self.accounts: list[Account] = []
+        self._told: set[str] = set()
         device = str(models.resolve_device(device or "auto"))
         pretrained = _base_name(pruned) if pretrained is None else pretrained
         if isinstance(pretrained, str | Path):
@@ -96,6 +98,7 @@ class FtpLM(Ranked, HFLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """HFLM's, but that an empty continuation is told of."""
+        self._check_seen(requests)
         for request in requests:
             if request.args[1] == "":
                 raise UserError(f"an empty continuation cannot be scored\nrequest: {str(request.args)[:80]}")
@@ -162,6 +165,11 @@ class FtpLM(Ranked, HFLM):
         self.book.add({items[i].key: answer for i, answer in answers.items()})
         return answers
 
+    def _check_seen(self, requests) -> None:
+        schedule = None if self.pruner is None else self.pruner.schedule
+        if schedule is not None and schedule.seen:
+            warn_of_seen(requests, schedule.seen, self._told)
+
     def _watch(self):
         """What tells which share of a continuation was skipped; a dense model's is not asked for."""
         return None if self.pruner is None else lambda: self.pruner.trace.row_sparsity.tolist()
@@ -169,6 +177,7 @@ class FtpLM(Ranked, HFLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Texts that go on from their contexts: routed prompts, then the decode policy. Requests that ask the same get
         one generation, except where it is sampled."""
+        self._check_seen(requests)
         jobs, texts = jobs_of(self, requests), [""] * len(requests)
         size = 1
         if requests:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,3 +46,23 @@ def leave_out(name: str, task: Any, seen: Mapping[str, float]) -> int:
     kept = documents.select(left) if hasattr(documents, "select") else [documents[number] for number in left]
     setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: kept)
     return len(documents) - len(left)
+
+
+def warn_of_seen(requests: Iterable[Any], seen: Mapping[str, float], told: set[str]) -> None:
+    """Warn of lm-eval's requests about documents that were seen, once per task; `told` holds those already told.
+
+    A model has to answer every request that lm-eval makes, so it cannot leave documents out itself.
+    """
+    asked: dict[str, dict[Any, Any]] = {}
+    for request in requests:
+        task = getattr(request, "task_name", None)
+        if task in seen and task not in told:
+            asked.setdefault(task, {})[request.doc_id] = request.doc
+    for task, documents in asked.items():
+        told.add(task)
+        if count := sum(place(document) <= seen[task] for document in documents.values()):
+            warnings.warn(
+                f"{task}: {count} of {len(documents)} documents were used to select the schedule, so the score is too "
+                "high. `ftp-lightning evaluate` leaves them out.",
+                stacklevel=3,
+            )
