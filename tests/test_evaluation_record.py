@@ -16,7 +16,6 @@ def items(method, right, task="t", seed=0, **columns):
 def test_the_flops_cut_adds_up_all_items_and_is_no_mean_of_shares():
     found = items("a", [1, 1], flops=[50.0, 900.0], dense_flops=[100.0, 1000.0], kv_bytes=[1, 1], dense_kv_bytes=[4, 4])
     assert of.flops_cut(found) == pytest.approx(1 - 950 / 1100)
-    assert of.kv_cut(found) == 0.75
     assert of.flops_cut(items("a", [1])) is None
     half = of.joined([found, items("a", [1], task="u")])  # items without an account count in no sum
     assert of.flops_cut(half) == pytest.approx(1 - 950 / 1100)

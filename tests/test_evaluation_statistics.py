@@ -11,8 +11,6 @@ from ftp_lightning.evaluation.statistics import (
     Interval,
     chance_of,
     clustered,
-    kept,
-    kept_by,
     mcnemar_p,
     paired,
     retention,
@@ -47,33 +45,6 @@ def test_mcnemar_by_hand():
     assert mcnemar_p(2, 2) == 1.0
     assert mcnemar_p(3, 9) == mcnemar_p(9, 3) == pytest.approx(2 * (1 + 12 + 66 + 220) / 4096)
     assert mcnemar_p(1500, 1500) == 1.0  # large counts neither overflow nor lose precision
-
-
-def test_kept_counts_only_items_that_need_the_passage():
-    dense = [1, 1, 1, 1, 0, 0]
-    without = [0, 0, 1, 0, 0, 0]
-    pruned = [1, 0, 0, 1, 1, 0]
-    result = kept(dense, without, pruned)
-    assert result.items == 3  # items 0, 1, 3; item 2 is right without the passage
-    assert result.share == pytest.approx(2 / 3)
-    assert (result.low, result.high) == wilson_interval(2, 3)
-    assert (result.gained, result.lost) == (1, 2)
-    assert result.p == mcnemar_p(2, 1)
-
-
-def test_kept_of_nothing_is_unknown():
-    result = kept([0, 1], [0, 1], [1, 1])
-    assert (result.share, result.low, result.high, result.items) == (None, None, None, 0)
-    assert result.note == "no items"
-    with pytest.raises(ValueError):
-        kept([True], [False], [True, False])
-
-
-def test_kept_by_splits_the_items():
-    near_and_far = kept_by(["far", "near", "far"], [1, 1, 1], [0, 0, 0], [0, 1, 1])
-    assert list(near_and_far) == ["far", "near"]
-    assert near_and_far["far"] == kept([1, 1], [0, 0], [0, 1])
-    assert near_and_far["near"] == kept([1], [0], [1])
 
 
 def test_retention_and_skill():

@@ -1,6 +1,7 @@
 """A search on a task looks at some of its documents, and no evaluation of what it found counts these."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,13 @@ def test_the_loss_is_the_share_of_wrong_answers(loaded, items):
 def test_what_was_searched_is_left_out_and_nothing_else(asked, items):
     whole, _ = asked()
     found, requests = asked(seen=seen_by(items[:4]))
-    assert (whole["left_out"], found["left_out"], whole["n"], found["n"]) == (0, 4, ROWS, ROWS - 4)
+    assert (whole["left_out"], found["left_out"]) == (0, 4)
+    assert (len(whole["items"]), len(found["items"])) == (ROWS, ROWS - 4)
     hashes = {item["hash"] for item in found["items"]}
     assert hashes < {item["hash"] for item in whole["items"]}
     for item in items[:4]:
         assert not any(item.document["sentence"].split("_")[0] in request for request in requests)
-    assert asked(seen={"piqa": 1.0})[0]["n"] == ROWS
+    assert len(asked(seen={"piqa": 1.0})[0]["items"]) == ROWS
     with pytest.raises(UserError, match="has looked at all documents of winogrande"):
         asked(seen={TASK: 1.0})
 
@@ -132,3 +134,17 @@ def test_evaluate_leaves_out_what_search_has_seen_for_every_method(command, file
     results = json.loads(Path("judged/results.json").read_text())
     cells = [results["dense"]["tasks"], *(method["tasks"] for method in results["methods"])]
     assert [cell[TASK]["n"] for cell in cells] == [ROWS - 4] * 3 and cells[0][TASK]["left_out"] == 4
+
+
+def test_lm_eval_itself_is_told_once_what_a_search_has_seen(loaded, file, items):
+    """Its API asks for an answer to every request, so a model cannot leave documents out."""
+    pruner = TokenPruner(StaticRouter(), Schedule(HALF.sparsity, seen=seen_by(items[:4])), kv="keep")
+    with ftp_models(*loaded) as make:
+        lm = make(pruner=pruner)
+        with pytest.warns(UserWarning, match=f"{TASK}: 4 of {ROWS} documents .*ftp-lightning evaluate") as told:
+            run_tasks(lm, {TASK: {"validation": file}})
+            run_tasks(lm, {TASK: {"validation": file}})
+        assert len([one for one in told if TASK in str(one.message)]) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            run_tasks(make(pruner=pruner), {TASK: {"validation": file}}, seen=pruner.schedule.seen)

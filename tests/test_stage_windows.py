@@ -9,7 +9,7 @@ from ftp_lightning.evaluation.record import record
 from ftp_lightning.models import load, load_tokenizer
 from ftp_lightning.stages.inputs import unanswered_rows
 from ftp_lightning.stages.methods import choose_methods
-from ftp_lightning.studies.bench import bench_of
+from ftp_lightning.studies.bench import trial_bench
 
 TINY = "--model random:tiny --device cpu --tracking none --prompt_tokens 96 --continuation_tokens 16".split()
 
@@ -29,7 +29,7 @@ def test_another_seed_draws_other_windows(stage):
 
 def test_a_study_measures_on_other_windows_than_its_training_was_validated_on():
     trial = parse("trial", [*TINY, "--test_windows=4", "--items=2", "--validation_windows=4"])
-    (measured,) = bench_of(trial).texts.values()
+    (measured,) = trial_bench(trial).texts.values()
     validated = unanswered_rows(trial, load_tokenizer("random:tiny"), 4, trial.recall_share, "validation")
     assert trial.test_split == "validation" and not rows(measured) & rows(validated)
 

@@ -61,18 +61,6 @@ def as_question(tokenizer: Any, item: Mapping[str, Any], context: str = "context
     return prompt_ids(tokenizer, item[context]), answer
 
 
-def greedy_answers(model: Any, questions: Sequence[Question], batch_size: int = 16) -> list[bool]:
-    """Whether every token of the right answer is the most probable one, per question.
-
-    A pruner is in force where one is attached.
-    """
-    right = [False] * len(questions)
-    for numbers, scores in _batches(model, questions, batch_size):
-        for number, score in zip(numbers, scores):
-            right[number] = score.greedy
-    return right
-
-
 def _batches(model: Any, questions: Sequence[Question], batch_size: int) -> Iterator[tuple[list[int], list[Any]]]:
     """Numbers and scores of the questions, contexts of one length together, so that nothing is padded."""
     order = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))

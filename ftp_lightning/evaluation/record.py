@@ -66,12 +66,11 @@ def with_need(items: DataFrame, dense: DataFrame, without: DataFrame | None = No
 
 def flops_cut(items: DataFrame) -> float | None:
     """Share of the FLOPs that was saved, all items added up: 1 - sum(flops) / sum(dense_flops)."""
-    return _cut(items, "flops")
-
-
-def kv_cut(items: DataFrame) -> float | None:
-    """Share of the bytes of keys and values that the prompts did not leave in the cache, all items added up."""
-    return _cut(items, "kv_bytes")
+    if "flops" not in items or "dense_flops" not in items:
+        return None
+    known = items[items["flops"].notna() & items["dense_flops"].notna()]
+    dense = float(known["dense_flops"].sum())
+    return 1.0 - float(known["flops"].sum()) / dense if dense else None
 
 
 def mean(items: DataFrame, column: str) -> Interval:
@@ -155,14 +154,6 @@ def read_record(path: Path) -> DataFrame:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} holds no record: {str(error)[:80]}\nMake one with `ftp-lightning evaluate`.") from None
     return found
-
-
-def _cut(items: DataFrame, name: str) -> float | None:
-    if name not in items or f"dense_{name}" not in items:
-        return None
-    known = items[items[name].notna() & items[f"dense_{name}"].notna()]
-    dense = float(known[f"dense_{name}"].sum())
-    return 1.0 - float(known[name].sum()) / dense if dense else None
 
 
 def _keys(items: DataFrame) -> list[tuple[Any, ...]]:

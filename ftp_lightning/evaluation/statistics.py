@@ -7,7 +7,7 @@ under which training or search it was measured. Items of one document go togethe
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,72 +148,6 @@ def _korn_graubard(share: float, items: int, spread: Spread) -> tuple[float, flo
 def mcnemar_p(lost: int, gained: int) -> float:
     """Exact two-sided p-value that losses and gains are equally likely (McNemar 1947); 1 where nothing changed."""
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What pruning kept of the answers that needed the passage (method, section 8).
-
-    `items`: dense right with the passage and wrong without it. `share` of them is still right under pruning (None
-    where there are none), in the 95 % interval [low, high] of `clustered` (None where it cannot be had: `note` says
-    why). `gained` and `lost` are counted over all items, `p` is McNemar's on the two.
-    """
-
-    share: float | None
-    low: float | None
-    high: float | None
-    items: int
-    gained: int
-    lost: int
-    p: float
-    clusters: int
-    seeds: int = 1
-    note: str = ""
-
-
-def kept(
-    dense_right: Sequence[bool],
-    dense_right_without: Sequence[bool],
-    pruned_right: Sequence[bool],
-    documents: Labels = None,
-    seeds: Labels = None,
-) -> Kept:
-    """Of the items that dense answers right and gets wrong without the passage, the share still right [ours].
-
-    One entry per item, in the same order. ValueError where the lengths differ.
-    """
-    rows = list(zip(dense_right, dense_right_without, pruned_right, strict=True))
-    needed = [place for place, (dense, without, _) in enumerate(rows) if dense and not without]
-    labels = [None if every is None else [every[place] for place in needed] for every in (documents, seeds)]
-    found = clustered([float(bool(pruned_right[place])) for place in needed], *labels)
-    gained = sum(1 for dense, _, pruned in rows if pruned and not dense)
-    lost = sum(1 for dense, _, pruned in rows if dense and not pruned)
-    counted = found.items, gained, lost, mcnemar_p(lost, gained), found.clusters, found.seeds, found.note
-    return Kept(found.value, found.low, found.high, *counted)
-
-
-def kept_by(
-    groups: Sequence[Hashable],
-    dense_right: Sequence[bool],
-    dense_right_without: Sequence[bool],
-    pruned_right: Sequence[bool],
-    documents: Labels = None,
-    seeds: Labels = None,
-) -> dict[Hashable, Kept]:
-    """`kept` of every group of items, for example per distance of the fact.
-
-    groups: one label per item; they come back in the order of their first appearance.
-    """
-    columns = (dense_right, dense_right_without, pruned_right, documents, seeds)
-    if any(column is not None and len(column) != len(groups) for column in columns):
-        raise ValueError("every column must have one entry per item")
-    members: dict[Hashable, list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
-    return {
-        group: kept(*(column if column is None else [column[place] for place in places] for column in columns))  # type: ignore[arg-type]
-        for group, places in members.items()
-    }
 
 
 # ---------------------------------------------------------------- ratios to dense

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.baselines.beside import beside
-from ftp_lightning.baselines.names import EQUAL_FLOPS
 from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import ROUTERS, Router
@@ -31,11 +30,6 @@ def choose_methods(settings: EvaluateStage, model: Any) -> Methods:
         methods.append((BEFORE, load_pruner(settings.before, model)))
     name = _name(settings, chosen.router)
     return [(other, pruner) for other, pruner in methods if other != name] + [(name, chosen)]
-
-
-def compared_at(name: str) -> str:
-    """What a method shares with the pruner asked about: "FLOPs", or "tokens"."""
-    return "FLOPs" if name in EQUAL_FLOPS else "tokens"
 
 
 def _setting(settings: EvaluateStage, chosen: TokenPruner, model: Any) -> Setting:

@@ -31,7 +31,7 @@ _known: dict[tuple, Bench] = {}
 def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
     """KL per continuation token, with one mean per row; answers kept, with one verdict per question; what was
     skipped, and the share of the prompts' FLOPs that it saves."""
-    bench = bench_of(settings)
+    bench = trial_bench(settings)
     items = bench.measure(METHOD, pruner, settings.seed)
     (name,), questions = bench.texts, items[items["task"] == RECALL]
     text, answers = bench.scores[METHOD, name, "prompt"], kept_cell(questions)
@@ -48,7 +48,7 @@ def measure(settings: TrialStage, pruner: TokenPruner) -> dict[str, Any]:
     }
 
 
-def bench_of(settings: TrialStage) -> Bench:
+def trial_bench(settings: TrialStage) -> Bench:
     """The bench of these settings, made anew where the last one was another."""
     names = ("model", "dtype", "device", "revision", "data", "test_data", "test_split", "seed", "test_windows", "items")
     key = tuple(getattr(settings, name) for name in (*names, "prompt_tokens", "continuation_tokens", "rows"))

@@ -54,27 +54,8 @@ def _within(member: str, item: dict) -> dict:
 
 
 def summarize(items: list[dict], metrics: Mapping) -> dict:
-    """Means over the items, and of the score declared its standard error s / sqrt(n), which for zeros and ones is
-    lm-eval's sqrt(p (1 - p) / (n - 1)).
-
-    A mean is None where an item has no such value. `metrics` keeps lm-eval's own numbers under their plain names.
-    """
-    means = {key: _mean([item[key] for item in items]) for key in ("score", *METRICS, "chance", *ACCOUNTED[:-1])}
-    return {
-        "metric": items[0]["metric"] if items else None,
-        "score": means["score"],
-        "stderr": _stderr([item["score"] for item in items]),
-        "acc": means["acc"],
-        "acc_stderr": _stderr([item["acc"] for item in items]),
-        "acc_norm": means["acc_norm"],
-        "exact_match": means["exact_match"],
-        "n": len(items),
-        "chance": _best_constant(items, means["chance"]),
-        **{key: means[key] for key in ACCOUNTED[:-1]},
-        "truncated": sum(bool(item["truncated"]) for item in items),
-        "metrics": _plain_metrics(metrics),
-        "items": items,
-    }
+    """The items of a task, its chance, and lm-eval's own numbers under their plain names."""
+    return {"chance": _chance_of(items), "metrics": _plain_metrics(metrics), "items": items}
 
 
 def _item(task: str, sample: Mapping, book: Mapping) -> dict:
@@ -143,11 +124,16 @@ def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
     return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
 
 
-def _best_constant(items: Sequence[Mapping], mean: float | None) -> float | None:
+def _chance_of(items: Sequence[Mapping]) -> float | None:
     """Mean chance of the items; where all offer the same choices, what always giving one answer scores.
 
-    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`.
+    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`. None where it is not known
+    of an item.
     """
+    known = [item["chance"] for item in items if item["chance"] is not None]
+    if not items or len(known) < len(items):
+        return None
+    mean = math.fsum(known) / len(known)
     labels = [item.get("label") for item in items]
     if not mean or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
         return mean
@@ -168,19 +154,6 @@ def _first_filter(log: Sequence[Mapping]) -> list[Mapping]:
 def _members(name: str, tree: Mapping[str, Sequence[str]]) -> list[str]:
     """The tasks below a group, however deep."""
     return [leaf for child in tree.get(name, ()) for leaf in (_members(child, tree) or [child])]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _stderr(values: Sequence[float | None]) -> float | None:
-    """s / sqrt(n), s^2 the sample variance; None for fewer than two values, or where one is missing."""
-    mean, n = _mean(values), len(values)
-    if mean is None or n < 2:
-        return None
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values if v is not None) / (n - 1) / n)
 
 
 def _plain_metrics(metrics: Mapping) -> dict[str, float]:

@@ -72,12 +72,11 @@ def run_tasks(
 ) -> dict[str, dict]:
     """Run tasks on an lm-eval model; tasks: name -> JSONL file(s), or None for the data lm-eval fetches from the Hub.
 
-    Returns for each task (for a group like mmlu: for its members, and for the group pooled) acc, acc_stderr, acc_norm
-    and exact_match (None where the task has no such metric), n, chance (mean of 1 / number of choices), exercised
-    (share of the items), prompt_tokens and sparsity (means; all three None without accounts), truncated (count),
-    metrics (lm-eval's own numbers) and items. An item: id, right (see `Declared.right`), its metrics, distance,
-    kind, document, and of the model's account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than
-    0. seen: documents that a search has looked at (`Schedule.seen`) are left out; `left_out` counts them.
+    Returns for each task (for a group like mmlu: for its members, and for the group pooled) its items, its chance (that
+    of the best constant answer, see `statistics.chance_of`), metrics (lm-eval's own numbers) and `left_out`. An item:
+    id, right (see `Declared.right`), score and metric, its metrics, distance, kind, document, hash, and of the model's
+    account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than 0. seen: documents that a search
+    has looked at (`Schedule.seen`) are left out; `left_out` counts them.
     UserError: unknown task, file missing or broken, Hub out of reach.
     """
     from lm_eval import evaluate
