@@ -55,7 +55,7 @@ def warn_of_seen(requests: Iterable[Any], seen: Mapping[str, float], told: set[s
     """
     asked: dict[str, dict[Any, Any]] = {}
     for request in requests:
-        task = getattr(request, "task_name", None)
+        task = str(getattr(request, "task_name", None))
         if task in seen and task not in told:
             asked.setdefault(task, {})[request.doc_id] = request.doc
     for task, documents in asked.items():
