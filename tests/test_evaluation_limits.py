@@ -8,7 +8,7 @@ from ftp_lightning.costs.flops import block_costs, head_flops, prompt_flops, spe
 from ftp_lightning.evaluation.speed import block_clock, memory
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.block_clock import BlockClock
-from ftp_lightning.evaluation.speed.limits import most_kept, padded_flops_limit, shape_limit
+from ftp_lightning.evaluation.speed.limits import most_kept, most_run, padded_flops_limit, shape_limit
 from ftp_lightning.evaluation.speed.prompts import random_prompts
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.family import find_blocks
@@ -43,12 +43,12 @@ class Linear:
 
 def test_shape_limit_is_dense_time_without_what_the_blocks_save(model):
     trace = routed(model, Schedule([0.0, 0.5, 0.75]), "evict", mixed=False).trace.prompt
-    assert most_kept(trace) == [32, 16, 8]
-    assert shape_limit(Linear(), 100.0, trace, ("evict",) * 3) == pytest.approx(100 / (100 - 96 + 32 + 16 + 8))
-    kept = 100 / (100 - 96 + 32 + 16 + 1.6 + 8 + 2.4)
+    assert most_kept(trace) == [32, 16, 8] and most_run(trace) == [32, 16, 1]
+    assert shape_limit(Linear(), 100.0, trace, ("evict",) * 3) == pytest.approx(100 / (100 - 96 + 32 + 16 + 1))
+    kept = 100 / (100 - 96 + 32 + 16 + 1.6 + 1 + 3.1)
     assert shape_limit(Linear(), 100.0, trace, ("keep",) * 3) == pytest.approx(kept)
     # blocks alone slower than the whole: their times are scaled down to it
-    assert shape_limit(Linear(), 48.0, trace, ("evict",) * 3) == pytest.approx(96 / 56)
+    assert shape_limit(Linear(), 48.0, trace, ("evict",) * 3) == pytest.approx(96 / 49)
 
 
 @pytest.mark.parametrize("kv", ["evict", "keep"])
@@ -57,11 +57,12 @@ def test_padded_limit_counts_the_fullest_row_and_the_longest(model, kv):
     mixed = routed(model, schedule, kv, mixed=True)
     assert mixed.trace.prompt.real.sum(1).tolist() == [32, 8] and most_kept(mixed.trace.prompt) == [32, 16, 8]
     limit = padded_flops_limit(model, mixed.trace.prompt, mixed.kv)
-    assert limit == pytest.approx(speedup_limit(model, schedule, 32, kv), rel=1e-12)
     costs, head = block_costs(model), head_flops(model)
-    assert limit == pytest.approx(
-        prompt_flops(costs, Schedule.uniform(3, 0.0), 32, kv, head) / prompt_flops(costs, schedule, 32, kv, head)
-    )
+    pruned = prompt_flops(costs, schedule, 32, kv, head, last_only=True)
+    assert limit == pytest.approx(prompt_flops(costs, Schedule.uniform(3, 0.0), 32, kv, head) / pruned)
+    mixed.trace.prompt.last_only = False
+    limit = padded_flops_limit(model, mixed.trace.prompt, mixed.kv)
+    assert limit == pytest.approx(speedup_limit(model, schedule, 32, kv), rel=1e-12)
 
 
 def test_a_dense_block_of_a_padded_batch_keeps_its_padding():

@@ -92,7 +92,6 @@ def test_text_streamer_prints_what_is_generated(pruned, capsys):
 def test_iterator_streamer_with_generation_in_a_thread(pruned):
     model, tokenizer, pruner = pruned
     expected = tokenizer.decode(generated(model, tokenizer, TEXTS[0]), skip_special_tokens=True)
-    pruner.trace = type(pruner.trace)()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
     thread = threading.Thread(
         target=generated, args=(model, tokenizer, TEXTS[0]), kwargs={"streamer": streamer}, daemon=True

@@ -151,3 +151,27 @@ def test_a_copy_of_a_model_and_its_pruner_stand_alone():
         assert torch.equal(model(ids).logits, expected)
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_a_trace_is_the_threads_own_until_a_later_thread_has_ended():
+    """A streamer's thread has ended when its text is read; a server's threads go on."""
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    ids = torch.randint(3, 64, (1, 12))
+    done, go_on = threading.Event(), threading.Event()
+
+    def other():
+        with torch.no_grad():
+            model(ids[:, :7])
+        done.set()
+        assert go_on.wait(20)
+
+    with torch.no_grad(), pruner(model):
+        model(ids)
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert done.wait(20) and pruner.trace.real.shape == (1, 12)
+        go_on.set()
+        thread.join(20)
+        assert pruner.trace.real.shape == (1, 7)
+        model(ids)
+        assert pruner.trace.real.shape == (1, 12)

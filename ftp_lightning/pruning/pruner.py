@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,6 +25,8 @@ from ftp_lightning.training.gates import StraightThrough
 DEFAULT_KV = "evict"
 """The kv mode where neither pruner nor schedule says one (paper)."""
 CHOICES = ("topk", "threshold")
+
+Known = TypeVar("Known")
 
 
 class TokenPruner:
@@ -108,25 +111,30 @@ class TokenPruner:
             raise ValueError(f"threshold is {threshold}, must be in [0, 1]")
         self.threshold = float(threshold)
         self.ambient = Ambient()
-        self._trace, self._routings = Trace(), list[Routing]()
+        self._trace, self._routings, self._thread = Trace(), list[Routing](), threading.get_ident()
         self._attached: Attached | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
         self._model: nn.Module | None = None
 
     @property
     def trace(self) -> Trace:
-        """Of this thread's last forward; where it had none, of the last one of any thread."""
-        return self._trace if self.ambient.trace is None else self.ambient.trace
+        """Of this thread's last forward, or of a later one of a thread that has ended (a streamer's)."""
+        return self._last_of(self.ambient.trace, self._trace)
 
     @property
     def decisions(self) -> list[Routing]:
         """What the router said in the last training forward, block by block."""
-        return self._routings if self.ambient.routings is None else self.ambient.routings
+        return self._last_of(self.ambient.routings, self._routings)
+
+    def _last_of(self, own: Known | None, latest: Known) -> Known:
+        ended = self._thread not in (threading.get_ident(), *(thread.ident for thread in threading.enumerate()))
+        return latest if own is None or ended else own
 
     def remember(self, trace: Trace, routings: list[Routing]) -> None:
         """Take what a forward of this thread did."""
         self._trace = self.ambient.trace = trace
         self._routings = self.ambient.routings = routings
+        self._thread = threading.get_ident()
 
     @property
     def addressed(self) -> list[str]:

@@ -10,9 +10,14 @@ from ftp_lightning.pruning.trace import Trace
 
 
 def most_kept(trace: Trace) -> list[int]:
-    """Tokens of the fullest row that run in each block; where no real token skips, the padding goes along."""
+    """Tokens of the fullest row that enter each block; where no real token skips, the padding goes along."""
     width = trace.real.shape[1]
-    most = [width if bool((keep == trace.real).all()) else int(keep.sum(1).max()) for keep in trace.keep]
+    return [width if bool((keep == trace.real).all()) else int(keep.sum(1).max()) for keep in trace.keep]
+
+
+def most_run(trace: Trace) -> list[int]:
+    """The same, but for a last block that runs on the token alone whose output is read."""
+    most = most_kept(trace)
     return [*most[:-1], 1] if trace.last_only else most
 
 
@@ -24,11 +29,10 @@ def padded_flops_limit(model, trace: Trace, modes: Sequence[str], rank: int = 0)
     """
     costs, longest, head = block_costs(model, rank), trace.real.shape[1], head_flops(model)
     dense = head + sum(_block_flops(cost, longest, longest) for cost in costs)
-    parts = zip(costs, most_kept(trace), modes, strict=True)
     pruned = head
-    for cost, kept, mode in parts:
-        pruned += _block_flops(cost, kept, longest if mode == "keep" else kept)
-        pruned += longest * cost.skip if kept < longest else 0.0
+    for cost, kept, run, mode in zip(costs, most_kept(trace), most_run(trace), modes, strict=True):
+        pruned += _block_flops(cost, run, longest if mode == "keep" else kept)
+        pruned += longest * cost.skip if kept < longest and run == kept else 0.0
     return dense / pruned
 
 
@@ -45,6 +49,6 @@ def shape_limit(clock: BlockClock, dense_ms: float, trace: Trace, modes: Sequenc
     """
     longest = trace.real.shape[1]
     whole = 1e3 * clock.seconds(longest)
-    blocks = [1e3 * clock.seconds(kept, mode) for kept, mode in zip(most_kept(trace), modes, strict=True)]
+    blocks = [1e3 * clock.seconds(kept, mode) for kept, mode in zip(most_run(trace), modes, strict=True)]
     scale = min(1.0, dense_ms / (whole * len(blocks)))
     return dense_ms / (dense_ms + scale * (sum(blocks) - whole * len(blocks)))
