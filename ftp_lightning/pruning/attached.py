@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +67,7 @@ class Attached:
         self._configs: dict = {}
         self._undo: list[Callable[[], None]] = []
         self._plan()
+        self.least_tokens = self._least_tokens()
         try:
             self._install(model)
         except BaseException:
@@ -92,6 +93,15 @@ class Attached:
         self.routes = any(self.routed)
         self.changes = self.routes or bool(pruner.removed)
         self.scored = frozenset(index for index in blocks if self._is_read(index))
+
+    def _least_tokens(self) -> int:
+        """Tokens from which on a prompt is routed."""
+        from ftp_lightning.costs.least_tokens import least_tokens
+
+        pruner = self.pruner
+        if pruner.least_tokens != "auto":
+            return pruner.least_tokens
+        return 0 if pruner.schedule is None else least_tokens(self.model, pruner.schedule, pruner.kv)
 
     def _is_read(self, index: int) -> bool:
         """Whether a later router reads what this block writes: not if a block in between writes every token anew."""
@@ -230,8 +240,15 @@ class Attached:
         forward.active, forward.last_tokens = self.changes, self.ambient.last_tokens
         width = forward.real.shape[1] if training is None else training.prompt_tokens
         forward.route(width, None if pruner.schedule is None else pruner.schedule.sparsity)
-        if pruner.router.needs.attention and forward.routed is not None:
+        if forward.routed is not None and self._is_too_short(forward, forward.routed.lengths):
+            forward.active, forward.trace.too_short = False, True
+        if forward.active and pruner.router.needs.attention and forward.routed is not None:
             forward.table = self.prompt_table(forward, pruner.router.needs.adds_up)
+
+    def _is_too_short(self, forward: Forward, lengths: Sequence[int]) -> bool:
+        """Whether skipping would cost this prompt more than it saves; what follows a routed prompt is routed."""
+        fresh = not forward.past and forward.training is None and not self.pruner.removed
+        return self.changes and fresh and max(lengths) < self.least_tokens
 
     def prompt_table(self, forward: Forward, adds_up: bool = False) -> PromptTable:
         """An empty table of scores that knows whose queries count. UserError where a question's span is wanted and not

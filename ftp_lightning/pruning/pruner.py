@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -54,6 +54,8 @@ class TokenPruner:
             and its budget do not count them.
         parts: what a decision addresses: "block" (paper), "attention", "mlp", or "attention+mlp", both apart. The
             schedule's s_l then is that of the part. A FixedRouter says itself what it addresses.
+        least_tokens: prompts of fewer tokens are computed densely, since skipping would cost more than it saves; the
+            trace says so (`too_short`). "auto": chosen from the model's shape by `costs.least_tokens`.
 
     A forward on an empty cache (or none) is a *prompt* and is routed; a forward on a filled cache is a *continuation*
     and follows `decode`. `with pruner.prompt():` makes a call on a filled cache a routed chunk: ranked within the
@@ -77,6 +79,7 @@ class TokenPruner:
         parts: str = "block",
         compensation: Compensation | None = None,
         removed: Sequence[tuple[int, str]] = (),
+        least_tokens: int | Literal["auto"] = 0,
     ):
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
@@ -109,6 +112,9 @@ class TokenPruner:
         check_skip(skip, compensation, self.addressed, blocks)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}, must be in [0, 1]")
+        if least_tokens != "auto" and (type(least_tokens) is not int or least_tokens < 0):
+            raise ValueError(f"least_tokens is {least_tokens!r}, must be a whole number from 0, or 'auto'")
+        self.least_tokens = least_tokens
         self.threshold = float(threshold)
         self.ambient = Ambient()
         self._trace, self._routings, self._thread = Trace(), list[Routing](), threading.get_ident()
@@ -262,6 +268,7 @@ class TokenPruner:
             "kv": list(self.kv),
             **{name: getattr(self, name) for name in names},
             "attention": self.attention_score.said(),
+            **({"least_tokens": self.least_tokens} if self.least_tokens else {}),
         }
 
     def identity(self) -> dict:

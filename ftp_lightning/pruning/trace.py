@@ -19,6 +19,7 @@ class Trace:
             otherwise `keep` is where at least one part was computed.
         real: (B, T) bool, False for padding; None before the first forward.
         last_only: of the last block's tokens only those ran whose output is read.
+        too_short: the prompt has fewer tokens than the pruner's `least_tokens`: nothing was skipped.
         prompt: the trace of the last routed prompt, also while `generate` goes on past it; None before the first.
     """
 
@@ -28,6 +29,7 @@ class Trace:
     real: Any = None
     prompt: Trace | None = None
     last_only: bool = False
+    too_short: bool = False
 
     def add(self, attention: Tensor, mlp: Tensor) -> None:
         """The next block's decision, (B, T) bool for each part; kept where `real` is."""

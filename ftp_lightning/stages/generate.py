@@ -27,22 +27,29 @@ class GenerateStage(PrunedSettings):
     max_new_tokens: int = option(24, "tokens to generate", least=1)
     pairs: int = option(5, "timings of the first token, dense and pruned in turn", least=1)
     apply_chat_template: bool = option(False, "put the prompt into the model's chat template")
+    least_tokens: str = option("auto", "shorter prompts are computed densely; auto: where skipping would cost more")
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.stages.inputs import chosen_pruner, load_model
 
         model, tokenizer = load_model(self)
-        pruner = chosen_pruner(self, model)
+        pruner = chosen_pruner(self, model).changed(least_tokens=self._least())
         prompt = self.prompt if self.prompt is not None else self._question(tokenizer)
         ids = self._encode(prompt, model, tokenizer)
         new = {name: _generate(model, ids, self.max_new_tokens, chosen) for name, chosen in _both(pruner)}
         texts = {name: tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for name, row in new.items()}
         skipped = [round(share * ids.shape[1]) for share in pruner.trace.routed.sparsity]
+        short = pruner.trace.routed.too_short
         first = _first_token_ms(model, ids, pruner, self.pairs)
         tokens = ids.shape[1]
         folder.write_json("generation.json", {"prompt": prompt, "prompt_tokens": tokens, **texts, "skipped": skipped})
         folder.write_json("metrics.json", {"first_token_ms": first})
-        print(_shown(prompt, texts, tokens, skipped, first))
+        print(_shown(prompt, texts, tokens, skipped, first, short))
+
+    def _least(self) -> Any:
+        if self.least_tokens != "auto" and not self.least_tokens.isdecimal():
+            raise UserError(f"least_tokens is {self.least_tokens!r}\nGive auto, or a whole number of tokens from 0.")
+        return self.least_tokens if self.least_tokens == "auto" else int(self.least_tokens)
 
     def _question(self, tokenizer: Any) -> str:
         from ftp_lightning.data.choices import recall_items
@@ -102,11 +109,14 @@ def _first_token_ms(model: Any, ids: Any, pruner: Any, pairs: int) -> dict[str, 
     return {name: round(statistics.median(values[1:]), 2) for name, values in times.items()}
 
 
-def _shown(prompt: str, texts: dict[str, str], tokens: int, skipped: list[int], first: dict[str, float]) -> str:
+def _shown(
+    prompt: str, texts: dict[str, str], tokens: int, skipped: list[int], first: dict[str, float], short: bool
+) -> str:
     blocks = " ".join(map(str, skipped))
     share = sum(skipped) / (tokens * len(skipped))
+    why = "\nthe prompt is too short: skipping would cost more than it saves, see --least_tokens" if short else ""
     return (
         f"prompt ({tokens} tokens)\n{prompt}\n\ndense\n{texts['dense']}\n\npruned\n{texts['pruned']}\n\n"
-        f"tokens skipped per block: {blocks} ({share:.1%} of all)\n"
+        f"tokens skipped per block: {blocks} ({share:.1%} of all){why}\n"
         f"time to first token: dense {first['dense']:.1f} ms, pruned {first['pruned']:.1f} ms"
     )

@@ -1,0 +1,44 @@
+"""From which length on a prompt is worth pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ftp_lightning.costs.flops import prompt_flops
+from ftp_lightning.costs.per_block import block_costs
+from ftp_lightning.schedule import Schedule
+
+OVERHEAD = {"cpu": 2e7, "cuda": 5e10}
+"""FLOPs that a device could do in the time that a routed block takes beside its matrices, by kind of device [ours]: on
+a CPU measured at 10 to 25 million (0.3 to 0.8 ms at 30 GFLOP/s), on an accelerator estimated from some 60 launches."""
+MARGIN = 2.0
+"""How many times its overhead a routed block must save [ours]: noise is no reason to be slower than dense."""
+LONGEST = 1 << 20
+
+
+def least_tokens(model: nn.Module, schedule: Schedule, kv: str | Sequence[str]) -> int:
+    """The shortest prompt whose saved FLOPs are worth the overhead: dense(T) - pruned(T) >= 2 N_routed overhead.
+
+    Chosen from the model's shape, the schedule and the kind of device alone [ours]. Returns tokens, at most 2^20; 0
+    where nothing is routed.
+    """
+    costs, routed = block_costs(model), sum(s > 0.0 for s in schedule.sparsity)
+    kind = next(model.parameters()).device.type
+    wanted = MARGIN * routed * OVERHEAD.get(kind, OVERHEAD["cpu"])
+    dense = Schedule.uniform(len(costs), 0.0)
+
+    def pays(tokens: int) -> bool:
+        return prompt_flops(costs, dense, tokens, kv) - prompt_flops(costs, schedule, tokens, kv) >= wanted
+
+    if not routed:
+        return 0
+    high = 1
+    while high < LONGEST and not pays(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
