@@ -101,7 +101,7 @@ MUTATIONS = {
         P, "range(n - wanted, n, SCORE_CHUNK)", "range(0, wanted, SCORE_CHUNK)",
         "test_engine.py::test_gathered_equals_oracle"),
     "scores do not count the visible keys": (
-        P, "weight = (chunk.counts / heads)", "weight = (torch.ones_like(chunk.counts) / heads)",
+        P, "weight = (chunk.counts / number)", "weight = (torch.ones_like(chunk.counts) / number)",
         "test_attention.py::test_uniform_attention_scores_one"),
     "a sliding window shows one token more": (
         P, "> query_slots[:, :, None] - window", ">= query_slots[:, :, None] - window",

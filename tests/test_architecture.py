@@ -149,6 +149,25 @@ def test_imports_go_in_no_circle():
     assert circles(graph) == []
 
 
+def test_every_module_of_the_core_can_be_imported_first():
+    """The imports of packages count as well here: what a module needs must not need the module."""
+    script = """
+import sys
+failed = []
+for name in sys.argv[1:]:
+    for known in [known for known in sys.modules if known.split(".")[0] == "ftp_lightning"]:
+        del sys.modules[known]
+    try:
+        __import__(name)
+    except ImportError as error:
+        failed.append(f"{name}: {error}")
+print(failed)
+"""
+    names = [module_of(path) for path in CORE_FILES]
+    answer = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
+
+
 def test_a_circle_is_found_wherever_its_import_stands():
     lazy = ast.parse("def f():\n    from ftp_lightning.schedule import Schedule")
     typed = ast.parse("if TYPE_CHECKING:\n    from ftp_lightning.schedule import Schedule")

@@ -98,7 +98,8 @@ def test_the_sum_knows_recomputing_and_logits(settings):
 @pytest.mark.parametrize(("name", "dtype"), SPREAD)
 def test_the_sum_of_a_search_forward_holds(name, dtype):
     model = model_of(dtype, **SHAPES[name])
-    assert forward_bytes(Shape.of(model), ROWS, PROMPT, CONTINUATION) == pytest.approx(measured_search(model), rel=0.15)
+    stated, measured = forward_bytes(Shape.of(model), ROWS, PROMPT, CONTINUATION), measured_search(model)
+    assert 0.9 * measured < stated < 1.25 * measured  # the last block of a prompt takes less than is stated
 
 
 @pytest.mark.parametrize(("words", "dtype"), [(4000, torch.float32), (16000, torch.bfloat16)])

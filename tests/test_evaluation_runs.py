@@ -171,7 +171,12 @@ def test_two_runs_are_compared_item_by_item(monkeypatch, capsys, tmp_path):
         (tmp_path / name / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script("compare_runs.py", monkeypatch, tmp_path / "a", tmp_path / "b", "--show", 2)
     said = " ".join(capsys.readouterr().out.split())
-    assert "6 items in both, 0 in one only" in said and "| t | A | B | 6 | – | +100.0" in said and "0.031" in said
+    assert (
+        "6 items in both, 0 in one only" in said
+        and "| t | A | B | 6 | 6 |" in said
+        and "+100.0" in said
+        and "0.031" in said
+    )
     assert "t 0: gained by A" in said and "t: 4 more" in said
     with pytest.raises(SystemExit):
         script("compare_runs.py", monkeypatch, tmp_path / "a", tmp_path / "b", "--a", "x")

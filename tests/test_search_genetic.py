@@ -386,7 +386,7 @@ def moded_seeds():
 
 
 def test_modes_are_searched_with_the_sparsities():
-    result = genetic_search(ModedDistance(), BLOCKS, moded(generations=8), moded_seeds())
+    result = genetic_search(ModedDistance(), BLOCKS, moded(generations=14), moded_seeds())
     assert abs(result.schedule.budget - BUDGET) <= 1e-9 and result.value == ModedDistance()(result.schedule)
     assert result.value < 0.5 * min(result.allocations.values()) and set(result.schedule.kv) == {"evict", "keep"}
     pruned = [block for block, s in enumerate(result.schedule.sparsity) if s > 0.1]

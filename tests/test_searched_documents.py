@@ -145,6 +145,6 @@ def test_lm_eval_itself_is_told_once_what_a_search_has_seen(loaded, file, items)
             run_tasks(lm, {TASK: {"validation": file}})
             run_tasks(lm, {TASK: {"validation": file}})
         assert len([one for one in told if TASK in str(one.message)]) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            run_tasks(make(pruner=pruner), {TASK: {"validation": file}}, seen=pruner.schedule.seen)
+    with ftp_models(*loaded) as make, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run_tasks(make(pruner=pruner), {TASK: {"validation": file}}, seen=pruner.schedule.seen)

@@ -119,7 +119,11 @@ def test_tables_are_written_in_three_formats_and_answers_are_gone(chain):
     folder = chain / "evaluate"
     assert "| noise floor: dense, eager attention" in (folder / "tables.md").read_text()
     assert (folder / "tables.tex").read_text().count("\\begin{table}") == 3
-    assert (folder / "pairs.csv").read_text().startswith("task,a,b,items,difference,low,high,lost,gained,p\n")
+    assert (
+        (folder / "pairs.csv")
+        .read_text()
+        .startswith("task,a,b,items,clusters,seeds,difference,low,high,lost,gained,p\n")
+    )
     assert not (folder / "answers").exists()
 
 
