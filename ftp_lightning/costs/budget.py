@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ftp_lightning.costs.flops import Parts, continuation_flops, head_flops, prompt_flops, stored_tokens
+from ftp_lightning.costs.flops import (
+    Parts,
+    continuation_flops,
+    flops_reduction,
+    head_flops,
+    prompt_flops,
+    stored_tokens,
+)
 from ftp_lightning.costs.per_block import block_costs
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule
@@ -55,6 +62,23 @@ def solve_budget(
     if reduction > saved(top):
         raise _out_of_reach(reduction, length, saved(top))
     return _scaled(shape, _nearest(saved, reduction, top))
+
+
+def stages_with_cut(model: nn.Module, reduction: float, length: int, level: float = 0.8) -> Schedule:
+    """Two stages under `keep`: the first blocks are dense, the last ones skip about `level` of the tokens [ours].
+
+    The second stage begins as late as the cut allows, and skips a little less than `level` to meet it.
+
+    Raises:
+        UserError: as `solve_budget`; all blocks together save less than `reduction` at that level (`OutOfReach`).
+    """
+    blocks, most = len(block_costs(model)), 0.0
+    for first in range(blocks - 1, -1, -1):
+        stages = Schedule([0.0] * first + [level] * (blocks - first))
+        most = flops_reduction(model, stages, length, "keep")
+        if most >= reduction:
+            return solve_budget(model, reduction, length, "keep", stages).under("keep")
+    raise _out_of_reach(reduction, length, most)
 
 
 def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | Sequence[str] | None) -> Schedule:

@@ -125,7 +125,7 @@ def finished(
     cells: Sequence[AnyCell], measure: Callable[[AnyCell], DataFrame | None], args: argparse.Namespace
 ) -> DataFrame:
     """All items of a grid, for an experiment with `arguments`: unpacked, measured unless --tables, packed again."""
-    if args.packed and args.packed.exists():
+    if args.packed and args.packed.is_file():
         unpack(args.packed, args.output)
     if not args.tables:
         run_grid(cells, measure, args.output)
