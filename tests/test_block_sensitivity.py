@@ -271,7 +271,7 @@ def test_what_was_not_captured_is_refused():
     with resume_from(model, 2, states):
         with pytest.raises(ValueError, match="not captured"):
             model(torch.cat([IDS, IDS], dim=1))
-        with pytest.raises(ValueError, match="needs a key-value cache"):
+        with pytest.raises(ValueError, match="were not captured"):
             model(IDS, use_cache=False)
 
 

@@ -129,3 +129,27 @@ def test_the_learning_rate_falls_linearly_to_a_twentieth():
         decay.step()
     assert rates == pytest.approx([0.02 * (1 - step / 10) for step in range(10)] + [0.001])
     assert made["lr_scheduler"]["interval"] == "step"
+
+
+@pytest.mark.parametrize("names", [("position", "sparsity"), ("position", "attention", "rank", "sparsity")])
+@pytest.mark.parametrize("settings", [{}, {"distillation": "kl"}, {"recompute": True}])
+def test_the_student_starts_at_its_first_routed_block(names, settings):
+    """What enters it the teacher has computed: the same loss and gradients, bit by bit, and fewer calls of blocks."""
+    model, found, calls = tiny_llama(torch.float32), [], []
+    handles = [block.mlp.register_forward_pre_hook(lambda *_: calls.append(1)) for block in model.model.layers]
+    for lends in (True, False):
+        pruner = TokenPruner(seeded(lambda: DynamicRouter(names=names)), Schedule([0.0, 0.0, 0.5, 0.5]), kv="keep")
+        system = RouterTraining(model, pruner, TrainingSettings(batch_size=2, **settings))
+        if not lends:
+            system._first_needed = lambda pruner: 0
+        calls.clear()
+        loss = system.training_step({"input_ids": torch.arange(3, 51).view(2, 24), "prompt_tokens": 16}, 0)
+        forward = len(calls)
+        loss.backward()
+        found.append((loss.detach(), forward, [p.grad for p in pruner.router.parameters()]))
+    for handle in handles:
+        handle.remove()
+    (ours, few, own), (whole, many, theirs) = found
+    assert torch.equal(ours, whole) and all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+    # with attention the last dense block runs, too: it writes what the router reads
+    assert many - few == (1 if "rank" in names else 2)

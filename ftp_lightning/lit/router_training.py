@@ -24,6 +24,7 @@ from ftp_lightning.routing.choice import choose_topk
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.training.listening import listening, needed_later
+from ftp_lightning.training.resume import capture, first_needed_block, resume_from
 
 __all__ = ["RouterTraining", "TrainingSettings"]
 
@@ -106,14 +107,21 @@ class RouterTraining(L.LightningModule):
 
     def student_and_teacher(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], TokenPruner]:
         """Outputs of the pruned and of the dense model, and the pruner that was in force."""
-        with torch.no_grad(), self._listening(batch) as self.heard:
-            teacher = self.outputs(batch)
         number = batch.get("number", 0)
         pruner = self.pruner.with_schedule(self.training_schedule(number))
+        first = self._first_needed(pruner)
+        with torch.no_grad(), self._listening(batch) as self.heard, capture(self.model, only=first) as states:
+            teacher = self.outputs(batch)
         routed = batch["prompt_tokens"] if self.settings.scope == "prompt" else batch["input_ids"].shape[1]
         gates = self.settings.gates_at(self.global_step, number)
-        with pruner(self.model), pruner.masked(routed, gates, self.settings.recompute):
-            return self.outputs(batch), teacher, pruner
+        with resume_from(self.model, first, states), pruner(self.model):
+            with pruner.masked(routed, gates, self.settings.recompute):
+                return self.outputs(batch), teacher, pruner
+
+    def _first_needed(self, pruner: TokenPruner) -> int:
+        """The lowest block that the student must run: what enters it the teacher has computed."""
+        routed = next((block for block, s in enumerate(pruner.scheduled.sparsity) if s > 0.0), 0)
+        return first_needed_block(self.model, routed, pruner.router.needs, pruner.reads_all_blocks)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         scored = self._scored(batch)

@@ -52,9 +52,9 @@ class Site:
         """UserError where the block's attention implementation wants masks that are not made here."""
         attention = find_attention(block)
         return Site(
-            _signature(block),
+            signature_of(block),
             attention,
-            _signature(attention),
+            signature_of(attention),
             find_mlp(block),
             query_projection(attention),
             key_value_projections(attention),
@@ -67,7 +67,8 @@ class Site:
 _SIGNATURES: dict[type[nn.Module], Signature] = {}
 
 
-def _signature(module: nn.Module) -> Signature:
+def signature_of(module: nn.Module) -> Signature:
+    """How a block or an attention is called; looked up once for its class."""
     kind = type(module)
     if kind not in _SIGNATURES:
         _SIGNATURES[kind] = Signature(kind, cache_name(module))

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.calls import Call, Signature
-from ftp_lightning.pruning.family import cache_name, find_attention, find_blocks, sliding_window
+from ftp_lightning.pruning.calls import Call
+from ftp_lightning.pruning.family import find_attention, find_blocks, sliding_window
+from ftp_lightning.pruning.site import signature_of
 from ftp_lightning.routing.base import Needs
 
 
@@ -39,8 +40,11 @@ class BlockStates:
 
 
 @contextmanager
-def capture(model: nn.Module) -> Iterator[BlockStates]:
-    """Record the hidden states between the blocks during the forwards of one text (prompt, then continuation)."""
+def capture(model: nn.Module, only: int | None = None) -> Iterator[BlockStates]:
+    """Record the hidden states between the blocks during the forwards of one text (prompt, then continuation).
+
+    only: what enters this block alone.
+    """
     blocks = find_blocks(model)
     states = BlockStates([[] for _ in range(len(blocks) + 1)])
 
@@ -50,8 +54,10 @@ def capture(model: nn.Module) -> Iterator[BlockStates]:
     def leave(block: nn.Module, args: tuple, output: Tensor) -> None:
         states.passes[-1].append(output)
 
-    handles = [b.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, b in enumerate(blocks)]
-    handles.append(blocks[-1].register_forward_hook(leave))
+    wanted = [(i, block) for i, block in enumerate(blocks) if only in (None, i)]
+    handles = [b.register_forward_pre_hook(functools.partial(enter, i), with_kwargs=True) for i, b in wanted]
+    if only in (None, len(blocks)):
+        handles.append(blocks[-1].register_forward_hook(leave))
     try:
         yield states
     finally:
@@ -89,7 +95,7 @@ def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[N
     of one number per token.
 
     Attach a pruner inside, not outside: its wrappers then lie above these. Its schedule must be 0 below `block`.
-    ValueError for a forward without a cache, or beyond the captured text.
+    A forward without a cache is that of the whole text. ValueError beyond the captured text.
     """
     with ExitStack() as stack:
         for index, module in enumerate(find_blocks(model)[:block]):
@@ -129,13 +135,12 @@ def _forward_replaced(block: nn.Module, forward: Callable) -> Iterator[None]:
 
 def _return_stored(index: int, block: nn.Module, states: BlockStates | None, *args, **kwargs) -> Tensor:
     """What a block below the first that runs does instead of computing."""
-    call = Call(Signature(type(block), cache_name(block)), args, kwargs)
+    call = Call(signature_of(block), args, kwargs)
     hidden, cache = call.hidden, call.cache
-    if cache is None:
-        raise ValueError("a forward that starts above the first block needs a key-value cache")
-    seen, new = cache.get_seq_length(index), hidden.shape[1]
-    placeholder = hidden.new_zeros(hidden.shape[0], 1, new, 1)
-    cache.update(placeholder, placeholder, index)
+    seen, new = 0 if cache is None else cache.get_seq_length(index), hidden.shape[1]
+    if cache is not None:
+        placeholder = hidden.new_zeros(hidden.shape[0], 1, new, 1)
+        cache.update(placeholder, placeholder, index)
     if states is None:
         return hidden
     stored = states.entering(index + 1)[:, seen : seen + new]
