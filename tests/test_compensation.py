@@ -557,3 +557,16 @@ def test_rows_of_any_length_add_up(parts):
             assert found.count == expected.count == sum(p - 2 for p in (20, 9, 13, 9, 5))
             for name in ("x", "y", "xx", "yx"):
                 torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("skip", RANKS)
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_what_is_read_of_the_last_block_is_compensated(skip, kv):
+    """Where few logits are read the last block runs on their tokens alone; those that skip get what `skip` says."""
+    for more in ({}, {"removed": [(BLOCKS - 1, "block")]}):
+        pruner = pruner_of(skip, RandomRouter(1), kv=kv, **more)
+        with torch.no_grad(), pruner(MODEL):
+            whole = MODEL(TEXT).logits
+            assert not pruner.trace.keep[-1][:, -5:].all()
+            part = MODEL(TEXT, logits_to_keep=5).logits
+        assert torch.allclose(part, whole[:, -5:])

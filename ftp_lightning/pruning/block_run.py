@@ -250,8 +250,13 @@ class BlockRun:
 
     def _run_read(self, kept: Kept | None, read: Kept) -> Tensor:
         """(B, T, D): the block's output at the tokens that are read, anything at the others; the cache as ever."""
-        hidden, self.forward.trace.last_only = self.call.hidden, True
+        forward, hidden, attached = self.forward, self.call.hidden, self.attached
+        forward.trace.last_only = True
         output = self.run_kept(self.inner, self.call, read if kept is None else kept, read, dense=kept is None)
+        if kept is not None and attached.pruner.compensation is not None:  # some of those that are read skip
+            split = hidden.shape[1] - (forward.last_tokens or 0)
+            tail = attached.skipped(hidden[:, split:], self.index, "block")
+            hidden = torch.cat([hidden[:, :split].to(tail.dtype), tail], 1)
         return hidden if output is None else read.put(hidden, tensor_of(output))
 
     # ---------------------------------------------------------------- the cache's layer
