@@ -449,3 +449,34 @@ def test_what_a_sliding_window_dropped_changes_no_decision(name, kv, decode):
             logits = model(TEXT[:, 25:], past_key_values=cache).logits
         found.append((logits, keep + pruner.trace.keep))
     assert same(*found)
+
+
+@pytest.mark.parametrize("decode", ["threshold", "strict"])
+def test_a_token_goes_on_after_an_error_in_the_first_block(decode):
+    """The block had decided that it skips, and none had taken it: the same call again gives what it gives."""
+    pruner = pruner_of("dynamic", decode, "keep", NONE_DENSE)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), pruner(MODEL):
+        cache = prefill(pruner, TEXT)
+        expected = MODEL(TEXT[:, PROMPT:], past_key_values=copy.deepcopy(cache)).logits
+        handle = MODEL.model.layers[0].self_attn.k_proj.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            MODEL(TEXT[:, PROMPT:], past_key_values=cache)
+        handle.remove()
+        assert torch.equal(MODEL(TEXT[:, PROMPT:], past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("decode", ["threshold", "strict"])
+def test_guidance_by_a_prompt_without_padding_leaves_the_padding_of_others(decode):
+    """A row decides as it does alone, though `generate` asks the model about a second prompt in between."""
+    pruner, ids, mask = pruner_of("dynamic", decode), TEXT[:2, :14].clone(), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :6] = 0
+    asked = {"guidance_scale": 1.5, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    against = TEXT[:2, 5:10]
+    with torch.no_grad(), pruner(MODEL):
+        both = MODEL.generate(ids, attention_mask=mask, negative_prompt_ids=against, **asked)
+        alone = MODEL.generate(ids[:1, 6:], negative_prompt_ids=against[:1], **asked)
+    assert torch.equal(both[0, 14:], alone[0, 8:])

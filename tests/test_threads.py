@@ -175,3 +175,24 @@ def test_a_trace_is_the_threads_own_until_a_later_thread_has_ended():
         assert pruner.trace.real.shape == (1, 7)
         model(ids)
         assert pruner.trace.real.shape == (1, 12)
+
+
+def test_a_detach_that_is_interrupted_leaves_the_pruner_in_force(monkeypatch):
+    """Ctrl-C while it waits for a call that does not end: later calls are answered, and a later detach works."""
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    ids = torch.randint(3, 64, (1, 12))
+    pruner.attach(model)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.detach()
+    call = threading.Thread(target=lambda: model(ids), daemon=True)
+    call.start()
+    call.join(20)
+    assert not call.is_alive() and "forward" in model.model.__dict__
+    pruner.detach()
+    assert "forward" not in model.model.__dict__

@@ -98,12 +98,23 @@ class Gate:
                 del self._inside[own]
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Wait until no call is running, and let no more in. UserError inside a call of the same thread."""
+    def close(self) -> bool:
+        """Wait until no call is running, and let no more in; False where another thread has closed it.
+
+        Where the wait is interrupted (Ctrl-C) it stays open. UserError inside a call of the same thread.
+        """
         with self._changed:
             if threading.get_ident() in self._inside:
                 raise UserError("a pruner cannot be detached while its model is running.\nDetach it after the call.")
+            if self._state == "closed":
+                return False
             self._state = "closing"
-            self._changed.wait_for(lambda: not self._inside)
-            self._state = "closed"
+            try:
+                self._changed.wait_for(lambda: not self._inside)
+            except BaseException:
+                self._state = "open" if self._state == "closing" else self._state
+                self._changed.notify_all()
+                raise
+            before, self._state = self._state, "closed"
             self._changed.notify_all()
+            return before != "closed"

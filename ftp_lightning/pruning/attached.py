@@ -27,6 +27,7 @@ from ftp_lightning.pruning.block_run import BlockRun
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.calls import WrappedMethod
 from ftp_lightning.pruning.devices import brought, home
+from ftp_lightning.pruning.family import heeds_logits_to_keep
 from ftp_lightning.pruning.forward import Forward
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
 from ftp_lightning.pruning.parts import run_attention, run_mlp_entry, run_mlp_exit
@@ -65,6 +66,7 @@ class Attached:
         self.full_queries: set[int] = set()
         self._compensations: dict[tuple[torch.device, torch.dtype], Compensation] = {}
         self._configs: dict = {}
+        self._slices = heeds_logits_to_keep(model)
         self._undo: list[Callable[[], None]] = []
         self._plan()
         self.least_tokens = self._least_tokens()
@@ -144,8 +146,9 @@ class Attached:
             self._undo.append(self.tap(index))
         if hasattr(model, "generate"):
             self._wrap(model, "generate", self.run_generate)
+        own = {"pruner": model.__dict__["pruner"]} if "pruner" in model.__dict__ else {}
         model.__dict__["pruner"] = self.pruner
-        self._undo.append(functools.partial(delattr, model, "pruner"))
+        self._undo.append(functools.partial(_put_back, model, own))
 
     def _wrap(self, module: nn.Module, name: str, run, *first) -> None:
         self._undo.append(WrappedMethod(module, name, functools.partial(run, *first)).undo)
@@ -156,8 +159,8 @@ class Attached:
 
     def undo(self) -> None:
         """Leave the model as it was, once no call is running in any thread."""
-        self.gate.close()
-        self._remove()
+        if self.gate.close():
+            self._remove()
 
     def _remove(self) -> None:
         while self._undo:
@@ -170,6 +173,7 @@ class Attached:
         if not self.gate.enter():
             return inner(*args, **kwargs)
         try:
+            check_cache(kwargs.get("past_key_values"))
             generation = Generation.of(self.model, args, kwargs, self.ambient.routes_chunks)
             with self.ambient.having(generation=generation):
                 return inner(*args, **kwargs)
@@ -179,7 +183,7 @@ class Attached:
     def run_model(self, inner, args: tuple, kwargs: dict):
         """The model with its output head: how many last positions it reads."""
         last = kwargs.get("logits_to_keep")
-        reads_all = kwargs.get("output_hidden_states") or self.model.config.output_hidden_states
+        reads_all = kwargs.get("output_hidden_states") or self.model.config.output_hidden_states or not self._slices
         with self.ambient.having(last_tokens=None if reads_all else _last_tokens(last)):
             return inner(*args, **kwargs)
 
@@ -196,7 +200,9 @@ class Attached:
 
     def _in_one_phase(self, inner, arguments: dict):
         """The decoder's output; a call that brings the end of a prompt and guesses behind it is run as two."""
-        cache, generation = arguments.get("past_key_values"), self.ambient.generation
+        cache = arguments.get("past_key_values")
+        check_cache(cache)
+        generation = self._generation(cache)
         past = cache.get_seq_length() if cache is not None else 0
         if generation is not None and generation.guesses_in(past, _tokens(arguments).shape[1]):
             prompt, guesses = split_arguments(arguments, generation.prompt_end - past, past)
@@ -218,17 +224,22 @@ class Attached:
         self._close(forward)
         return output
 
+    def _generation(self, cache) -> Generation | None:
+        """The call of `generate` whose text a forward with this cache is about; None where it is about another."""
+        generation = self.ambient.generation
+        return generation if generation is not None and generation.is_about(cache) else None
+
     def _open(self, arguments: dict, past: int) -> Forward:
         """Which phase this forward is."""
         ambient, generation = self.ambient, self.ambient.generation
         mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
-        check_cache(cache)
         check_forward(self, arguments, past)
+        generation, routes_chunks = self._generation(cache), generation is None and ambient.routes_chunks
         whole = generation is not None and past >= generation.prompt_end and generation.whole
         forward = Forward.of(_tokens(arguments), mask, past, self.home, whole, ambient.training)
         if generation is not None and past < generation.prompt_end:
             generation.whole = not forward.padded
-        if past == 0 or (ambient.routes_chunks if generation is None else generation.is_prompt(past)):
+        if past == 0 or (routes_chunks if generation is None else generation.is_prompt(past)):
             self._open_prompt(forward)
         else:
             self._open_continuation(forward, cache)
@@ -358,6 +369,12 @@ def _last_tokens(asked) -> int | None:
         on_host = asked.device.type == "cpu" and not torch.compiler.is_compiling()
         return -int(asked.min()) if on_host and asked.numel() and int(asked.max()) < 0 else None
     return asked if isinstance(asked, int) and asked > 0 else None
+
+
+def _put_back(model: nn.Module, own: dict) -> None:
+    """Give the model its own attribute named `pruner` back, where it had one."""
+    model.__dict__.pop("pruner", None)
+    model.__dict__.update(own)
 
 
 def _tokens(arguments: dict) -> Tensor:

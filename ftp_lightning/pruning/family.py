@@ -69,6 +69,13 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return find_decoder(model)[1]
 
 
+def heeds_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model, or what an adapter (peft) has wrapped, computes logits of the last positions alone where it is
+    asked to; others hand the argument down with what they do not know, and read all positions."""
+    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in _parameters(type(base).forward)
+
+
 @functools.cache
 def _parameters(forward: Callable) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters

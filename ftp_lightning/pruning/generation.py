@@ -19,12 +19,13 @@ _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 class Generation:
     """One call of `generate`: `prompt_end` slots are its prompt; they are routed (`routes`) also where the prompt comes
     in chunks, and never together with guesses behind them (`guesses`: assisted decoding). `whole`: the prompt has no
-    padding, so that nothing after it has."""
+    padding, so that nothing after it has. `cache`: the one that `generate` itself goes on with."""
 
     prompt_end: int
     routes: bool
     guesses: bool
     whole: bool = False
+    cache: object | None = None
 
     @staticmethod
     def of(model: nn.Module, args: tuple, kwargs: dict, routing_chunk: bool) -> Generation:
@@ -59,6 +60,12 @@ class Generation:
         cache = given.get("past_key_values")
         fresh = cache is None or cache.get_seq_length() == 0
         return Generation(_prompt_length(given), fresh or routing_chunk, guesses)
+
+    def is_about(self, cache: object | None) -> bool:
+        """Whether a forward with this cache brings tokens of the text that is generated; guidance (`guidance_scale`)
+        asks the model about another one, with a cache of its own."""
+        self.cache = cache if self.cache is None else self.cache
+        return cache is not None and cache is self.cache
 
     def is_prompt(self, past: int) -> bool:
         """Whether a forward that starts at this slot brings prompt tokens to be routed."""

@@ -36,8 +36,9 @@ def within_allowance(probability: Tensor, real: Tensor, sparsity: float, account
 
 
 def account_of(layer: RoutedLayer, part: str, real: Tensor, past: int) -> Tensor:
-    """(B, past) uint8: what the tokens before this forward did in this part of the block."""
-    known = layer.account.get(part, real.new_zeros((len(real), 0), dtype=torch.uint8))
+    """(B, past) uint8: what the tokens before this forward did in this part of the block; what an error has stopped
+    after its decision does not count."""
+    known = layer.account.get(part, real.new_zeros((len(real), 0), dtype=torch.uint8))[:, :past]
     missing = past - known.shape[1]
     return torch.cat([known, known.new_zeros((len(real), missing))], 1) if missing else known
 

@@ -32,6 +32,11 @@ def check_cache(cache) -> None:
     """UserError for a cache that is not dynamic, or that an error has left unusable."""
     if cache is None:
         return
+    if not hasattr(cache, "layers"):
+        raise UserError(
+            f"past_key_values is a {type(cache).__name__}, which is no key-value cache of a decoder.\n"
+            "Leave it out, or pass a DynamicCache."
+        )
     offloaded = getattr(cache, "offloading", False)
     if getattr(cache, "is_compileable", False) or offloaded:
         raise UserError(
