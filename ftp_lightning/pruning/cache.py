@@ -141,7 +141,7 @@ class RoutedLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = None  # as stock layers before their first key
-        self.is_initialized = False
+        self.is_initialized, self.complete = False, True
         self._forget()
 
     def _map_rows(self, change) -> None:

@@ -40,8 +40,7 @@ def _write_prompt(run: BlockRun, tapped, kept: Kept | None, queries: Tokens, key
     if forward.training is not None:  # tokens after the routed ones have no say in how these are routed
         tapped.query, tapped.key = tapped.query[:, :, :width], tapped.key[:, :, :width]
         queries, keys = queries.first(width), keys.first(width)
-    # a complete layer may hold fewer keys than were seen, too: a sliding window has dropped the rest
-    evicted = kept is not None and (layer is None or not layer.complete)
+    evicted = kept is not None and pruner.kv[run.index] == "evict"
     new = kept.width if kept is not None and evicted else width
     reads = pruner.router.needs.reads
     if reads is not None:
