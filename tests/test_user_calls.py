@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import family
 from test_engine import MODEL, TEXT, tiny_llama
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaForSequenceClassification
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
 from ftp_lightning.errors import UserError
@@ -38,6 +38,35 @@ def test_a_cache_made_without_a_config(name, schedule, kv):
     model, pruner = family(name), TokenPruner(RandomRouter(1), Schedule(schedule), kv=kv)
     expected = step_by_step(model, DynamicCache(config=model.config), pruner)
     assert torch.allclose(step_by_step(model, DynamicCache(), pruner), expected, atol=1e-5)  # Gemma 2 rounds
+
+
+@pytest.mark.parametrize("second", ["reset", "chunk"])
+def test_a_cache_that_a_pruner_of_the_other_mode_goes_on_with(second):
+    """Scores are read of the tokens that this pruner stores, whatever the one before has left out."""
+    model, schedule = family("llama"), Schedule([0.0, 0.3, 0.5, 0.5])
+    evicting, keeping = (TokenPruner(UntrainedRouter(), schedule, kv=kv) for kv in ("evict", "keep"))
+    found = []
+    for complete in (False, True):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            with evicting(model):
+                model(IDS[:, :20], past_key_values=cache)
+            if second == "reset":
+                cache.reset()
+            for layer in cache.layers[1:]:
+                layer.complete = complete
+            with keeping(model), keeping.prompt():
+                model(IDS[:, 20:], past_key_values=cache)
+                found.append([keep.clone() for keep in keeping.trace.keep])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("made", [tuple, list, lambda _: EncoderDecoderCache(DynamicCache(), DynamicCache())])
+def test_what_is_no_cache_of_a_decoder_is_refused(made):
+    with torch.no_grad(), TokenPruner(RandomRouter(1), SCHEDULE)(MODEL):
+        for call in (MODEL, MODEL.generate):
+            with pytest.raises(UserError, match="pass a DynamicCache"):
+                call(IDS, past_key_values=made(()))
 
 
 # ---------------------------------------------------------------- autocast
@@ -111,6 +140,38 @@ def test_the_training_forward_leaves_no_cache():
         output = model(IDS, use_cache=True)
         again = model(IDS, use_cache=False)
     assert output.past_key_values is None and torch.equal(output.logits, again.logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_recompute_drops_what_the_forward_has_dropped(name):
+    model = family(name, torch.float32, **({"attention_dropout": 0.3} if name == "llama" else {})).train()
+    pruner, gradients = TokenPruner(RandomRouter(1), SCHEDULE), []
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        with pruner(model), pruner.masked(20, recompute=recompute):
+            loss = model(IDS, labels=IDS, use_cache=False).loss
+            gradients.append(torch.autograd.grad(loss, embedding)[0])
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_recompute_while_another_pruner_is_attached(kv):
+    """A teacher or a validation may be in force by the time of backward; it is, unchanged, afterwards."""
+    model, gradients = tiny_llama(), []
+    pruner, other = TokenPruner(RandomRouter(1), SCHEDULE, kv=kv), TokenPruner(RandomRouter(2), SCHEDULE, kv=kv)
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad(), other(model):
+        expected = model(IDS).logits
+    for recompute in (False, True):
+        with pruner(model), pruner.masked(20, recompute=recompute):
+            loss = model(IDS, labels=IDS, use_cache=False).loss
+        with other(model):
+            gradients.append(torch.autograd.grad(loss, embedding)[0])
+            with torch.no_grad():
+                assert torch.equal(model(IDS).logits, expected)
+    assert torch.allclose(*gradients)
+    assert not any(hasattr(module, "_ftp_tap") for module in model.modules())
 
 
 # ---------------------------------------------------------------- errors half way
@@ -199,6 +260,17 @@ def test_the_model_knows_its_pruner_while_attached():
     assert not hasattr(model, "pruner")
 
 
+def test_a_models_own_attribute_named_pruner_is_put_back():
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    model.pruner = "mine"
+    with pruner(model):
+        assert model.pruner is pruner
+    assert model.pruner == "mine"
+    with pruner(model):
+        del model.pruner
+    assert "forward" not in model.model.__dict__
+
+
 def test_attaching_again_looks_at_no_block_twice(monkeypatch):
     """A training step and a search candidate attach a pruner each time."""
     from ftp_lightning.pruning import site
@@ -279,3 +351,14 @@ def test_the_last_block_runs_on_one_token_of_a_generated_prompt():
             assert rows[4:] == [18]
     finally:
         handle.remove()
+
+
+def test_a_model_that_reads_all_outputs_whatever_it_is_told():
+    """A classifier hands `logits_to_keep` down with other keywords, and reads the last real token of each row."""
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(MODEL.config).double().eval()
+    mask = torch.ones_like(IDS)
+    mask[0, 30:] = 0
+    with torch.no_grad(), TokenPruner(RandomRouter(1), SCHEDULE)(model):
+        found = [model(IDS * mask, attention_mask=mask, **more).logits for more in ({}, {"logits_to_keep": 1})]
+    assert torch.equal(*found)

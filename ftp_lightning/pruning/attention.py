@@ -213,23 +213,22 @@ def tap_attention(attention: nn.Module, run: Callable, copies: dict | None = Non
     """
     if TAP not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(TAP, _tapped_attention)
-    original = attention.config
+    original, before = attention.config, getattr(attention, "_ftp_tap", None)
     copies = {} if copies is None else copies
-    if id(original) not in copies:
+    if before is None and id(original) not in copies:
         copies[id(original)] = copy.copy(original)
         copies[id(original)]._attn_implementation_internal = TAP
-    attention.config = copies[id(original)]
+    attention.config = copies[id(original)] if before is None else original
     attention._ftp_tap = run
-    return functools.partial(_untap, attention, original)  # no closure: a copied model has its own
+    return functools.partial(_untap, attention, original, before)  # no closure: a copied model has its own
 
 
-def _untap(attention: nn.Module, original) -> None:
+def _untap(attention: nn.Module, original, before: Callable | None) -> None:
     attention.config = original
-    del attention._ftp_tap
-
-
-def is_tapped(attention: nn.Module) -> bool:
-    return hasattr(attention, "_ftp_tap")
+    if before is None:
+        del attention._ftp_tap
+    else:
+        attention._ftp_tap = before
 
 
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ftp_lightning.pruning.attention import Sight, is_tapped
+from ftp_lightning.pruning.attention import Sight
 from ftp_lightning.pruning.calls import Call
 from ftp_lightning.pruning.kept import Tokens
 from ftp_lightning.pruning.said import write_scores
@@ -50,7 +50,7 @@ def recomputed(run: BlockRun, inner, *args, **kwargs):
             return inner(*args, **kwargs)
         before = run.sight, run.forward.run
         run.sight, run.forward.run = sight, run
-        undo = (lambda: None) if is_tapped(run.site.attention) else attached.tap(run.index)
+        undo = attached.tap(run.index)  # also where another pruner is attached by now
         try:
             with ambient.having(forward=run.forward):
                 return inner(*args, **kwargs)
@@ -59,4 +59,5 @@ def recomputed(run: BlockRun, inner, *args, **kwargs):
             run.tapped = None  # nobody reads what the attention said
             run.sight, run.forward.run = before
 
-    return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    drops = any(module.training for module in attached.blocks[run.index].modules())  # dropout has to drop the same
+    return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=drops, **kwargs)
