@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -362,3 +365,20 @@ def test_a_model_that_reads_all_outputs_whatever_it_is_told():
     with torch.no_grad(), TokenPruner(RandomRouter(1), SCHEDULE)(model):
         found = [model(IDS * mask, attention_mask=mask, **more).logits for more in ({}, {"logits_to_keep": 1})]
     assert torch.equal(*found)
+
+
+def test_a_pruner_does_not_keep_the_model_that_it_was_attached_to(tmp_path):
+    """Neither alive nor in its copies: they would carry all its weights."""
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    with pruner(model):
+        pass
+    assert len(pickle.dumps(pruner)) < 20_000
+    copied = pickle.loads(pickle.dumps(pruner))
+    with torch.no_grad(), copied(model):
+        model(IDS)
+    pruner.save(tmp_path / "p", base="here")
+    assert TokenPruner.load(tmp_path / "p")._base
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None

@@ -10,9 +10,9 @@ from ftp_lightning.costs.flops import prompt_flops
 from ftp_lightning.costs.per_block import block_costs
 from ftp_lightning.schedule import Schedule
 
-OVERHEAD = {"cpu": 2e7, "cuda": 5e10}
+OVERHEAD = {"cpu": 4e7, "cuda": 5e10}
 """FLOPs that a device could do in the time that a routed block takes beside its matrices, by kind of device [ours]: on
-a CPU measured at 10 to 25 million (0.3 to 0.8 ms at 30 GFLOP/s), on an accelerator estimated from some 60 launches."""
+a CPU about 40 million (docs/benchmarks.md), on an accelerator estimated from some 60 launches, not measured."""
 MARGIN = 2.0
 """How many times its overhead a routed block must save [ours]: noise is no reason to be slower than dense."""
 LONGEST = 1 << 20

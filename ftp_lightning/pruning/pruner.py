@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,10 @@ DEFAULT_KV = "evict"
 CHOICES = ("topk", "threshold")
 
 Known = TypeVar("Known")
+
+
+def _no_model() -> nn.Module | None:
+    return None
 
 
 class TokenPruner:
@@ -120,7 +125,11 @@ class TokenPruner:
         self._trace, self._routings, self._thread = Trace(), list[Routing](), threading.get_ident()
         self._attached: Attached | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
-        self._model: nn.Module | None = None
+        self._model: Callable[[], nn.Module | None] = _no_model
+
+    def __getstate__(self) -> dict:
+        """A pruner that is copied or pickled leaves the model behind that it was attached to."""
+        return self.__dict__ | {"_model": _no_model}
 
     @property
     def trace(self) -> Trace:
@@ -202,7 +211,7 @@ class TokenPruner:
             check_base(self._base, model)
         self.router.to(home(model))
         self._attached = Attached(self, model, decoder, blocks)
-        self._model = model
+        self._model = weakref.ref(model)  # it is named, not kept
         return self
 
     def detach(self) -> None:
@@ -316,7 +325,7 @@ class TokenPruner:
 
         if self.removed:
             raise UserError("a pruner with removed parts cannot be stored: its list is not part of the format.")
-        save_pruner(self, folder, base=base, model=self._model if model is None else model)
+        save_pruner(self, folder, base=base, model=self._model() if model is None else model)
 
     @staticmethod
     def load(folder) -> TokenPruner:
