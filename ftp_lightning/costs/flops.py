@@ -22,7 +22,7 @@ from ftp_lightning.costs.per_block import (
 )
 from ftp_lightning.costs.stored import stored_bytes
 from ftp_lightning.pruning.trace import Trace
-from ftp_lightning.schedule import Schedule, kept_tokens
+from ftp_lightning.schedule import Schedule, kept_tokens, reserved_tokens
 
 __all__ = [
     "BlockCost", "Parts", "block_costs", "cached_bytes", "causal_pairs", "continuation_flops", "decode_bytes",
@@ -33,8 +33,6 @@ __all__ = [
 Parts = Literal["block", "attention", "mlp", "attention+mlp"]
 """What a share s_l of the tokens skips: the block, its attention (the MLP is computed for all), its MLP, or each of the
 two by a decision of its own."""
-
-RESERVED = 2
 
 
 def prompt_flops(
@@ -238,7 +236,7 @@ def _computed(tokens: int, sparsity: float, parts: Parts) -> tuple[int, int]:
     """Tokens that enter the attention, and the MLP, of a block. ValueError for unknown parts."""
     if parts not in get_args(Parts):
         raise ValueError(f"parts is {parts!r}, must be one of {', '.join(get_args(Parts))}")
-    kept = kept_tokens(tokens, sparsity, RESERVED)
+    kept = kept_tokens(tokens, sparsity, reserved_tokens(tokens))
     return (tokens if parts == "mlp" else kept), (tokens if parts == "attention" else kept)
 
 

@@ -206,11 +206,12 @@ class Attached:
         past = cache.get_seq_length() if cache is not None else 0
         if generation is not None and generation.guesses_in(past, _tokens(arguments).shape[1]):
             prompt, guesses = split_arguments(arguments, generation.prompt_end - past, past)
-            return join_outputs(self._run_once(inner, prompt, past), self._in_one_phase(inner, guesses))
-        return self._run_once(inner, arguments, past)
+            first = self._run_once(inner, prompt, past, generation)
+            return join_outputs(first, self._in_one_phase(inner, guesses))
+        return self._run_once(inner, arguments, past, generation)
 
-    def _run_once(self, inner, arguments: dict, past: int):
-        forward = self._open(arguments, past)
+    def _run_once(self, inner, arguments: dict, past: int, generation: Generation | None):
+        forward = self._open(arguments, past, generation)
         if forward.training is not None:
             arguments |= {"use_cache": False, "past_key_values": None}
         with self.ambient.having(forward=forward):
@@ -229,12 +230,12 @@ class Attached:
         generation = self.ambient.generation
         return generation if generation is not None and generation.is_about(cache) else None
 
-    def _open(self, arguments: dict, past: int) -> Forward:
-        """Which phase this forward is."""
-        ambient, generation = self.ambient, self.ambient.generation
+    def _open(self, arguments: dict, past: int, generation: Generation | None) -> Forward:
+        """Which phase this forward is. generation: the call of `generate` whose text it is about."""
+        ambient = self.ambient
         mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
         check_forward(self, arguments, past)
-        generation, routes_chunks = self._generation(cache), generation is None and ambient.routes_chunks
+        routes_chunks = ambient.generation is None and ambient.routes_chunks
         whole = generation is not None and past >= generation.prompt_end and generation.whole
         forward = Forward.of(_tokens(arguments), mask, past, self.home, whole, ambient.training)
         if generation is not None and past < generation.prompt_end:
