@@ -101,6 +101,21 @@ def test_records_of_older_versions_still_load(folder, recwarn):
         TokenPruner.load(folder / "p").attach(family("llama", torch.float16, hidden_size=16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_small_model_is_read_once_until_it_changes_in_whatever_way(folder, dtype, monkeypatch):
+    from ftp_lightning.models import identity
+
+    model, asked = save(folder, dtype), []
+    monkeypatch.setattr(identity, "same_weights", lambda *two: asked.append(1) or same_weights(*two))
+    for _ in range(3):
+        with TokenPruner.load(folder / "p")(model):
+            pass
+    assert len(asked) == 1
+    model.model.layers[2].mlp.up_proj.weight.data[3, 5] += 0.5  # torch does not count this one
+    with pytest.raises(UserError, match="another base model"):
+        TokenPruner.load(folder / "p").attach(model)
+
+
 def test_a_large_model_is_read_once_until_it_changes(folder, monkeypatch):
     from ftp_lightning.models import identity
 
