@@ -72,8 +72,16 @@ class ScheduleFamily:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the schedules as JSON, whole or not at all."""
-        rows = [{"budget": one.budget} | one.record() for one in self.schedules]
-        write_record(Path(path), {"format": FORMAT, "version": VERSION, "schedules": rows})
+        write_record(Path(path), {"format": FORMAT, "version": VERSION, "schedules": self.records()})
+
+    def records(self) -> list[dict]:
+        """The schedules, JSON-able, each with its budget."""
+        return [{"budget": one.budget} | one.record() for one in self.schedules]
+
+    @classmethod
+    def from_records(cls, records: list[dict]) -> ScheduleFamily:
+        """What `records` describes. KeyError, TypeError or ValueError where it describes none."""
+        return cls([Schedule.from_record(row) for row in records])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ScheduleFamily:
@@ -82,7 +90,7 @@ class ScheduleFamily:
             record = read_json(path, LARGEST)
             if not is_family(record) or record.get("version") != VERSION:
                 raise ValueError(f'it is not "format": "{FORMAT}", "version": {VERSION}')
-            return cls([Schedule.from_record(row) for row in record["schedules"]])
+            return cls.from_records(record["schedules"])
         except OSError as error:
             reason = f"{error.strerror}"
         except KeyError as error:

@@ -6,7 +6,18 @@ import pytest
 import torch
 from test_engine import BLOCKS, TEXT, seeded, tiny_llama
 
-from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner, UserError
+from ftp_lightning import (
+    DynamicRouter,
+    FixedRouter,
+    RandomRouter,
+    Schedule,
+    ScheduleFamily,
+    StaticRouter,
+    TokenPruner,
+    UserError,
+)
+from ftp_lightning.costs.budget import budget_with_cut
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.disk.pruned_folder import check_base, read_settings
 
 SCHEDULE = Schedule([0.0, 0.25, 0.5, 0.75])
@@ -120,3 +131,31 @@ def test_another_base_model_is_refused(tmp_path):
         again.attach(other)
     with pytest.raises(UserError, match="another base"):
         check_base(read_settings(tmp_path / "q"), other)
+
+
+def test_a_pruner_carries_a_family_and_moves_along_it(tmp_path):
+    family = ScheduleFamily([Schedule([0.0, 0.0, 0.2, 0.6], kv="keep"), Schedule([0.0, 0.2, 0.6, 1.0], kv="keep")])
+    pruner = TokenPruner(StaticRouter(), family.at(0.2), family=family)
+    pruner.save(tmp_path / "p")
+    again = TokenPruner.load(tmp_path / "p")
+    assert again.family == family and again.schedule == family.at(0.2)
+    moved = again.at(0.4)
+    assert moved.schedule == family.at(0.4) and moved.at(0.2).schedule == again.schedule
+    assert moved.changed(decode="dense", least_tokens=8).family == family
+    assert moved.changed(router=RandomRouter(1)).family is None
+    with pytest.raises(UserError, match="at most 0.45"):
+        again.at(0.6)
+    with pytest.raises(UserError, match="one schedule alone"):
+        TokenPruner(StaticRouter(), SCHEDULE).at(0.3)
+    with pytest.raises(ValueError, match="family is for 4 blocks"):
+        TokenPruner(StaticRouter(), Schedule([0.0, 0.5]), family=family)
+
+
+def test_a_family_is_asked_for_a_cut_of_flops():
+    family = ScheduleFamily([Schedule([0.0, 0.0, 0.3, 0.6], kv="keep"), Schedule([0.0, 0.3, 0.9, 1.0], kv="keep")])
+    model, pruner = tiny_llama(torch.float32), TokenPruner(StaticRouter(), family.at(0.2), family=family)
+    for cut in (0.0, 0.1, 0.3):
+        found = pruner.at(budget_with_cut(model, pruner, cut, 1024))
+        assert planned_cut(model, found, 1024) == pytest.approx(cut, abs=2e-3)
+    with pytest.raises(UserError, match="cannot be reached"):
+        budget_with_cut(model, pruner, 0.7, 1024)

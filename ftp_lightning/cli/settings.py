@@ -210,7 +210,9 @@ class PrunedSettings(BudgetSettings, StageSettings):
 
     pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it", is_file=True)
     schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
-    budget: float | None = option(None, "default schedule of this budget, without the two", least=0.0, below=1.0)
+    budget: float | None = option(
+        None, "budget of the default schedule, or of a pruner or file that holds a family", least=0.0, below=1.0
+    )
     kv: str = kv_option(
         AUTO,
         "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or the default schedule",
@@ -221,8 +223,8 @@ class PrunedSettings(BudgetSettings, StageSettings):
     )
 
     def check(self) -> None:
-        one_schedule = self.pruned if self.schedule is None else not holds_family(self.schedule)
-        if self.budget is not None and one_schedule:
+        family = holds_family(self.schedule) if self.schedule else not self.pruned or carries_family(self.pruned)
+        if self.budget is not None and not family:
             raise UserError(
                 "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
             )
@@ -233,6 +235,15 @@ def holds_family(path: str) -> bool:
     """Whether a file is a schedules.json, which needs a budget to say which; False where it cannot be read."""
     try:
         return is_family(read_json(Path(path).expanduser(), LARGEST))
+    except (OSError, ValueError):
+        return False
+
+
+def carries_family(folder: str) -> bool:
+    """Whether a pruner's folder holds schedules of several budgets; False where it cannot be read."""
+    try:
+        record = read_json(Path(folder).expanduser() / "pruner.json", LARGEST)
+        return isinstance(record, dict) and bool(record.get("family"))
     except (OSError, ValueError):
         return False
 

@@ -15,6 +15,7 @@ from ftp_lightning.costs.flops import (
     stored_tokens,
 )
 from ftp_lightning.costs.per_block import block_costs
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import Schedule
 
@@ -104,6 +105,27 @@ def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | 
     if reduction > saved(1.0):
         raise _out_of_reach(reduction, length, saved(1.0))
     return Schedule.default(len(costs), _nearest(saved, reduction, 1.0), kv)
+
+
+def budget_with_cut(model: nn.Module, pruner, reduction: float, length: int) -> float:
+    """The budget at which a pruner's family has the FLOPs cut of a prompt of `length` tokens nearest `reduction`.
+
+    Args:
+        pruner: a `TokenPruner` that carries a family.
+
+    Raises:
+        UserError: the cut is outside [0, 1), or more than the largest schedule of the family saves (`OutOfReach`).
+    """
+    if not 0.0 <= reduction < 1.0:
+        raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
+    top = pruner.family.budgets[-1]
+
+    def saved(budget: float) -> float:
+        return planned_cut(model, pruner.at(budget), length)
+
+    if reduction > saved(top):
+        raise _out_of_reach(reduction, length, saved(top))
+    return min(_edge(saved, reduction, top), key=lambda budget: abs(saved(budget) - reduction)) if reduction else 0.0
 
 
 def _out_of_reach(reduction: float, length: int, most: float) -> OutOfReach:

@@ -1,5 +1,5 @@
-"""A pruner on disk: `pruner.json` (schedule, settings, router, base model), `router.safetensors` (a few kB) and, where
-its skip is compensated, `compensation.safetensors`. No pickle, no code.
+"""A pruner on disk: `pruner.json` (schedule or a family of them, settings, router, base model), `router.safetensors` (a
+few kB) and, where its skip is compensated, `compensation.safetensors`. No pickle, no code.
 
 A compensation has N D (2 r + 1) float32 numbers per part: 0.2 MB for 12 blocks of 256 at rank 8, 8.9 MB for 32 of 4096;
 `pruner.json` tells its sizes and bytes.
@@ -26,6 +26,7 @@ from ftp_lightning.json_file import read_json
 from ftp_lightning.routing import router_class, stored_name
 from ftp_lightning.routing.base import Router
 from ftp_lightning.schedule import Schedule
+from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.training.compensation import Compensation, shapes
 
 FORMAT = "ftp-lightning/pruner"
@@ -63,6 +64,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         **pruner.schedule.record(),
         "settings": pruner.settings(),
         "compensation": compensation,
+        **({} if pruner.family is None else {"family": pruner.family.records()}),
         "base": base,
         "base_identity": _identity(model) or (pruner._base or {}).get("base_identity"),
     }
@@ -144,7 +146,8 @@ def load_pruner(folder, kind):
         router = _build_router(dict(record["router"]))
         schedule = Schedule.from_record(record)
         compensation = _load_compensation(record.get("compensation"), Path(folder) / COMPENSATION)
-        pruner = kind(router, schedule, compensation=compensation, **record["settings"])
+        family = ScheduleFamily.from_records(record["family"]) if record.get("family") else None
+        pruner = kind(router, schedule, compensation=compensation, family=family, **record["settings"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, UserError) and len(str(error)) < 300:
             raise

@@ -20,6 +20,7 @@ from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import ADDRESSED, Router
 from ftp_lightning.routing.fixed import FixedRouter
 from ftp_lightning.schedule import Schedule, kv_modes, kv_text
+from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.training.compensation import Compensation, check_skip
 from ftp_lightning.training.gates import StraightThrough
 
@@ -61,6 +62,7 @@ class TokenPruner:
             schedule's s_l then is that of the part. A FixedRouter says itself what it addresses.
         least_tokens: prompts of fewer tokens are computed densely, since skipping would cost more than it saves; the
             trace says so (`too_short`). "auto": chosen from the model's shape by `costs.least_tokens`.
+        family: schedules of other budgets for this very router and compensation; see `at`.
 
     A forward on an empty cache (or none) is a *prompt* and is routed; a forward on a filled cache is a *continuation*
     and follows `decode`. `with pruner.prompt():` makes a call on a filled cache a routed chunk: ranked within the
@@ -85,6 +87,7 @@ class TokenPruner:
         compensation: Compensation | None = None,
         removed: Sequence[tuple[int, str]] = (),
         least_tokens: int | Literal["auto"] = 0,
+        family: ScheduleFamily | None = None,
     ):
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
@@ -94,6 +97,9 @@ class TokenPruner:
             router.check_schedule(schedule)
         self.router, self.schedule = router, schedule
         blocks = router.num_blocks if schedule is None else schedule.num_blocks
+        if family is not None and family.num_blocks != blocks:
+            raise ValueError(f"the family is for {family.num_blocks} blocks, the pruner for {blocks}")
+        self.family = family
         self.removed = _removed(removed, blocks)
         self._removed_by_block = {b: frozenset(p for at, p in self.removed if at == b) for b, _ in self.removed}
         self._kv_wanted = _modes(kv, schedule, blocks)
@@ -292,10 +298,12 @@ class TokenPruner:
 
         A changed schedule brings the kv mode that it was found for; a changed kv is meant, and becomes the schedule's.
         Blocks that are no longer removed get the kv mode back that they were given. Documents that this pruner's
-        schedule was selected on stay seen, and what it says of its base model goes along.
+        schedule was selected on stay seen, and what it says of its base model goes along. The family goes along where
+        only the schedule, the decode policy or `least_tokens` change: under another router it would not hold.
         """
         own: dict = {"router": self.router, "schedule": self.schedule, "compensation": self.compensation}
         own |= {"removed": self.removed} | self.settings()
+        own["family"] = self.family if set(changes) <= _OF_ONE_FAMILY else None
         uniform = len(set(self._kv_wanted)) == 1  # one name fits a schedule of any number of blocks
         own["kv"] = self._kv_wanted[0] if uniform else self._kv_wanted
         own |= changes
@@ -314,6 +322,15 @@ class TokenPruner:
     def with_schedule(self, schedule: Schedule) -> TokenPruner:
         """This pruner under another schedule; see `changed`."""
         return self.changed(schedule=schedule)
+
+    def at(self, budget: float) -> TokenPruner:
+        """This pruner under the schedule of its family with mean sparsity `budget`; see `ScheduleFamily.at`.
+
+        UserError where it carries no family, or the budget is beyond the largest of it.
+        """
+        if self.family is None:
+            raise UserError("this pruner carries one schedule alone.\nMake one with a family by `ftp-lightning tune`.")
+        return self.changed(schedule=self.family.at(budget))
 
     def save(self, folder, base: str | None = None, model: nn.Module | None = None) -> None:
         """Write the pruner to a folder (safetensors + JSON, no pickle), whole or not at all; see `pruned_folder`.
@@ -352,6 +369,8 @@ def _check_score(score: AttentionScore, router: Router) -> None:
 
 
 _NOTHING: frozenset[str] = frozenset()
+_OF_ONE_FAMILY = {"schedule", "decode", "threshold", "least_tokens", "family"}
+"""What may change in a pruner whose family stays the same."""
 
 
 def _removed(removed: Sequence[tuple[int, str]], blocks: int) -> tuple[tuple[int, str], ...]:

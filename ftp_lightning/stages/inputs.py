@@ -11,7 +11,7 @@ from ftp_lightning import models
 from ftp_lightning.cli.kv import AUTO, check_kv_blocks, given_modes
 from ftp_lightning.cli.option import check_reachable
 from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings, holds_family
-from ftp_lightning.costs.budget import default_with_cut, solve_budget
+from ftp_lightning.costs.budget import budget_with_cut, default_with_cut, solve_budget
 from ftp_lightning.data.prompts import sampled_prompts
 from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
@@ -261,11 +261,22 @@ def chosen_pruner(settings: PrunedSettings, model: PreTrainedModel) -> TokenPrun
     if settings.pruned:
         schedule = load_schedule(settings.schedule, model, settings.budget) if settings.schedule else None
         pruner = load_pruner(settings.pruned, model)
+        if settings.budget is not None and schedule is None:
+            pruner = pruner.at(_family_budget(settings, pruner, model))
         changes = {} if settings.decode == "auto" else {"decode": settings.decode}
         return in_mode(pruner.changed(schedule=schedule or pruner.schedule, **changes), settings.kv)
     schedule = load_schedule(settings.schedule, model, settings.budget) if settings.schedule else None
     decode = "dense" if settings.decode == "auto" else settings.decode
     return new_pruner(StaticRouter(), schedule or default_of(settings, model), settings.kv, decode=decode)
+
+
+def _family_budget(settings: PrunedSettings, pruner: TokenPruner, model: PreTrainedModel) -> float:
+    """--budget as a mean sparsity of the pruner's family, whatever it is a share of."""
+    assert settings.budget is not None
+    if settings.budget_kind == "tokens":
+        return settings.budget
+    check_budget_length(settings, model.config)
+    return budget_with_cut(model, pruner, settings.budget, settings.budget_length)
 
 
 def new_pruner(router: Router, schedule: Schedule, kv: str, **about: Any) -> TokenPruner:
