@@ -35,7 +35,8 @@ class AttentionScore:
             there (`data.chat.chat_question` counts them). A prompt that has no other tokens writes no score.
         heads: "mean" over the query heads, or "max": the score of the head that attends to the token most.
         blocks: "latest": a router reads what the last block in which the token was a key wrote (paper). "max": it reads
-            the greatest score of all blocks so far.
+            the greatest score of all blocks so far. (first, end): the greatest score of the blocks first to end - 1
+            alone, so that all blocks from `end` on rank the tokens alike. No block up to `first` may then be pruned.
         pooling: "none", or "max" or "average" over the `kernel_size` tokens around j, of those that have a score.
             Neighbours are neighbours in the row's text: padding is passed over, skipped tokens have no score.
         kernel_size: width of the pooling, odd, with j in the middle.
@@ -51,13 +52,17 @@ class AttentionScore:
     window: int | Literal["exact", "question"] = DEFAULT_WINDOW
     window_end: int = 0
     heads: Literal["mean", "max"] = "mean"
-    blocks: Literal["latest", "max"] = "latest"
+    blocks: Literal["latest", "max"] | tuple[int, int] = "latest"
     pooling: Literal["none", "max", "average"] = "none"
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
+        if isinstance(self.blocks, list):  # of a JSON file
+            object.__setattr__(self, "blocks", tuple(self.blocks))
         for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
+            if name == "blocks" and isinstance(self.blocks, tuple):
+                _check_blocks(self.blocks)
+            elif getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}.")
         if isinstance(self.window, str) and self.window not in ("exact", "question"):
             raise UserError(f"window is {self.window!r}; this version knows a number of queries, exact and question.")
@@ -71,6 +76,33 @@ class AttentionScore:
             raise UserError("window_end is given beside window='question', whose span has its own end: leave it out.")
         if self.pooling == "none" and self.kernel_size != AttentionScore.kernel_size:
             raise UserError("kernel_size is given without pooling: add pooling='max' or pooling='average'.")
+
+    @property
+    def greatest(self) -> bool:
+        """Whether a router reads the greatest of several scores, in place of the latest."""
+        return self.blocks != "latest"
+
+    def reads(self, block: int) -> bool:
+        """Whether what `block` says may be read."""
+        return not isinstance(self.blocks, tuple) or self.blocks[0] <= block < self.blocks[1]
+
+    def ends_by(self, block: int) -> bool:
+        """Whether nothing is read that `block` or a later one says."""
+        return isinstance(self.blocks, tuple) and self.blocks[1] <= block
+
+    def check_schedule(self, sparsity: Sequence[float]) -> None:
+        """UserError where (first, end) of `blocks` does not fit a schedule of this sparsity per block."""
+        if not isinstance(self.blocks, tuple):
+            return
+        first, end = self.blocks
+        if end > len(sparsity):
+            raise UserError(f"the attention of blocks {first} to {end - 1} is read, and there are {len(sparsity)}.")
+        routed = next((block for block, s in enumerate(sparsity) if s > 0.0), len(sparsity))
+        if routed <= first:
+            raise UserError(
+                f"block {routed} is pruned before the blocks {first} to {end - 1}, whose attention decides, have run.\n"
+                f"Prune from block {first + 1} on, or read the attention of earlier blocks."
+            )
 
     @staticmethod
     def of(attention: str | AttentionScore | Mapping[str, Any], window: int = DEFAULT_WINDOW) -> AttentionScore:
@@ -95,7 +127,8 @@ class AttentionScore:
         beside it."""
         if self == AttentionScore(self.window) and self.window != "question":
             return "exact" if self.window == "exact" else "window"
-        return {name: value for name, value in asdict(self).items() if name != "window" or isinstance(value, str)}
+        said = {name: value for name, value in asdict(self).items() if name != "window" or isinstance(value, str)}
+        return said | ({"blocks": list(self.blocks)} if isinstance(self.blocks, tuple) else {})
 
 
 def checked_spans(spans: Sequence[Sequence[int]]) -> tuple[Span, ...]:
@@ -125,6 +158,12 @@ def check_ends(spans: Sequence[Span], lengths: Sequence[int]) -> None:
     for row, ((_, end), length) in enumerate(zip(spans, lengths, strict=True)):
         if end > length:
             raise UserError(f"the question of row {row} ends at token {end}, and its prompt has {length} tokens.")
+
+
+def _check_blocks(blocks: tuple[int, ...]) -> None:
+    """UserError unless these are (first, end) of a range of blocks."""
+    if len(blocks) != 2 or not _is_count(blocks[0], 0) or not _is_count(blocks[1], blocks[0] + 1):
+        raise UserError(f"blocks is {blocks}, must be latest, max, or (first, end) with 0 <= first < end.")
 
 
 def _is_count(value: object, least: int) -> bool:

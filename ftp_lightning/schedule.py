@@ -67,6 +67,32 @@ class Schedule:
         return cls([budget] * num_blocks)
 
     @classmethod
+    def stages(
+        cls, num_blocks: int, stages: Sequence[tuple[int, float]], kv: str | Sequence[str] | None = None
+    ) -> Schedule:
+        """A schedule of few cut points: each (first block, sparsity) holds up to the next one, and before the first one
+        all blocks are dense. [ours]
+
+        >>> Schedule.stages(6, [(2, 0.5), (4, 0.9)], kv="keep").sparsity
+        (0.0, 0.0, 0.5, 0.5, 0.9, 0.9)
+
+        Args:
+            num_blocks: blocks of the model.
+            stages: pairs in rising order of their first blocks, which are in [0, num_blocks).
+            kv: as for `Schedule`.
+
+        Raises:
+            ValueError: no stage, first blocks that do not rise or lie outside of the model, or what `Schedule` refuses.
+        """
+        starts = [first for first, _ in stages]
+        if not starts or starts != sorted({*starts}) or not 0 <= starts[0] <= starts[-1] < num_blocks:
+            raise ValueError(f"stages begin at blocks {starts}; these must rise and lie in 0 to {num_blocks - 1}")
+        sparsity = [0.0] * num_blocks
+        for first, level in stages:
+            sparsity[first:] = [level] * (num_blocks - first)
+        return cls(sparsity, kv)
+
+    @classmethod
     def default(cls, num_blocks: int, budget: float, kv: str | Sequence[str] | None = None) -> Schedule:
         """The schedule for someone who has trained and searched nothing; it holds on real models, unlike `uniform`.
 

@@ -86,6 +86,8 @@ OPTIONS = {
     "question": AttentionScore(window="question"),
     "heads": AttentionScore(window=6, heads="max"),
     "blocks": AttentionScore(window=6, blocks="max"),
+    "some blocks": AttentionScore(window=6, blocks=(0, 2)),
+    "one block": AttentionScore(window=6, heads="max", blocks=(0, 1)),
     "max pooling": AttentionScore(window=6, pooling="max", kernel_size=5),
     "average pooling": AttentionScore(window=6, pooling="average", kernel_size=3),
     "wide pooling": AttentionScore(window=6, pooling="average", kernel_size=99),
@@ -101,7 +103,9 @@ def by_the_book(score, weights, span):
         queries = queries[slice(*span)]
     elif score.window != "exact":
         queries = queries[-score.window :]
-    for block in weights:
+    for number, block in enumerate(weights):
+        if isinstance(score.blocks, tuple) and number not in range(*score.blocks):
+            continue
         sees = block.sum(0) > 0
         said = {}
         for j in range(tokens):
@@ -113,7 +117,7 @@ def by_the_book(score, weights, span):
             around = [said[k] for k in range(j - half, j + half + 1) if k in said]
             value = sum(around) / len(around) if score.pooling == "average" else max(around)
             value = said[j] if score.pooling == "none" else value
-            table[j] = max(value, table.get(j, 0.0)) if score.blocks == "max" else value
+            table[j] = max(value, table.get(j, 0.0)) if score.blocks != "latest" else value
     return torch.tensor([table.get(j, 1.0) for j in range(tokens)])
 
 
@@ -220,10 +224,33 @@ def test_the_greatest_of_all_blocks_needs_the_blocks_from_the_first_one_on():
         continuation_logits(model, TEXT, 16)
     with pruner(model):
         expected = continuation_logits(model, TEXT, 16)
-    first = first_needed_block(model, 3, pruner.router.needs, pruner.reads_all_blocks)
+    first = first_needed_block(model, 3, pruner.router.needs, pruner.reads_from)
     with resume_from(model, first, states), pruner(model):
         assert torch.equal(continuation_logits(model, TEXT, 16), expected)
     assert first == 0
+
+
+@torch.no_grad()
+def test_the_greatest_of_some_blocks_needs_the_blocks_from_these_on_and_ranks_all_later_blocks_alike():
+    model, schedule = family("llama"), Schedule([0.0, 0.0, 0.5, 0.7])
+    pruner = TokenPruner(UntrainedRouter(("rank",)), schedule, kv="keep", attention=AttentionScore(6, blocks=(1, 2)))
+    with capture(model) as states:
+        continuation_logits(model, TEXT, 16)
+    with pruner(model):
+        expected, kept = continuation_logits(model, TEXT, 16), pruner.trace.prompt.keep
+        assert pruner._attached.scored == {1}
+    assert not (kept[3] & ~kept[2]).any()
+    first = first_needed_block(model, 2, pruner.router.needs, pruner.reads_from)
+    with resume_from(model, first, states), pruner(model):
+        assert torch.equal(continuation_logits(model, TEXT, 16), expected)
+    assert first == 1
+
+
+def test_blocks_that_decide_must_run_before_the_first_pruned_one():
+    for blocks, said in (((1, 3), "block 1 is pruned before the blocks 1 to 2"), ((2, 5), "blocks 2 to 4 is read")):
+        with pytest.raises(UserError, match=said):
+            TokenPruner(UntrainedRouter(), Schedule([0.0, 0.5, 0.5, 0.5]), attention=AttentionScore(blocks=blocks))
+    TokenPruner(StaticRouter(), Schedule([0.5, 0.5, 0.5]), attention=AttentionScore(blocks=(1, 2)))  # reads none of it
 
 
 # ---------------------------------------------------------------- the span of the question
@@ -270,7 +297,8 @@ def test_a_missing_or_impossible_question_is_refused():
     "about",
     [
         {"window": 0}, {"window": True}, {"window": 2.5}, {"window": "all"}, {"window_end": -1}, {"heads": "median"},
-        {"blocks": "mean"}, {"pooling": "min"}, {"pooling": "max", "kernel_size": 4}, {"kernel_size": 5},
+        {"blocks": "mean"}, {"blocks": (3, 3)}, {"blocks": (1, 2, 3)}, {"blocks": (-1, 2)},
+        {"pooling": "min"}, {"pooling": "max", "kernel_size": 4}, {"kernel_size": 5},
         {"pooling": "max", "kernel_size": 1}, {"window": "question", "window_end": 2},
     ],
 )  # fmt: skip
@@ -319,3 +347,13 @@ def test_the_names_of_before_mean_what_they_did():
         assert {name: pruner.settings()[name] for name in about} == about
     assert TokenPruner(StaticRouter(), schedule, attention=AttentionScore(8)).attention == "window"
     assert repr(AttentionScore(8, heads="max")).startswith("AttentionScore(window=8, window_end=0, heads='max'")
+
+
+def test_the_flag_names_the_last_block_and_the_value_the_one_after_it():
+    from ftp_lightning.stages.train import TrainStage
+
+    assert TrainStage(attention_blocks="13-15").attention_score().blocks == (13, 16)
+    assert TrainStage(attention_blocks="max").attention_score().blocks == "max"
+    for said in ("13-", "some", "a-b", "15-13"):
+        with pytest.raises(UserError, match="blocks is"):
+            TrainStage(attention_blocks=said).attention_score()

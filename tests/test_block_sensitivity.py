@@ -285,7 +285,7 @@ def test_a_router_of_attention_needs_the_last_block_that_sees_everything():
         0,
         0,
     ]
-    assert [first_needed_block(llama(), block, Needs(attention=True), True) for block in range(4)] == [0, 0, 0, 0]
+    assert [first_needed_block(llama(), block, Needs(attention=True), 0) for block in range(4)] == [0, 0, 0, 0]
 
 
 def test_processes_add_up():

@@ -14,6 +14,14 @@ from ftp_lightning.schedule import Schedule, kept_tokens, level_step
 unit = st.floats(0.0, 1.0)
 
 
+def test_stages_hold_up_to_the_next_one():
+    schedule = Schedule.stages(6, [(1, 0.5), (4, 1.0)], kv="keep")
+    assert schedule == Schedule([0.0, 0.5, 0.5, 0.5, 1.0, 1.0], "keep")
+    for stages in ([], [(2, 0.5), (2, 0.6)], [(3, 0.5), (1, 0.6)], [(6, 0.5)], [(-1, 0.5)]):
+        with pytest.raises(ValueError, match="stages begin at blocks"):
+            Schedule.stages(6, stages)
+
+
 def test_uniform_has_its_budget_in_every_block():
     schedule = Schedule.uniform(7, 0.3)
     assert schedule.sparsity == (0.3,) * 7

@@ -249,7 +249,7 @@ class BlockSensitivity(lightning.LightningModule):
 
     def _kl_alone(self, block: int, pruner: TokenPruner, states: BlockStates, teacher: Tensor, batch: Batch) -> Tensor:
         """Summed KL of one batch with one block pruned."""
-        first = first_needed_block(self.model, block, pruner.router.needs, pruner.reads_all_blocks)
+        first = first_needed_block(self.model, block, pruner.router.needs, pruner.reads_from)
         with resume_from(self.model, first, states), pruner(self.model):
             logits = continuation_logits(self.model, **batch)
         ran = sum(_tokens(batch).values()) * (1 - first / self.num_blocks)

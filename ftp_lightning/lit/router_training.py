@@ -121,7 +121,7 @@ class RouterTraining(L.LightningModule):
     def _first_needed(self, pruner: TokenPruner) -> int:
         """The lowest block that the student must run: what enters it the teacher has computed."""
         routed = next((block for block, s in enumerate(pruner.scheduled.sparsity) if s > 0.0), 0)
-        return first_needed_block(self.model, routed, pruner.router.needs, pruner.reads_all_blocks)
+        return first_needed_block(self.model, routed, pruner.router.needs, pruner.reads_from)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         scored = self._scored(batch)

@@ -112,7 +112,7 @@ class Attached:
         def asks(block: int) -> bool:
             return self.routed[block] and len(pruner.removed_parts(block)) < 2
 
-        if not needs.attention or (needs.once == "from block 0" and index):
+        if not needs.attention or (needs.once == "from block 0" and index) or not pruner.attention_score.reads(index):
             return False
         if needs.once == "at first" and any(asks(block) for block in range(index + 1)):
             return False
@@ -120,7 +120,7 @@ class Attached:
             if asks(later):
                 return True
             writes_all = self.sites[later].window is None and not pruner.removed_parts(later)
-            if writes_all and needs.once != "from block 0" and not pruner.reads_all_blocks:
+            if writes_all and needs.once != "from block 0" and pruner.reads_from is None:
                 return False
         return False
 
@@ -268,7 +268,7 @@ class Attached:
         score, generation, routed = self.pruner.attention_score, self.ambient.generation, forward.routed
         assert routed is not None  # a continuation has another table
         (rows, tokens), spans = routed.real.shape, self.ambient.spans
-        table = PromptTable(rows, tokens, forward.real.device, adds_up, score.blocks == "max")
+        table = PromptTable(rows, tokens, forward.real.device, adds_up, score.greatest)
         asks = score.window == "question"
         if asks and (self.pruner.router.needs.reads is not None or not forward.active):
             return table
@@ -284,7 +284,7 @@ class Attached:
         has_routed = any(isinstance(layer, RoutedLayer) for layer in cache.layers)
         forward.active = forward.follows or has_routed or bool(self.pruner.removed)
         if forward.follows and self.pruner.router.needs.attention:
-            greatest = self.pruner.attention_score.blocks == "max"
+            greatest = self.pruner.attention_score.greatest
             forward.table = ContinuationTable(forward.real, forward.past_real, forward.past, greatest)
 
     def _close(self, done: Forward) -> None:

@@ -110,6 +110,8 @@ class TokenPruner:
         self.decode = _one_of("decode", decode, DECODE)
         self.attention_score = AttentionScore.of(attention, int(window))
         _check_score(self.attention_score, router)
+        if schedule is not None and router.needs.attention:
+            self.attention_score.check_schedule(schedule.sparsity)
         self.window = self.attention_score.window if isinstance(self.attention_score.window, int) else int(window)
         said = self.attention_score.said()
         self.attention = said if isinstance(said, str) else self.attention_score
@@ -177,9 +179,12 @@ class TokenPruner:
         return self.schedule
 
     @property
-    def reads_all_blocks(self) -> bool:
-        """Whether what all blocks wrote counts, not only what the latest one wrote."""
-        return self.router.needs.adds_up or self.attention_score.blocks == "max"
+    def reads_from(self) -> int | None:
+        """The first of several blocks whose attention counts; None: only what the latest one wrote does."""
+        blocks = self.attention_score.blocks
+        if self.router.needs.adds_up or blocks == "max":
+            return 0
+        return blocks[0] if isinstance(blocks, tuple) else None
 
     @property
     def skip_rank(self) -> int:
@@ -363,9 +368,9 @@ def _check_score(score: AttentionScore, router: Router) -> None:
     name = type(router).__name__
     if router.needs.reads is not None and not isinstance(score.said(), str):
         raise UserError(f"a {name} reads attention in its own way: leave out the options of AttentionScore.")
-    if score.blocks == "max" and (router.needs.once == "from block 0" or router.needs.adds_up):
+    if score.greatest and (router.needs.once == "from block 0" or router.needs.adds_up):
         how = "reads what the first block wrote" if router.needs.once else "adds up what all blocks wrote"
-        raise UserError(f"a {name} {how}: leave out blocks='max'.")
+        raise UserError(f"a {name} {how}: leave out blocks={score.blocks!r}.")
 
 
 _NOTHING: frozenset[str] = frozenset()

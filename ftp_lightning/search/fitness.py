@@ -201,7 +201,7 @@ class ContinuationFitness(MemoFitness):
         """The first block that runs: no later than a router needs, and one whose input is kept."""
         pruned = next((block for block, s in enumerate(schedule.sparsity) if s > 0), schedule.num_blocks - 1)
         pruner = self.make_pruner(schedule)
-        needed = first_needed_block(self.model, pruned, pruner.router.needs, pruner.reads_all_blocks)
+        needed = first_needed_block(self.model, pruned, pruner.router.needs, pruner.reads_from)
         return max((block for block in self._boundaries if block <= needed), default=0)
 
     def _dense_states(self, chunk: int, block: int) -> BlockStates:

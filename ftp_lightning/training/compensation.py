@@ -80,6 +80,17 @@ def shapes(parts: Sequence[str], num_blocks: int, hidden_size: int, rank: int) -
     return {f"{part}.{name}": s for part in parts for name, s in {"bias": (num_blocks, hidden_size), **maps}.items()}
 
 
+def balanced(compensation: Compensation) -> Compensation:
+    """The same maps with down_l and up_l of one Frobenius norm: W_l = up_l down_l does not know how it was split, a
+    gradient step does."""
+    tensors = dict(compensation.tensors)
+    for part in compensation.parts if compensation.rank else ():
+        down, up = tensors[f"{part}.down"], tensors[f"{part}.up"]
+        norms = [t.flatten(1).norm(dim=1).clamp(min=1e-12).sqrt()[:, None, None] for t in (down, up)]
+        tensors |= {f"{part}.down": down * norms[1] / norms[0], f"{part}.up": up * norms[0] / norms[1]}
+    return replace(compensation, tensors=tensors)
+
+
 def check_skip(skip: str, compensation: Compensation | None, parts: Sequence[str], num_blocks: int) -> None:
     """UserError where `compensation` is not what this skip needs for decisions about `parts` of so many blocks."""
     if skip not in SKIP:

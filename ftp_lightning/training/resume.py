@@ -104,17 +104,19 @@ def resume_from(model: nn.Module, block: int, states: BlockStates) -> Iterator[N
         yield
 
 
-def first_needed_block(model: nn.Module, block: int, needs: Needs, all_blocks: bool = False) -> int:
+def first_needed_block(model: nn.Module, block: int, needs: Needs, since: int | None = None) -> int:
     """The lowest block that must run so that a router decides at `block` as in the full forward.
 
     A router that reads attention scores needs the last dense block below that sees every token: it writes the whole
     table anew, so what stood there before is of no account. One that decides from block 0 needs the very first block,
-    as does one that reads what all blocks wrote (`all_blocks`). Any other needs `block` alone.
+    and one that reads what several blocks wrote the first of these (`since`). Any other needs `block` alone.
     """
     if not needs.attention:
         return block
-    if needs.once == "from block 0" or all_blocks:
+    if needs.once == "from block 0":
         return 0
+    if since is not None:
+        return min(since, block)
     below = list(find_blocks(model)[:block])
     seeing_all = [index for index, module in enumerate(below) if sliding_window(find_attention(module)) is None]
     return seeing_all[-1] if seeing_all else 0
