@@ -127,18 +127,19 @@ def scores(p, visible, queries):
     j."""
     tokens = p.shape[-1]
     result = torch.full((tokens,), torch.nan, dtype=torch.float64)
+    mean, sees = p.double().mean(0).tolist(), visible.tolist()
     for j in range(tokens):
-        seeing = [i for i in queries if visible[i, j]]
+        seeing = [i for i in queries if sees[i][j]]
         if seeing:
-            result[j] = sum(float(p[:, i, j].double().mean()) * int(visible[i].sum()) for i in seeing) / len(seeing)
+            result[j] = sum(mean[i][j] * sum(sees[i]) for i in seeing) / len(seeing)
     return result
 
 
 def sums(p, visible, queries):
     """The attention that every key receives in all, by the book; nan where no query sees it."""
-    mean = p.double().mean(0)
-    seen = [any(visible[i, j] for i in queries) for j in range(len(mean))]
-    total = [sum(float(mean[i, j]) for i in queries if visible[i, j]) for j in range(len(mean))]
+    mean, sees = p.double().mean(0).tolist(), visible.tolist()
+    seen = [any(sees[i][j] for i in queries) for j in range(len(mean))]
+    total = [sum(mean[i][j] for i in queries if sees[i][j]) for j in range(len(mean))]
     return torch.tensor([t if s else torch.nan for t, s in zip(total, seen)], dtype=torch.float64)
 
 
@@ -267,10 +268,13 @@ def masked_dense(model, keep_attention, keep_mlp, kv, ids, compensation=None):
     blocks, stock = layers_of(model), stock_visibility(model, ids)
     tokens, undo = len(ids), []
     for index, (block, attends, computes, mode) in enumerate(zip(blocks, keep_attention, keep_mlp, kv)):
-        visible = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            for j in range(i + 1):
-                visible[i, j] = bool(stock[index][i, j]) and (mode == "keep" or bool(attends[j]) or i == j)
+        near, attended = stock[index].tolist(), attends.tolist()
+        visible = torch.tensor(
+            [
+                [j <= i and near[i][j] and (mode == "keep" or attended[j] or i == j) for j in range(tokens)]
+                for i in range(tokens)
+            ]
+        )
         undo.append(_mask_block(block, index, visible, attends, computes, compensation))
     try:
         return model(input_ids=ids[None], use_cache=False).logits[0]
@@ -373,9 +377,8 @@ def follow_row(model, pruner, ids, prompt_tokens, keep):
                 new = scores(p, visible, queries)
                 written[block] = {j: float(new[j]) for j in range(n) if is_key[j] and not new[j].isnan()}
             elif computed[i]:
-                for j in range(n):
-                    if visible[i, j]:
-                        written[block][j] = float(p[:, i, j].double().mean()) * int(visible[i].sum())
+                mean, seen = p[:, i].double().mean(0).tolist(), visible[i].tolist()
+                written[block] |= {j: mean[j] * sum(seen) for j in range(n) if seen[j]}
             if block == 0 or router.needs.once != "from block 0":
                 table = [written[block].get(j, table[j]) for j in range(n)]
             x = torch.where(computed[:, None], out, x + update(pruner.compensation, x, block))

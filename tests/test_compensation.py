@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, family
+from grid_cases import pairwise
 from oracle import follow_row, masked_dense, run_row
 from safetensors.torch import load_file, save_file
 from test_engine import BLOCKS, MODEL, TEXT, prefill_and_continue, relative, seeded, tiny_llama
@@ -41,6 +42,8 @@ SCHEDULE = Schedule([0.0, 0.3, 0.6, 0.4])
 WIDTH = 32
 RANKS = {"mean": 0, "low-rank": 5}
 KV = ["evict", "keep", ("evict", "keep", "keep", "evict")]
+LENGTHS = [(18, 11), (16, 16)]
+"""Prompts of a batch: rows that differ, rows alike."""
 
 
 def windows(count=8, seed=0, prompt=20):
@@ -212,16 +215,16 @@ def test_gathered_equals_oracle(skip, kv, choice, attention):
     assert relative(logits, plain) > 1e-3
 
 
-@pytest.mark.parametrize("parts", ["block", "attention", "mlp", "attention+mlp"])
-@pytest.mark.parametrize("skip", RANKS)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_padded_and_continued_in_chunks(name, skip, parts):
+@pytest.mark.parametrize(
+    "name, parts, skip, lengths",
+    pairwise(list(CONFIGS), ["block", "attention", "mlp", "attention+mlp"], list(RANKS), LENGTHS),
+)
+def test_every_family_padded_and_continued_in_chunks(name, parts, skip, lengths):
     model = family(name, finest(name))
     fitted = fit_compensation(model, windows(4), RANKS[skip], parts=parts)
     kv = ["keep", "evict", "keep", "evict"]
     pruner = TokenPruner(RandomRouter(1), SCHEDULE, kv=kv, parts=parts, skip=skip, compensation=fitted)
-    for lengths in ([18, 11], [16, 16]):  # rows that differ, rows alike
-        check(model, pruner, lengths, 4, "left", [1, 3], DTYPES[finest(name)])
+    check(model, pruner, list(lengths), 4, "left", [1, 3], DTYPES[finest(name)])
 
 
 @pytest.mark.parametrize("skip", RANKS)

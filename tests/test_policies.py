@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from families import family
+from grid_cases import pairwise
 from oracle import follow_row, masked_dense, run_row
 from test_engine import BLOCKS, MODEL, relative
 from transformers import DynamicCache
@@ -24,6 +25,7 @@ NONE_DENSE = Schedule([0.5, 0.6, 0.4, 0.7])  # no block writes all scores anew
 LEARNED = ("dynamic", "local", "recurrent", "hidden", "one_pass", "projected_once")
 NAMES = ("static", "random", *LEARNED)
 KV = ("evict", "keep", ("evict", "keep", "keep", "evict"))
+DECODE = ("dense", "threshold", "strict")
 
 
 def pruner_of(name, decode, kv="evict", schedule=SCHEDULE):
@@ -88,9 +90,7 @@ def stepwise(pruner, ids, prompt=PROMPT):
     return torch.cat(logits, 1), [torch.cat(parts, 1) for parts in zip(*keep)], cache
 
 
-@pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize("decode", ["dense", "threshold", "strict"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, decode, kv", pairwise(NAMES, DECODE, KV))
 def test_decisions_and_logits_are_the_twins(name, decode, kv):
     schedule = SCHEDULE if name == "one_pass" else ROUTED_FIRST if kv == "evict" else SCHEDULE
     pruner = pruner_of(name, decode, kv, schedule)
@@ -116,9 +116,7 @@ def test_decisions_and_logits_are_the_twins(name, decode, kv):
         assert compared > 0.95 * total and 0.1 * total < skipped < 0.9 * total, (compared, skipped, total)
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", ["dense", "threshold", "strict"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, decode, kv", pairwise(NAMES, DECODE, ["evict", "keep"]))
 def test_one_by_one_and_alone_equal_the_chunk_of_a_batch(name, decode, kv):
     schedule = SCHEDULE if name == "one_pass" else ROUTED_FIRST
     pruner = pruner_of(name, decode, kv, schedule)
@@ -133,9 +131,9 @@ def test_one_by_one_and_alone_equal_the_chunk_of_a_batch(name, decode, kv):
         assert relative(alone[0], together[1]) < 1e-11
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", ["dense", "threshold", "strict"])
-@pytest.mark.parametrize("name", ["random", "dynamic", "recurrent", "one_pass"])
+@pytest.mark.parametrize(
+    "name, decode, kv", pairwise(["random", "dynamic", "recurrent", "one_pass"], DECODE, ["evict", "keep"])
+)
 def test_padded_chunks_equal_each_row_by_itself(name, decode, kv):
     """Left-padded prompts of different lengths; continuations in two right-padded chunks."""
     schedule = SCHEDULE if name == "one_pass" else ROUTED_FIRST
@@ -222,10 +220,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a[1], b[1])) and relative(a[0], b[0]) < 1e-11
 
 
-@pytest.mark.parametrize("chunk", [False, True])
-@pytest.mark.parametrize("kv", ["evict", "keep"])
-@pytest.mark.parametrize("decode", ["dense", "threshold", "strict"])
-@pytest.mark.parametrize("name", ["random", "dynamic", "rank", "recurrent", "one_pass"])
+@pytest.mark.parametrize(
+    "name, decode, kv, chunk",
+    pairwise(["random", "dynamic", "rank", "recurrent", "one_pass"], DECODE, ["evict", "keep"], [False, True]),
+)
 def test_crop_leaves_nothing_of_what_it_removed(name, decode, kv, chunk):
     pruner = pruner_of(name, decode, kv, SCHEDULE if name == "one_pass" else NONE_DENSE)
     other = TEXT.flip(0)
