@@ -16,7 +16,7 @@ from ftp_lightning.models import load_model
 from ftp_lightning.stages.run import SHARES, RunStage, gains
 from ftp_lightning.stages.search import starting_pruner
 
-SIZES = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
+SIZES = """--sensitivity_windows 1 --search_windows 1 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --items 8 --limit 4 --test_windows 2 --lengths 64 --pairs 2""".split()
 METHODS = ["random", "uniform", "first_dense", "block_influence", "static", "dynamic (before fine-tuning)", "dynamic"]
 
