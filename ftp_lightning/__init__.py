@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ftp_lightning.disk.pruned_model import load_pruned
     from ftp_lightning.errors import UserError
     from ftp_lightning.hub import from_pretrained, push_to_hub
+    from ftp_lightning.lit.distillation import distil_compensation
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.routing import (
         DynamicRouter,
@@ -53,6 +54,7 @@ _HOMES = {
     "ProjectedOnceRouter": "ftp_lightning.routing",
     "UntrainedRouter": "ftp_lightning.routing",
     "make_router": "ftp_lightning.routing",
+    "distil_compensation": "ftp_lightning.lit.distillation",
     "fit_compensation": "ftp_lightning.training.compensation",
     "from_pretrained": "ftp_lightning.hub",
     "load_pruned": "ftp_lightning.disk.pruned_model",
@@ -78,6 +80,7 @@ __all__ = [
     "TokenPruner",
     "UntrainedRouter",
     "UserError",
+    "distil_compensation",
     "fit_compensation",
     "from_pretrained",
     "load_pruned",

@@ -417,6 +417,23 @@ def test_saved_and_loaded_is_the_same(tmp_path, skip, parts):
     assert [f.name for f in tmp_path.iterdir()] == ["p"]
 
 
+@pytest.mark.parametrize("skip", RANKS)
+def test_what_is_zero_is_not_stored_and_bfloat16_takes_half_of_the_bytes(tmp_path, skip):
+    few = FITTED[skip].only([1, 3])
+    token = torch.ones(1, 1, WIDTH)
+    assert not few.update(token, 0).any() and torch.equal(few.update(token, 3), FITTED[skip].update(token, 3))
+    sizes = {}
+    for name, one in {"all": FITTED[skip], "few": few, "rounded": few.rounded(), "none": few.only([])}.items():
+        pruner_of(skip, compensation=one).save(tmp_path / name)
+        told = json.loads((tmp_path / name / "pruner.json").read_text())["compensation"]
+        again, sizes[name] = TokenPruner.load(tmp_path / name).compensation, told["bytes"]
+        assert (
+            all(torch.equal(again.tensors[key], t) for key, t in one.tensors.items()) and again.digest() == one.digest()
+        )
+    assert sizes == {"all": sizes["all"], "few": sizes["all"] // 2, "rounded": sizes["all"] // 4, "none": 0}
+    assert relative(few.rounded().update(token, 1), few.update(token, 1)) < 0.02
+
+
 def test_broken_folders_are_refused_in_words(tmp_path):
     folder, file = tmp_path / "p", tmp_path / "p" / "compensation.safetensors"
     pruner_of("low-rank").save(folder)
@@ -442,7 +459,9 @@ def test_broken_folders_are_refused_in_words(tmp_path):
     for changes, words in [
         ({"hidden_size": 10**9}, "hidden_size must be"), ({"rank": -1}, "rank must be"), ({"rank": 33}, "rank must be"),
         ({"num_blocks": "4"}, "num_blocks must be"), ({"parts": ["../x"]}, "parts must be"), ({"parts": 3}, "parts"),
-        ({"num_blocks": 1000, "hidden_size": 65536, "rank": 60000}, "more than"),
+        ({"num_blocks": 1000, "hidden_size": 65536, "rank": 60000}, "more than"), ({"dtype": "int8"}, "dtype must be"),
+        ({"blocks": [2, 1]}, "blocks must rise"), ({"blocks": [4]}, "blocks must rise"), ({"blocks": 3}, "must rise"),
+        ({"blocks": [0, 1]}, "another shape"), ({"dtype": "bfloat16"}, "not bfloat16"),
     ]:  # fmt: skip
         edit(folder, compensation=told | changes)
         refused(words)

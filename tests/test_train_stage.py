@@ -142,3 +142,20 @@ def test_dense_blocks_beside_a_schedule_are_refused(tmp_path):
     Schedule.uniform(12, 0.3).save(tmp_path / "schedule.json")
     with pytest.raises(UserError, match="dense is about a uniform schedule"):
         train(tmp_path / "run", schedule=str(tmp_path / "schedule.json"), dense=1)
+
+
+def test_untrained_router_with_a_distilled_map(tmp_path):
+    about = {"router": "untrained", "factors": ("rank",), "budget": 0.3, "skip": "low-rank", "skip_windows": 2}
+    fitted, before = train(tmp_path / "fitted", **about)
+    metrics, after = train(tmp_path / "run", **about, distil_epochs=1, distil_windows=2)
+    assert fitted["parameters"] == metrics["parameters"] == 0 and "distillation" not in fitted
+    assert [row["epoch"] for row in metrics["distillation"]["epochs"]] == [0, 1]
+    assert after.router.names == ("rank",) and after.compensation.rank == 8
+    assert after.compensation.digest() != before.compensation.digest() or metrics["distillation"]["validation_kl"] > 0
+    for bad, said in (
+        ({"distil_epochs": 1}, "they get nothing"),
+        ({"router": "static"}, "has nothing to train"),
+        ({"distil_epochs": 1, "skip": "mean", "processes": 2}, "one process"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TrainStage(**SMALL | bad).check()

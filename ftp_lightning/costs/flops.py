@@ -7,7 +7,7 @@ ones count the very tokens of a trace.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,10 @@ __all__ = [
     "realised_flops_reduction", "realised_speedup_limit", "row_flops", "speedup_limit", "stored_tokens",
 ]  # fmt: skip
 
-Parts = Literal["block", "attention", "mlp", "attention+mlp"]
-"""What a share s_l of the tokens skips: the block, its attention (the MLP is computed for all), its MLP, or each of the
-two by a decision of its own."""
+Parts = str | Sequence[str]
+"""What a share s_l of the tokens skips, in all blocks or one by one: of `KNOWN_PARTS`."""
+KNOWN_PARTS = ("block", "attention", "mlp", "attention+mlp")
+"""The block, its attention (the MLP is computed for all), its MLP, or each of the two by a decision of its own."""
 
 
 def prompt_flops(
@@ -53,16 +54,16 @@ def prompt_flops(
     `generate`: there A = M = 1 but for keys and values. Plans leave that out: it is no saving of the schedule.
     """
     total = head
-    blocks = zip(costs, schedule.sparsity, _modes(kv, len(costs)), strict=True)
-    for index, (cost, sparsity, mode) in enumerate(blocks):
-        attended, fed = _computed(tokens, sparsity, parts)
+    blocks = zip(costs, schedule.sparsity, _modes(kv, len(costs)), _modes(parts, len(costs)), strict=True)
+    for index, (cost, sparsity, mode, part) in enumerate(blocks):
+        attended, fed = _computed(tokens, sparsity, part)
         keeps = mode == "keep"
-        if last_only and parts == "block" and index == len(costs) - 1:
+        if last_only and part == "block" and index == len(costs) - 1:
             stored = tokens if keeps else attended
             total += _flops(cost, stored, 1, 1, min(stored, cost.window or stored))
             continue
         pairs = causal_pairs(attended, tokens, cost.window) if keeps else evicted_pairs(attended, tokens, cost.window)
-        skips = tokens - attended if parts == "block" else 2 * tokens - attended - fed
+        skips = tokens - attended if part == "block" else 2 * tokens - attended - fed
         total += _flops(cost, tokens if keeps else attended, attended, fed, pairs) + skips * cost.skip
     return total
 
@@ -232,10 +233,10 @@ def _modes(kv: str | Sequence[str], blocks: int) -> Sequence[str]:
     return (kv,) * blocks if isinstance(kv, str) else kv
 
 
-def _computed(tokens: int, sparsity: float, parts: Parts) -> tuple[int, int]:
+def _computed(tokens: int, sparsity: float, parts: str) -> tuple[int, int]:
     """Tokens that enter the attention, and the MLP, of a block. ValueError for unknown parts."""
-    if parts not in get_args(Parts):
-        raise ValueError(f"parts is {parts!r}, must be one of {', '.join(get_args(Parts))}")
+    if parts not in KNOWN_PARTS:
+        raise ValueError(f"parts is {parts!r}, must be one of {', '.join(KNOWN_PARTS)}")
     kept = kept_tokens(tokens, sparsity, reserved_tokens(tokens))
     return (tokens if parts == "mlp" else kept), (tokens if parts == "attention" else kept)
 
@@ -245,10 +246,10 @@ def _computed(tokens: int, sparsity: float, parts: Parts) -> tuple[int, int]:
 
 def stored_tokens(schedule: Schedule, tokens: int, kv: str | Sequence[str], parts: Parts = "block") -> list[int]:
     """Tokens that a routed prompt leaves in the cache of each block, per row."""
-    modes = _modes(kv, schedule.num_blocks)
+    modes, named = _modes(kv, schedule.num_blocks), _modes(parts, schedule.num_blocks)
     return [
-        tokens if mode == "keep" else _computed(tokens, sparsity, parts)[0]
-        for sparsity, mode in zip(schedule.sparsity, modes, strict=True)
+        tokens if mode == "keep" else _computed(tokens, sparsity, part)[0]
+        for sparsity, mode, part in zip(schedule.sparsity, modes, named, strict=True)
     ]
 
 

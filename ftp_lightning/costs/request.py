@@ -106,9 +106,6 @@ def kept_bytes(model: nn.Module, pruner, trace: Trace) -> float:
 
 def _instead(costs, pruner, tokens: int) -> float:
     """FLOPs of what tokens get in place of removed parts (compensation): once for a block, else by part."""
-    by_part = pruner.parts != "block"
-    places = (
-        pruner.removed if by_part else {block for block, _ in pruner.removed if len(pruner.removed_parts(block)) == 2}
-    )
-    blocks = [block for block, _ in places] if by_part else places
-    return tokens * sum(costs[block].skip for block in blocks)
+    times = {block: len(pruner.removed_parts(block)) for block, _ in pruner.removed}
+    parts = pruner.parts_by_block
+    return tokens * sum(costs[b].skip * (n // 2 if parts[b] == "block" else n) for b, n in times.items())

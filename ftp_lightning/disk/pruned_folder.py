@@ -1,8 +1,9 @@
 """A pruner on disk: `pruner.json` (schedule or a family of them, settings, router, base model), `router.safetensors` (a
 few kB) and, where its skip is compensated, `compensation.safetensors`. No pickle, no code.
 
-A compensation has N D (2 r + 1) float32 numbers per part: 0.2 MB for 12 blocks of 256 at rank 8, 8.9 MB for 32 of 4096;
-`pruner.json` tells its sizes and bytes.
+A compensation has N D (2 r + 1) numbers per part: in float32 0.2 MB for 12 blocks of 256 at rank 8, 8.9 MB for 32 of
+4096. Blocks for which it is zero are left out, and numbers that bfloat16 holds exactly are stored in it: what is loaded
+is what was saved. `pruner.json` tells its sizes and bytes.
 
 Written beside the target and swapped in, so that a folder is whole or not there.
 """
@@ -36,6 +37,9 @@ _LARGEST_SETTINGS = 100_000
 """Bytes the settings may have [ours]: they are a few kB, anything bigger is something else."""
 _LARGEST_ROUTER = 64_000_000
 """Bytes of weights a stored router may have [ours]: those that read hidden states are the largest."""
+_SIZES = ("parts", "num_blocks", "hidden_size", "rank")
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a compensation may be stored in."""
 _LARGEST_COMPENSATION = 1_000_000_000
 """Bytes of a stored compensation [ours]: rank 64 of a model of 80 blocks and 8192 has a third of them."""
 _HEADER, _HEADER_PER_TENSOR = 4096, 256
@@ -56,7 +60,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
     """
     folder = Path(folder)
     router = _described_router(pruner.router)
-    compensation = None if pruner.compensation is None else _described(pruner.compensation.sizes())
+    compensation = None if pruner.compensation is None else _described(_packing(pruner.compensation))
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -99,8 +103,7 @@ def _write(folder: Path, record: dict, pruner) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.router.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(state))
     if pruner.compensation is not None:
-        stored = pruner.compensation.to("cpu", torch.float32).tensors
-        (folder / COMPENSATION).write_bytes(save({name: tensor.contiguous() for name, tensor in stored.items()}))
+        (folder / COMPENSATION).write_bytes(save(_packed(pruner.compensation, _packing(pruner.compensation))))
     record = record | {"sha256": _checksum(record, folder)}
     (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -262,10 +265,12 @@ def _router(config: dict) -> Router:
 
 
 def _load_weights(router: Router, path: Path) -> None:
-    router.load_state_dict(_read(path, "router", _shapes(router), _bytes(router)))
+    router.load_state_dict(_read(path, "router", _shapes(router), _bytes(router), torch.float32))
 
 
-def _read(path: Path, what: str, wanted: dict[str, tuple[int, ...]], size: int) -> dict[str, torch.Tensor]:
+def _read(
+    path: Path, what: str, wanted: dict[str, tuple[int, ...]], size: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The tensors in a file that should hold `size` bytes of them; UserError for more, or for other names or shapes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -280,8 +285,8 @@ def _read(path: Path, what: str, wanted: dict[str, tuple[int, ...]], size: int) 
     found = {name: tuple(t.shape) for name, t in state.items()}
     if wanted != found:
         raise UserError(f"{path} holds a {what} of another shape: {str(found)[:300]}, expected {str(wanted)[:300]}.")
-    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise UserError(f"{path} holds a {what} whose numbers are not float32 and finite.")
+    if not all(tensor.dtype == dtype and bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise UserError(f"{path} holds a {what} whose numbers are not {str(dtype).removeprefix('torch.')} and finite.")
     return state
 
 
@@ -296,17 +301,59 @@ def _described(sizes: dict) -> dict:
         value = sizes[name]
         if type(value) is not int or not least <= value <= top:
             raise UserError(f"a compensation's {name} must be a whole number from {least} to {top}, got {value!r}.")
-    size = 4 * sum(map(math.prod, shapes(**sizes).values()))
+    if sizes.get("dtype", "float32") not in _STORED:
+        raise UserError(f"a compensation's dtype must be of {', '.join(_STORED)}, got {str(sizes['dtype'])[:80]!r}.")
+    blocks = sizes.get("blocks")
+    if blocks is not None and not (
+        isinstance(blocks, list)
+        and all(type(block) is int and 0 <= block < sizes["num_blocks"] for block in blocks)
+        and blocks == sorted({*blocks})
+    ):
+        raise UserError(f"a compensation's blocks must rise within {sizes['num_blocks']}, got {str(blocks)[:80]}.")
+    size = _dtype(sizes).itemsize * sum(map(math.prod, _stored_shapes(sizes).values()))
     if size > _LARGEST_COMPENSATION:
         raise UserError(f"this compensation takes {size} bytes, more than the {_LARGEST_COMPENSATION} of a stored one.")
     return {**sizes, "bytes": size}
+
+
+def _packing(compensation: Compensation) -> dict:
+    """Its sizes, and how it is stored: "dtype" and "blocks", where these are not float32 and all blocks."""
+    tensors = compensation.tensors.values()
+    packing = compensation.sizes()
+    if all(bool((t.bfloat16().to(t.dtype) == t).all()) for t in tensors):
+        packing["dtype"] = "bfloat16"
+    filled = [block for block in range(compensation.num_blocks) if any(bool(t[block].any()) for t in tensors)]
+    return packing if len(filled) == compensation.num_blocks else packing | {"blocks": filled}
+
+
+def _packed(compensation: Compensation, packing: dict) -> dict[str, torch.Tensor]:
+    """The tensors as they are stored."""
+    kept = packing.get("blocks", list(range(compensation.num_blocks)))
+    return {name: t.detach().cpu()[kept].to(_dtype(packing)).contiguous() for name, t in compensation.tensors.items()}
+
+
+def _dtype(packing: dict) -> torch.dtype:
+    return _STORED[packing.get("dtype", "float32")]
+
+
+def _stored_shapes(packing: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the stored tensors."""
+    whole = shapes(**{name: packing[name] for name in _SIZES})
+    count = len(packing["blocks"]) if packing.get("blocks") is not None else packing["num_blocks"]
+    return {name: (count, *shape[1:]) for name, shape in whole.items()}
 
 
 def _load_compensation(described: dict | None, path: Path) -> Compensation | None:
     """The compensation of these sizes; UserError where the file holds another one, or numbers that are none."""
     if described is None:
         return None
-    sizes = {name: described[name] for name in ("parts", "num_blocks", "hidden_size", "rank")}
-    size = _described(sizes)["bytes"]
-    state = _read(path, "compensation", shapes(**sizes), size)
-    return Compensation(tensors=state, **sizes | {"parts": tuple(sizes["parts"])})
+    packing = {name: described[name] for name in (*_SIZES, "dtype", "blocks") if name in described or name in _SIZES}
+    size = _described(packing)["bytes"]
+    state = _read(path, "compensation", _stored_shapes(packing), size, _dtype(packing))
+    state = {name: tensor.float() for name, tensor in state.items()}
+    if (blocks := packing.get("blocks")) is not None:
+        whole = {name: torch.zeros(shape) for name, shape in shapes(**{n: packing[n] for n in _SIZES}).items()}
+        state = {
+            name: whole[name].index_copy(0, torch.tensor(blocks, dtype=torch.int64), state[name]) for name in whole
+        }
+    return Compensation(tensors=state, **{n: packing[n] for n in _SIZES} | {"parts": tuple(packing["parts"])})

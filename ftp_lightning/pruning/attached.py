@@ -53,8 +53,8 @@ class Attached:
         ambient: what this thread is doing.
         routed: whether the router is asked, block by block.
         scored: blocks whose attention scores a later router reads.
-        decides_parts: attention and MLP are decided apart. enters_parts: they are entered by different tokens in some
-            block.
+        decides_parts: whether attention and MLP are decided apart, block by block.
+        enters_parts: they are entered by different tokens in some block.
         full_queries: blocks whose keys and values cannot be made with the queries of one head.
     """
 
@@ -79,9 +79,10 @@ class Attached:
     def _plan(self) -> None:
         """Where the router is asked, and which attention it reads."""
         pruner, router, blocks = self.pruner, self.pruner.router, range(len(self.sites))
-        self.decides_parts = router.by_parts if isinstance(router, FixedRouter) else pruner.parts != "block"
+        named = [part != "block" for part in pruner.parts_by_block]
+        self.decides_parts = [router.by_parts] * len(blocks) if isinstance(router, FixedRouter) else named
         halves = any(len(pruner.removed_parts(index)) == 1 for index in blocks)
-        self.enters_parts = self.decides_parts or halves
+        self.enters_parts = any(self.decides_parts) or halves
         for index, site in enumerate(self.sites):
             if site.mlp is None and self.enters_parts:
                 raise UserError(

@@ -49,7 +49,7 @@ def decide(run: BlockRun) -> Decision | None:
         return _without(run, gone)
     if not _asked(run):
         return None
-    if not attached.decides_parts:
+    if not attached.decides_parts[run.index]:
         kept, gate = _ask(run, "block")
         return None if kept.whole and forward.training is None else Decision(kept, kept, (gate, gate))
     decided = {part: _ask(run, part) for part in _parts(run)}
@@ -72,12 +72,12 @@ def _without(run: BlockRun, gone: frozenset[str]) -> Decision:
     attached, forward = run.attached, run.forward
     nothing = Kept(torch.zeros_like(forward.real), (0,) * len(forward.real))
     if len(gone) == 2:
-        apart = attached.decides_parts  # then each part gets what `skip` says of it
+        apart = attached.decides_parts[run.index]  # then each part gets what `skip` says of it
         return Decision(nothing, Kept(nothing.keep.clone(), nothing.counts) if apart else nothing)
     left = "mlp" if "attention" in gone else "attention"
     kept: Kept | None = None
     gate: Tensor | None = None
-    part = left if attached.decides_parts else "block"
+    part = left if attached.decides_parts[run.index] else "block"
     if _asked(run) and (part == "block" or part in _parts(run)):
         kept, gate = _ask(run, part)
         kept = None if kept.whole and forward.training is None else kept
@@ -88,7 +88,7 @@ def _without(run: BlockRun, gone: frozenset[str]) -> Decision:
 
 def _parts(run: BlockRun) -> tuple[str, ...]:
     pruner = run.attached.pruner
-    return ADDRESSED["attention+mlp" if isinstance(pruner.router, FixedRouter) else pruner.parts]
+    return ADDRESSED["attention+mlp" if isinstance(pruner.router, FixedRouter) else pruner.parts_by_block[run.index]]
 
 
 def _route(run: BlockRun, part: str) -> tuple[Kept, Tensor | None]:

@@ -17,7 +17,7 @@ from ftp_lightning.pruning.attached import Attached
 from ftp_lightning.pruning.forward import Routing
 from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Trace
-from ftp_lightning.routing.base import ADDRESSED, Router
+from ftp_lightning.routing.base import ADDRESSED, PARTS, Router
 from ftp_lightning.routing.fixed import FixedRouter
 from ftp_lightning.schedule import Schedule, kv_modes, kv_text
 from ftp_lightning.schedule_family import ScheduleFamily
@@ -59,7 +59,8 @@ class TokenPruner:
             (block, "attention") or (block, "mlp"). A block without attention stores no keys and values. The schedule
             and its budget do not count them.
         parts: what a decision addresses: "block" (paper), "attention", "mlp", or "attention+mlp", both apart. The
-            schedule's s_l then is that of the part. A FixedRouter says itself what it addresses.
+            schedule's s_l then is that of the part. A list says it block by block [ours]. A FixedRouter says itself
+            what it addresses.
         least_tokens: prompts of fewer tokens are computed densely, since skipping would cost more than it saves; the
             trace says so (`too_short`). "auto": chosen from the model's shape by `costs.least_tokens`.
         family: schedules of other budgets for this very router and compensation; see `at`.
@@ -83,7 +84,7 @@ class TokenPruner:
         attention: str | AttentionScore | Mapping[str, Any] = "window",
         window: int = DEFAULT_WINDOW,
         skip: str = "identity",
-        parts: str = "block",
+        parts: str | Sequence[str] = "block",
         compensation: Compensation | None = None,
         removed: Sequence[tuple[int, str]] = (),
         least_tokens: int | Literal["auto"] = 0,
@@ -115,7 +116,9 @@ class TokenPruner:
         self.window = self.attention_score.window if isinstance(self.attention_score.window, int) else int(window)
         said = self.attention_score.said()
         self.attention = said if isinstance(said, str) else self.attention_score
-        self.parts = _one_of("parts", parts, tuple(ADDRESSED))
+        self.parts_by_block = _parts(parts, blocks)
+        uniform = len(set(self.parts_by_block)) == 1
+        self.parts: str | tuple[str, ...] = self.parts_by_block[0] if uniform else self.parts_by_block
         if router.ranks_only and (choice != "topk" or decode != "dense"):
             raise UserError(
                 f"a {type(router).__name__} ranks the tokens of a prompt, its scores are no probabilities.\n"
@@ -164,7 +167,9 @@ class TokenPruner:
         """What decisions are about: "block", or "attention" or "mlp" or both."""
         router = self.router
         if not isinstance(router, FixedRouter):
-            return self.parts.split("+")
+            sparsity = self.scheduled.sparsity
+            named = {part for p, s in zip(self.parts_by_block, sparsity) if s > 0.0 for part in ADDRESSED[p]}
+            return [part for part in PARTS if part in named] or list(ADDRESSED[self.parts_by_block[0]])
         lists = {"attention": router.keep_attention, "mlp": router.keep_mlp}
         return [part for part, masks in lists.items() if masks is not None] if router.by_parts else ["block"]
 
@@ -361,6 +366,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise UserError(f"{name} is {value!r}; this version knows {', '.join(allowed)}.")
     return value
+
+
+def _parts(parts: str | Sequence[str], blocks: int) -> tuple[str, ...]:
+    """What a decision addresses, block by block. UserError for an unknown part, or a list for other blocks."""
+    found = (parts,) * blocks if isinstance(parts, str) else tuple(parts)
+    if len(found) != blocks:
+        raise UserError(f"parts lists {len(found)} blocks, the schedule {blocks}.")
+    return tuple(_one_of("parts", part, tuple(ADDRESSED)) for part in found)
 
 
 def _check_score(score: AttentionScore, router: Router) -> None:

@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from ftp_lightning.schedule_family import ScheduleFamily
 
 RouterName = Literal[
-    "dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once"
-]
+    "dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once",
+    "static", "untrained",
+]  # fmt: skip
+UNTRAINED = ("static", "untrained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage(AttentionSettings, RowsSettings, StageSettings):
-    """Train the router under a schedule, the model frozen. Writes pruned/ (router, schedule, settings, --skip).
+    """Train the router under a schedule, and what skipped tokens get (--skip, --distil_epochs), the model frozen.
+    Writes pruned/ (router, schedule, settings, compensation).
 
     Stopped by SIGTERM or SIGUSR1 it saves and leaves; after any interruption the same command goes on.
     """
@@ -48,7 +51,9 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     kv: str = kv_option(
         AUTO, "keys and values of skipped tokens; auto is the mode that the schedule was found for, or keep", AUTO
     )
-    router: RouterName = option("dynamic", "which router; `dynamic` is the global one of 450 parameters")
+    router: RouterName = option(
+        "dynamic", "which router; `dynamic` is the global one of 450 parameters; static and untrained are not trained"
+    )
     width: int | None = option(None, "units of the router's hidden layer; default: the router's own", least=1)
     factors: tuple[str, ...] = option((), "factors that the router sees; default: all it knows")
     choice: Literal["topk", "threshold"] = option("topk", "exactly the scheduled tokens, or those with p above 0.5")
@@ -79,6 +84,13 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     )
     skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1)
     skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1)
+    distil_epochs: int = option(
+        0,
+        "then train mean or map on the KL of the continuation, so often over its rows; 0 leaves them as fitted",
+        least=0,
+    )
+    distil_windows: int = option(240, "rows of training text that they are trained on", least=1)
+    distil_learning_rate: float = option(0.02, "of that training, in units of a typical entry", above=0.0)
     validations: int = option(
         5, "times at most that the router is measured on validation rows, the last step included", least=1
     )
@@ -100,12 +112,18 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
             self._check_budgets()
+        if self.distil_epochs and self.skip == "identity" and not self.pruned:
+            raise UserError("distil_epochs trains what skipped tokens get, and they get nothing\nAdd --skip low-rank.")
+        if self.distil_epochs and (self.processes > 1 or self.budgets):
+            raise UserError("distil_epochs is for one process and one schedule\nLeave --processes and --budgets out.")
+        if self.router in UNTRAINED and not (self.distil_epochs or self.skip != "identity" or self.pruned):
+            raise UserError(f"a {self.router} router has nothing to train\nGive another --router, or --skip low-rank.")
         if self.rows != "windows" and self.random_prompt:
             raise UserError(f"rows are {self.rows}, which have lengths of their own\nLeave --random_prompt out.")
 
     def _check_pruned(self) -> None:
         """UserError where something is asked of the router or pruner that the folder says already."""
-        names = ("budget", "kv", "router", "width", "factors", "choice", *self.attention_flags(), "skip")
+        names = ("budget", "kv", "router", "width", "factors", "choice", *self.attention_flags(), "skip", "skip_rank")
         given = [name for name in names if getattr(self, name) != getattr(TrainStage, name)]
         if given:
             name = given[0]
@@ -133,10 +151,6 @@ def carry_out(
 
     timing: `Progress.place`.
     """
-    from ftp_lightning.data.module import RowsData
-    from ftp_lightning.lit.fitting import fit
-    from ftp_lightning.lit.router_training import RouterTraining
-    from ftp_lightning.lit.training_settings import TrainingSettings
     from ftp_lightning.stages.inputs import load_model
     from ftp_lightning.stages.routed_story import pruner_images
     from ftp_lightning.tracking import log_outcome, logging_to
@@ -144,9 +158,6 @@ def carry_out(
     model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
     family, (rows, held_out) = _family(settings), _rows(settings, model, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
-    lowest, highest = settings.budgets or (0.0, 0.0)
-    system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
-    data = RowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
     def tell(step: int, steps: int) -> None:
@@ -155,7 +166,15 @@ def carry_out(
 
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), "train") if first else None
     with logging or nullcontext() as logger:
-        found = fit(system, data, place, logger, tell, folder.fingerprint, processes)
+        if pruner.router.parameter_count:
+            found = _trained(
+                settings, (model, pruner, family), (rows, held_out), place, logger, tell, folder, processes
+            )
+        else:
+            found = {"parameters": 0, "steps": [], "validation_kl": [], "best_validation_kl": None}
+            found |= {"realised_sparsity": list(pruner.scheduled.sparsity)}
+        if settings.distil_epochs:
+            pruner, found["distillation"] = _distilled(settings, model, tokenizer, pruner, held_out, folder, progress)
         if first:
             pruner.save(folder.place("pruned"), base=settings.model, model=model)
             images = {}  # a sharded model's forward needs all processes
@@ -164,8 +183,49 @@ def carry_out(
             log_outcome(logger, images=images, pruned=folder.path / "pruned")
     if first:
         folder.write_json("metrics.json", found | {"rows_hash": rows.hash()} | rows.counts())
-        progress.done(f"{found['parameters']} parameters, validation KL {found['best_validation_kl']:.3g}")
+        last = found["distillation"]["validation_kl"] if settings.distil_epochs else found["best_validation_kl"]
+        kl = "" if last is None else f", validation KL {last:.3g}"
+        progress.done(f"{found['parameters']} parameters{kl}")
     return folder.files
+
+
+def _trained(settings, about, rows, place, logger, tell, folder, processes) -> dict[str, Any]:
+    """Train the router in place; the stage's metrics."""
+    from ftp_lightning.data.module import RowsData
+    from ftp_lightning.lit.fitting import fit
+    from ftp_lightning.lit.router_training import RouterTraining
+    from ftp_lightning.lit.training_settings import TrainingSettings
+
+    (model, pruner, family), (lowest, highest) = about, settings.budgets or (0.0, 0.0)
+    system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
+    data = RowsData(*rows, settings.batch_size, settings.seed, _random_prompt(settings))
+    return fit(system, data, place, logger, tell, folder.fingerprint, processes)
+
+
+def _distilled(
+    settings: TrainStage,
+    model: Any,
+    tokenizer: Any,
+    pruner: TokenPruner,
+    held_out: Rows,
+    folder: StageFolder,
+    progress: Progress,
+) -> tuple[TokenPruner, dict[str, Any]]:
+    """The pruner with its compensation distilled, and how that went."""
+    from ftp_lightning.lit.distillation import Distillation, DistillationSettings, fit_distillation
+    from ftp_lightning.lit.lessons import lessons
+    from ftp_lightning.stages.inputs import measured_rows
+
+    rows = measured_rows(settings, model, tokenizer, settings.distil_windows, settings.recall_share)
+    about = DistillationSettings(settings.distil_epochs, settings.distil_learning_rate, seed=settings.seed)
+    system = Distillation(model, pruner, lessons(model, pruner, rows), lessons(model, pruner, held_out), about)
+    found = fit_distillation(
+        system, folder.place("checkpoints"),
+        lambda epoch, epochs: progress.step(epoch, epochs, f"distillation, epoch {epoch} of {epochs}"),
+        folder.fingerprint,
+    )  # fmt: skip
+    told = {"rows": len(rows), "epochs": system.history, "validation_kl": system.best[0]}
+    return pruner.changed(compensation=found), told
 
 
 def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -> tuple[Any, Any]:

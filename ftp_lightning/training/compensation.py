@@ -61,6 +61,18 @@ class Compensation:
             normal = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
             return replace(self, tensors={name: t.to(device, dtype) for name, t in normal.items()})
 
+    def only(self, blocks: Sequence[int]) -> Compensation:
+        """The same for these blocks; in the others a skipped token gets nothing. A stored one is smaller by them."""
+        gone = [block for block in range(self.num_blocks) if block not in blocks]
+        kept = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        for tensor in kept.values():
+            tensor[gone] = 0.0
+        return replace(self, tensors=kept)
+
+    def rounded(self, dtype: torch.dtype = torch.bfloat16) -> Compensation:
+        """The same, its numbers rounded to `dtype`. One in bfloat16 is stored in half of the bytes."""
+        return replace(self, tensors={name: t.to(dtype).to(t.dtype) for name, t in self.tensors.items()})
+
     def sizes(self) -> dict[str, Any]:
         """JSON-able: what `shapes` takes."""
         own = {"num_blocks": self.num_blocks, "hidden_size": self.hidden_size, "rank": self.rank}

@@ -133,7 +133,8 @@ def router_overhead(
     with pruner(model):
         prefill(model, prompts)
     trace, padding = pruner.trace.routed, ~pruner.trace.routed.real
-    names = ["keep" if part == "block" else f"keep_{part}" for part in pruner.addressed]
+    parts = ["attention", "mlp"] if len(pruner.addressed) > 1 else pruner.addressed
+    names = ["keep" if part == "block" else f"keep_{part}" for part in parts]
     decided = {name: [keep | padding for keep in getattr(trace, name)] for name in names}
     fixed = pruner.changed(router=FixedRouter(**decided), schedule=None)
 

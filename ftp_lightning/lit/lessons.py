@@ -1,0 +1,87 @@
+"""What a distillation learns from: what the dense model does with rows, computed once.
+
+Shapes: B rows, S tokens that entered the model, P prompt tokens, C continuation tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ftp_lightning.data.rows import Batch, Rows, moved
+from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.continuation import continuation_logits
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.kept import padding_arguments
+from ftp_lightning.training.resume import capture, first_needed_block
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a batch of rows teaches, computed once by the dense model.
+
+    Attributes:
+        batch: token ids, prompt length and mask of its rows.
+        first: the lowest block that the student runs.
+        entering: (B, S, D), what enters that block.
+        keep: the router's decisions, (B, P) per block, where nothing that is trained can change them; else None.
+        teacher: (B, C, V) float16, log-probabilities of the continuation.
+    """
+
+    batch: Batch
+    first: int
+    entering: Tensor
+    keep: list[Tensor] | None
+    teacher: Tensor
+
+
+@torch.no_grad()
+def lessons(model: nn.Module, pruner: TokenPruner, rows: Rows, batch_size: int = 1) -> list[Lesson]:
+    """What the dense model does with each batch of rows, for `Distillation`.
+
+    Memory, on the CPU: per token D numbers of the model's dtype, per continuation token 2 V bytes. Time: one dense and
+    one pruned forward.
+    """
+    found = []
+    for _, batch in rows.batches(batch_size):
+        batch = moved(batch, home(model))
+        replayed = _decides_below(pruner)
+        first = first_routed(pruner) if replayed else _first_needed(model, pruner)
+        with capture(model, only=first) as states:
+            teacher = continuation_logits(model, **batch).log_softmax(-1).half().cpu()
+        entering = states.entering(first)
+        keep = None
+        if replayed:
+            with pruner(model):
+                model(**_prompt_of(batch), use_cache=False, logits_to_keep=1)
+            keep = [torch.ones_like(k) if s == 0.0 else k for k, s in zip(pruner.trace.keep, pruner.scheduled.sparsity)]
+        found.append(Lesson(batch, first, entering.cpu(), keep, teacher))
+    return found
+
+
+def first_routed(pruner: TokenPruner) -> int:
+    """The lowest block that tokens skip. UserError where there is none."""
+    found = next((block for block, s in enumerate(pruner.scheduled.sparsity) if s > 0.0), None)
+    if found is None:
+        raise UserError("no token skips a block under this schedule: there is nothing to distil.\nGive another budget.")
+    return found
+
+
+def _first_needed(model: nn.Module, pruner: TokenPruner) -> int:
+    return first_needed_block(model, first_routed(pruner), pruner.router.needs, pruner.reads_from)
+
+
+def _decides_below(pruner: TokenPruner) -> bool:
+    """Whether all decisions are made from what blocks below the first routed one do, which nothing trained changes."""
+    needs = pruner.router.needs
+    if needs.hidden:
+        return False
+    return not needs.attention or bool(needs.once) or pruner.attention_score.ends_by(first_routed(pruner))
+
+
+def _prompt_of(batch: Batch) -> dict[str, Tensor]:
+    about = padding_arguments(batch.get("attention_mask"), 0, batch["prompt_tokens"])
+    return {"input_ids": batch["input_ids"][:, : batch["prompt_tokens"]], **about}
