@@ -18,6 +18,7 @@ STAGES = {
     "train": ("TrainStage", "train the router"),
     "evaluate": ("EvaluateStage", "KL, perplexity, answers kept, retention and skill against dense"),
     "benchmark": ("BenchmarkStage", "prefill time of the pruned model against the stock one"),
+    "tune": ("TuneStage", "from prompts and a share of answers to keep to the pruner that saves most"),
     "generate": ("GenerateStage", "one prompt, dense and pruned: both texts, tokens skipped, time to first token"),
     "report": ("ReportStage", "one HTML page from the folder of a run"),
     "sweep": ("SweepStage", "all runs of a study, from a wandb sweep file, and what they say together"),

@@ -223,8 +223,10 @@ class PrunedSettings(BudgetSettings, StageSettings):
     )
 
     def check(self) -> None:
-        family = holds_family(self.schedule) if self.schedule else not self.pruned or carries_family(self.pruned)
-        if self.budget is not None and not family:
+        one_schedule = self.pruned and not carries_family(self.pruned)
+        if self.schedule is not None:
+            one_schedule = not holds_family(self.schedule)
+        if self.budget is not None and one_schedule:
             raise UserError(
                 "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
             )
@@ -240,12 +242,12 @@ def holds_family(path: str) -> bool:
 
 
 def carries_family(folder: str) -> bool:
-    """Whether a pruner's folder holds schedules of several budgets; False where it cannot be read."""
+    """Whether a pruner's folder holds schedules of several budgets; where it cannot be read, others tell that."""
     try:
         record = read_json(Path(folder).expanduser() / "pruner.json", LARGEST)
-        return isinstance(record, dict) and bool(record.get("family"))
     except (OSError, ValueError):
-        return False
+        return True
+    return isinstance(record, dict) and bool(record.get("family"))
 
 
 def picked(settings_class: type, settings: Settings) -> Any:

@@ -91,20 +91,45 @@ def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | 
     Raises:
         UserError: as `solve_budget`.
     """
+    blocks = len(block_costs(model))
+    return _with_cut(model, reduction, length, lambda budget: Schedule.default(blocks, budget, kv), 1.0)
+
+
+def late_with_cut(model: nn.Module, reduction: float, length: int) -> Schedule:
+    """The schedule under `keep` whose last blocks are skipped by all tokens but the first and the last of a prompt.
+
+    As many blocks from the last one down as the FLOPs cut asks for, then a part of the tokens of one more; the first
+    block stays dense (POP, arXiv 2602.03295, with that part [ours]).
+
+    Raises:
+        UserError: as `solve_budget`.
+    """
+    blocks = len(block_costs(model))
+
+    def late(skipped: float) -> Schedule:
+        return Schedule([min(1.0, max(0.0, skipped - (blocks - 1 - block))) for block in range(blocks)], "keep")
+
+    return _with_cut(model, reduction, length, late, blocks - 1.0)
+
+
+def _with_cut(
+    model: nn.Module, reduction: float, length: int, rule: Callable[[float], Schedule], top: float
+) -> Schedule:
+    """The schedule of a rule whose FLOPs cut is nearest; the more skips, the greater the rule's argument, in [0, top].
+    Its schedules say their kv modes."""
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
     costs, head = block_costs(model), head_flops(model)
 
-    def spent(budget: float) -> float:
-        schedule = Schedule.default(len(costs), budget, kv)
-        return prompt_flops(costs, schedule, length, schedule.kv or (), head)
+    def spent(amount: float) -> float:
+        return prompt_flops(costs, rule(amount), length, rule(amount).kv or (), head)
 
-    def saved(budget: float) -> float:
-        return 1.0 - spent(budget) / spent(0.0)
+    def saved(amount: float) -> float:
+        return 1.0 - spent(amount) / spent(0.0)
 
-    if reduction > saved(1.0):
-        raise _out_of_reach(reduction, length, saved(1.0))
-    return Schedule.default(len(costs), _nearest(saved, reduction, 1.0), kv)
+    if reduction > saved(top):
+        raise _out_of_reach(reduction, length, saved(top))
+    return rule(_nearest(saved, reduction, top))
 
 
 def budget_with_cut(model: nn.Module, pruner, reduction: float, length: int) -> float:

@@ -11,12 +11,13 @@ from ftp_lightning.report import wording
 from ftp_lightning.report.comparing import read_runs
 from ftp_lightning.report.comparison_page import PLOTS, comparison_context
 from ftp_lightning.report.diagnostics import diagnose
-from ftp_lightning.report.reading import Run, read_origins, read_run, read_settings
+from ftp_lightning.report.reading import Run, read_json, read_origins, read_run, read_settings
 from ftp_lightning.report.sections import SECTIONS, Plot, Section
 from ftp_lightning.report.series import Rows, closed_form, starts
 from ftp_lightning.report.study import Study, read_study
 from ftp_lightning.report.study_page import study_context, study_plots
 from ftp_lightning.report.style import freeze, house_style, to_png, to_svg
+from ftp_lightning.report.tune_page import CURVE, TUNED, curve_rows, tuned_context
 from ftp_lightning.report.verdict import cards, cautions, speed_row, verdict
 from ftp_lightning.report.writing import write_report
 
@@ -24,8 +25,8 @@ HERE = Path(__file__).parent
 
 
 def build_report(run_folder: Path) -> Path:
-    """Writes `run_folder/report.html` of a run or a study (a folder with study.json), and every figure as PNG with its
-    data as CSV in `run_folder/report/`.
+    """Writes `run_folder/report.html` of a run, a study (a folder with study.json) or a tuning (tune.json), and every
+    figure as PNG with its data as CSV in `run_folder/report/`.
 
     A stage that has not been run is left out with a sentence. Only files that a report makes are replaced.
     Errors: UserError if the folder is missing, holds nothing of a run or cannot be written to, or if a stage's product
@@ -34,6 +35,8 @@ def build_report(run_folder: Path) -> Path:
     folder = Path(run_folder)
     if study := read_study(folder):
         return build_study(folder, study)
+    if found := read_json(folder / TUNED):
+        return build_tuned(folder, found)
     run = read_run(folder)
     drawn = {plot.name: draw(plot, plot.rows(run)) for section in SECTIONS for plot in section.plots}
     drawn = {name: files for name, files in drawn.items() if files}
@@ -48,6 +51,13 @@ def build_study(folder: Path, study: Study) -> Path:
     shown = [{"plot": plot, "svg": drawn[plot.name]["svg"]} for plot, _ in plots]
     earlier = [path.stem for path in (folder / "report").glob("study-*.csv")]
     return write_report(folder, render(study_context(folder, study, shown), "study.html"), drawn, earlier)
+
+
+def build_tuned(folder: Path, found: dict[str, Any]) -> Path:
+    """report.html and the figure of what `tune` found, in its own folder."""
+    drawn = {CURVE.name: draw(CURVE, curve_rows(found))}
+    shown = [{"plot": CURVE, "svg": drawn[CURVE.name]["svg"]}]
+    return write_report(folder, render(tuned_context(folder, found, shown), "tune.html"), drawn, [CURVE.name])
 
 
 def build_comparison(folders: list[Path], output: Path) -> Path:

@@ -1,0 +1,1 @@
+"""From prompts and a share of answers to keep, to the pruner that saves most; stage `tune` calls it."""

@@ -1,0 +1,240 @@
+"""From measured prompts to a pruner: a recipe is chosen, cuts are climbed, the largest one that holds is confirmed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftp_lightning.data.rows import Rows
+from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation import record
+from ftp_lightning.evaluation.statistics import Interval
+from ftp_lightning.fingerprint import code_version, digest
+from ftp_lightning.models import model_identity
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.schedule import Schedule
+from ftp_lightning.schedule_family import ScheduleFamily
+from ftp_lightning.tuning.measured import Measured
+from ftp_lightning.tuning.promise import climb, step_down
+from ftp_lightning.tuning.recipes import Ground, Recipe
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+CHOICE_TIME = 0.4
+"""Share of the time after which no further recipe is tried [ours]."""
+SLACK = 0.1
+"""A recipe is followed down to this much below the share to keep [ours]: one lost answer of 30 is 3 points."""
+
+
+@dataclass
+class Allowance:
+    """The time that a tuning may take, in seconds; `before`: what was spent before an interruption."""
+
+    seconds: float
+    before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def spent(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One cut of a family, measured.
+
+    Attributes:
+        cut: FLOPs cut of the prefill as planned for a typical prompt.
+        flops_cut: as realised on the prompts.
+        budget: mean sparsity of the schedule.
+        kept, first: share of whole answers, and of first tokens, that are the dense model's.
+        kl: per token of the answers, nats.
+        speed: time to first token, dense / pruned; None where it was not timed.
+    """
+
+    cut: float
+    flops_cut: float
+    budget: float
+    kept: Interval
+    first: Interval
+    kl: float
+    speed: Interval | None = None
+
+    @classmethod
+    def of(cls, cut: float, schedule: Schedule, items: DataFrame, speed: Interval | None = None) -> Rung:
+        kept, first = record.kept(items), record.mean(items, "first")
+        kl = record.mean(items, "kl").value or 0.0
+        return cls(cut, record.flops_cut(items) or 0.0, schedule.budget, kept, first, kl, speed)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe with what it fitted, its schedules by cut, and how they did on the choice prompts."""
+
+    name: str
+    pruner: TokenPruner
+    schedules: dict[float, Schedule]
+    curve: list[Rung]
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """Kept answers added up over the cuts, then the KL: the greater the better."""
+        return sum(rung.kept.value or 0.0 for rung in self.curve), -sum(rung.kl for rung in self.curve)
+
+    def at(self, cut: float) -> TokenPruner:
+        """The pruner of one cut, with the family of all of them."""
+        return self.pruner.changed(schedule=self.schedules[cut], family=ScheduleFamily(list(self.schedules.values())))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found.
+
+    Attributes:
+        chosen: the candidate. others: those it was preferred to. untried: names of recipes that time left out.
+        rungs: the chosen candidate on validation prompts, up to and with the first cut that fails.
+        passed: how many of them hold. held_out: the confirmation, and the smaller cuts asked where it failed.
+        left: how many cuts hold after it. timed_out: whether time ended the climb.
+    """
+
+    chosen: Candidate
+    others: list[Candidate]
+    untried: list[str]
+    rungs: list[Rung]
+    passed: int
+    held_out: list[Rung]
+    left: int
+    timed_out: bool
+
+    @property
+    def confirmed(self) -> bool:
+        return self.left == self.passed
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The pruner of the largest cut that holds."""
+        return self.chosen.at(self.rungs[self.left - 1].cut)
+
+
+class Tuner:
+    """Carries a tuning out; everything measured lies in `measured.folder`, so that the same call goes on after a kill.
+
+    Args:
+        measured: of the model. parts: see `parts.split_rows`, with answers. keep: the share of answers to keep.
+        cuts: FLOPs cuts to try, ascending. allowance: its time; saved by `note`, which is called between measurements.
+        tell: is told what is measured.
+    """
+
+    def __init__(
+        self,
+        measured: Measured,
+        parts: dict[str, Rows],
+        keep: float,
+        cuts: Sequence[float],
+        allowance: Allowance,
+        seed: int = 0,
+        tell: Callable[[str], None] = lambda what: None,
+        note: Callable[[], None] = lambda: None,
+    ):
+        self.measured, self.parts, self.keep, self.cuts = measured, parts, keep, tuple(cuts)
+        self.allowance, self.seed, self.tell, self.note = allowance, seed, tell, note
+        every = [row.prompt for rows in parts.values() for row in rows.rows]
+        self.typical = sorted(every, key=len)[len(every) // 2]
+        self.ground = Ground(measured.model, parts["fit"], round(statistics.fmean(map(len, every))), seed)
+
+    def run(self, recipes: Sequence[Recipe]) -> Tuned:
+        """The largest cut that holds, of the recipe that keeps most. UserError where no cut holds."""
+        candidates, untried = self.candidates(recipes)
+        best = max(candidates, key=lambda candidate: candidate.merit)
+        rungs, passed, timed_out = self.validated(best)
+        if not passed:
+            raise UserError(_nothing(self.keep, rungs[0], "validation"))
+        held_out: list[Rung] = []
+
+        def confirm(number: int) -> Interval:
+            held_out.append(self.rung(best, rungs[number].cut, "held_out"))
+            return held_out[-1].kept
+
+        left = step_down(confirm, passed, self.keep)
+        if not left:
+            raise UserError(_nothing(self.keep, held_out[-1], "held-out"))
+        others = [one for one in candidates if one is not best]
+        return Tuned(best, others, untried, rungs, passed, held_out, left, timed_out)
+
+    def candidates(self, recipes: Sequence[Recipe]) -> tuple[list[Candidate], list[str]]:
+        """The recipes on the choice prompts, and the names of those for which there was no time."""
+        found: list[Candidate] = []
+        for place, recipe in enumerate(recipes):
+            if found and self.allowance.spent > CHOICE_TIME * self.allowance.seconds:
+                return found, [one.name for one in recipes[place:]]
+            self.tell(f"fitting {recipe.name}")
+            pruner = self.prepared(recipe)
+            candidate = Candidate(recipe.name, pruner, recipe.schedules(self.ground, pruner, self.cuts), [])
+            for cut in candidate.schedules:
+                candidate.curve.append(self.rung(candidate, cut, "choice"))
+                if (candidate.curve[-1].kept.value or 0.0) < self.keep - SLACK:
+                    break
+            if candidate.curve:
+                found.append(candidate)
+        if not found:
+            raise UserError(
+                f"no cut of {self.cuts[0]:.0%} can be made of prompts of {self.ground.length} tokens\n"
+                "Give longer prompts, or smaller --cuts."
+            )
+        return found, []
+
+    def validated(self, candidate: Candidate) -> tuple[list[Rung], int, bool]:
+        """The candidate's cuts on validation prompts, from the smallest up; how many hold; whether time ended it."""
+        rungs: list[Rung] = []
+        cuts, took, timed_out = list(candidate.schedules), [0.0], [False]
+
+        def measure(number: int) -> Interval:
+            started = time.monotonic()
+            rungs.append(self.rung(candidate, cuts[number], "validation", timed=True))
+            took.append(time.monotonic() - started)
+            return rungs[-1].kept
+
+        def go_on() -> bool:
+            confirming = max(took) * len(self.parts["held_out"]) / len(self.parts["validation"])
+            timed_out[0] = self.allowance.left < max(took) + confirming
+            return not timed_out[0]
+
+        return rungs, climb(measure, len(cuts), self.keep, go_on), timed_out[0]
+
+    def rung(self, candidate: Candidate, cut: float, part: str, timed: bool = False) -> Rung:
+        """One cut of a candidate on one part of the prompts."""
+        pruner, what = candidate.at(cut), f"{candidate.name}, cut of {cut:.0%}, {part.replace('_', '-')} prompts"
+        rows = self.parts[part]
+        items = self.measured.items(candidate.name, pruner, rows, lambda done, of: self.tell(f"{what}, {done} of {of}"))
+        speed = self.measured.speed(pruner, self.typical, self.seed).ratio if timed else None
+        self.note()
+        return Rung.of(cut, candidate.schedules[cut], items, speed)
+
+    def prepared(self, recipe: Recipe) -> TokenPruner:
+        """What a recipe fits, from disk where that is done."""
+        about = (str(model_identity(self.ground.model)), str(self.ground.model.dtype), self.ground.rows.hash())
+        key = digest(*(str(part).encode() for part in (*about, recipe.name, self.seed, code_version())))
+        place = Path(self.measured.folder) / f"recipe-{key}"
+        if not place.exists():
+            recipe.fit(self.ground).save(place)
+            self.note()
+        return TokenPruner.load(place)
+
+
+def _nothing(keep: float, rung: Rung, part: str) -> str:
+    value, low, high = (end or 0.0 for end in (rung.kept.value, rung.kept.low, rung.kept.high))
+    wanted = f"{100 * keep:.4g} %"
+    remedy = f"Give --keep {int(1000 * low) / 1000:g} or less" if low > 0.5 else "Give a lower --keep or smaller --cuts"
+    return (
+        f"no cut keeps {wanted} of the answers: {rung.cut:.0%}, the smallest that was tried, keeps {value:.1%} "
+        f"({low:.1%} to {high:.1%}) of {rung.kept.items} {part} answers\n{remedy}, or more prompts."
+    )
