@@ -12,28 +12,21 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.launcher import launched
 
 STAGES = {
-    "run": ("RunStage", "the whole chain: sensitivity, search, train, finetune, evaluate, benchmark, report"),
-    "sensitivity": ("SensitivityStage", "what each block changes, and what pruning it alone costs"),
-    "search": ("SearchStage", "a schedule for a budget, by genetic search; with --pruned this is the fine-tuning"),
-    "train": ("TrainStage", "train the router"),
-    "evaluate": ("EvaluateStage", "KL, perplexity, answers kept, retention and skill against dense"),
-    "benchmark": ("BenchmarkStage", "prefill time of the pruned model against the stock one"),
-    "tune": ("TuneStage", "from prompts and a share of answers to keep to the pruner that saves most"),
-    "generate": ("GenerateStage", "one prompt, dense and pruned: both texts, tokens skipped, time to first token"),
-    "report": ("ReportStage", "one HTML page from the folder of a run"),
-    "sweep": ("SweepStage", "all runs of a study, from a wandb sweep file, and what they say together"),
-    "trial": ("TrialStage", "one run of a study: schedule, router, and what they keep"),
-    "prefetch": ("PrefetchStage", "download models and data sets, for nodes without network"),
+    "run": ("RunStage", "prune a model with the whole method, measure it, and write a report"),
+    "sensitivity": ("SensitivityStage", "measure what each block changes, and what pruning it alone costs"),
+    "search": ("SearchStage", "find a schedule for a budget; with --pruned, tune that of a pruner"),
+    "train": ("TrainStage", "train the router under a schedule"),
+    "evaluate": ("EvaluateStage", "compare a pruned model with the dense one: answers kept, KL, tasks"),
+    "benchmark": ("BenchmarkStage", "time the pruned model against the dense one"),
+    "tune": ("TuneStage", "find the pruner that saves most and still keeps a share of the answers to your prompts"),
+    "generate": ("GenerateStage", "continue one prompt, dense and pruned: texts, tokens skipped, time to first token"),
+    "report": ("ReportStage", "write one HTML page about a run, a study, or several runs"),
+    "sweep": ("SweepStage", "carry out all runs of a study, from a wandb sweep file, and compare them"),
+    "trial": ("TrialStage", "carry out one run of a study"),
+    "prefetch": ("PrefetchStage", "download models and data sets, for machines without network"),
 }
 """Stage -> (its settings class in `ftp_lightning.stages.STAGE`, or in `studies.STAGE`; what it does)."""
 STUDIES = ("sweep", "trial")
-
-USAGE = """usage: ftp-lightning STAGE [--config FILE ...] [--KEY VALUE ...]
-
-stages:
-{}
-
-`ftp-lightning STAGE --help` shows its flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,12 +70,19 @@ def _is_not_about_length(record: logging.LogRecord) -> bool:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format("\n".join(f"  {name:12} {what}" for name, (_, what) in STAGES.items())))
+        from ftp_lightning.cli.help import stage_map
+
+        print(stage_map(STAGES))
         return 0 if argv else 2
     if argv[0] == "--version":
         from ftp_lightning import __version__
 
         print(__version__)
+        return 0
+    if argv[0].replace("-", "_").startswith("__print_completion"):
+        from ftp_lightning.cli.completion import completion_script
+
+        print(completion_script(argv[1] if len(argv) > 1 else "", STAGES, settings_of))
         return 0
     settings = parse(argv[0], argv[1:])
     if settings is not None and launched():
@@ -96,13 +96,20 @@ def _run(argv: list[str]) -> int:
 
 def parse(stage: str, arguments: Sequence[str]):
     """The stage's settings from its flags and config files; None where the parser has answered itself (`--help`)."""
-    if stage not in STAGES:
-        raise UserError(f"there is no stage {stage!r}\nStages: {', '.join(STAGES)}.")
     from ftp_lightning.cli.parser import parse_settings
 
+    return parse_settings(settings_of(stage), arguments)
+
+
+def settings_of(stage: str):
+    """The settings class of a stage. UserError, with the likely one, for a stage that does not exist."""
+    if stage not in STAGES:
+        from ftp_lightning.cli.messages import nearest
+
+        meant = f"Did you mean {' or '.join(near)}? " if (near := nearest(stage, [*STAGES])) else ""
+        raise UserError(f"there is no stage {stage!r}\n{meant}Stages: {', '.join(STAGES)}.")
     folder = "studies" if stage in STUDIES else "stages"
-    settings_class = getattr(import_module(f"ftp_lightning.{folder}.{stage}"), STAGES[stage][0])
-    return parse_settings(settings_class, arguments)
+    return getattr(import_module(f"ftp_lightning.{folder}.{stage}"), STAGES[stage][0])
 
 
 if __name__ == "__main__":

@@ -51,11 +51,19 @@ def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None
         and (above is None or value > above)
     )
     if not fits:
-        low = f"({above:g}" if least is None and above is not None else f"[{least:g}" if least is not None else "(-inf"
-        high = f"{below:g})" if below is not None else f"{most:g}]" if most is not None else "inf)"
-        raise UserError(
-            f"{name} is {value}, must be in {low}, {high}\nChange --{name} or the key {name} of the config file."
-        )
+        wanted = _in_words(least, most, below, above)
+        raise UserError(f"{name} is {value}, must be {wanted}\nChange --{name} or the key {name} of the config file.")
+
+
+def _in_words(least: float | None, most: float | None, below: float | None, above: float | None) -> str:
+    """The bounds as text: "at least 1", "above 0", "in [0, 1)"."""
+    low = f"({above:g}" if above is not None else f"[{least:g}" if least is not None else ""
+    high = f"{below:g})" if below is not None else f"{most:g}]" if most is not None else ""
+    if low and high:
+        return f"in {low}, {high}"
+    if low:
+        return f"at least {least:g}" if above is None else f"above {above:g}"
+    return f"at most {most:g}" if below is None else f"below {below:g}"
 
 
 def check_reachable(budget: float, prompt_tokens: int) -> None:

@@ -9,18 +9,23 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
+from ftp_lightning.cli.help import stage_help
+from ftp_lightning.cli.messages import check_config_file, plain
 from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
 
 Chosen = TypeVar("Chosen", bound=Settings)
+HELP = ("-h", "--help", "--help_all")
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong in at most three lines, without the usage."""
+    """Raises a UserError where the arguments are wrong, without the usage."""
+
+    settings_class: type[Settings]
+    given: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        lines = [line.strip() for line in message.splitlines() if line.strip()]
-        raise UserError(f"{' '.join(lines[:3])}\n`{self.prog} --help` lists the keys and their values.")
+        raise UserError(plain(message, self.settings_class, self.given))
 
 
 class Listed:
@@ -48,45 +53,70 @@ def words(given: Any) -> str | None:
 @cache
 def parser_of(settings_class: type[Settings]) -> Parser:
     """One flag per field, with its type, default and help; `--config` may be given several times, later ones win."""
-    parser = Parser(
-        prog=f"ftp-lightning {settings_class.stage}",
-        description=(settings_class.__doc__ or "").split("\n\n")[0],
-        default_env=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML of settings; may be repeated, later ones win")
+    parser = Parser(prog=f"ftp-lightning {settings_class.stage}", default_env=False, allow_abbrev=False, add_help=False)
+    parser.settings_class = settings_class
+    parser.add_argument("--config", action=ActionConfigFile)
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
         kind, default = words if field.metadata["raw"] else hints[field.name], cast(Any, field.default)
         if field.metadata["positional"]:
-            parser.add_argument(field.name, nargs="*", type=str, default=list(default), help=field.metadata["help"])
+            parser.add_argument(field.name, nargs="*", type=str, default=list(default))
         else:
-            _add(parser, field.name, kind, default, field.metadata["help"])
+            _add(parser, field.name, kind, default)
     return parser
 
 
-def _add(parser: Parser, name: str, kind: Any, default: Any, help: str) -> None:
+def _add(parser: Parser, name: str, kind: Any, default: Any) -> None:
     if kind is bool:  # --name, --no_name, --name=true
         yes_no = ActionYesNo(yes_prefix="", no_prefix="no_")
-        parser.add_argument(f"--{name}", action=yes_no, nargs="?", default=default, help=help)
+        parser.add_argument(f"--{name}", action=yes_no, nargs="?", default=default)
     elif get_origin(kind) is tuple:
-        kind_of_list = Listed(get_args(kind)[0])
-        parser.add_argument(f"--{name}", type=kind_of_list, default=list(default), metavar="A,B", help=help)
+        parser.add_argument(f"--{name}", type=Listed(get_args(kind)[0]), default=list(default))
     else:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+        parser.add_argument(f"--{name}", type=kind, default=default)
+
+
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """The arguments with every hyphen in a flag's name as an underscore: `--max-new-tokens=4` -> `--max_new_tokens=4`.
+
+    Values, and all words behind `--`, stay as they are.
+    """
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return [_underscored(word) for word in arguments[:end]] + list(arguments[end:])
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def parse_settings(settings_class: type[Chosen], arguments: Sequence[str]) -> Chosen | None:
-    """The settings, or None where the parser has answered itself (`--help`, `--print_config`).
+    """The settings, or None where the parser has answered itself (`--help`, `--help_all`, `--print_config`).
 
     UserError names an unknown key, an impossible value, a missing or broken config file.
     """
+    arguments = underscored(arguments)
+    if asked := [word for word in arguments if word in HELP]:
+        print(stage_help(settings_class, everything="--help_all" in asked))
+        return None
+    parser = parser_of(settings_class)
+    parser.given = arguments
+    for file in _config_files(arguments):
+        check_config_file(file, settings_class)
     try:
-        namespace = parser_of(settings_class).parse_args(list(arguments))
+        namespace = parser.parse_args(list(arguments))
     except SystemExit as finished:
         if finished.code:
-            remedy = f"`ftp-lightning {settings_class.stage} --help` lists them."
+            remedy = f"`ftp-lightning {settings_class.stage} --help_all` lists them."
             raise UserError(f"the arguments were not understood\n{remedy}") from None
         return None
     values = {field.name: namespace[field.name] for field in fields(settings_class)}
     return settings_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    """What --config names, in the order given."""
+    following = [after for word, after in zip(arguments, arguments[1:]) if word == "--config"]
+    return following + [word.partition("=")[2] for word in arguments if word.startswith("--config=")]

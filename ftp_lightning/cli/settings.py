@@ -30,6 +30,8 @@ class Settings(ABC):
     """
 
     stage: ClassVar[str]
+    first_flags: ClassVar[tuple[str, ...]] = ()
+    """Flags that `--help` shows before all others, see `cli.flags`."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -71,7 +73,7 @@ class ModelSettings(Settings):
     data: str = option("embedded", "text file, folder of them, JSON(L), Hub data set, or `embedded`: our stories")
     split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
-    seed: int = option(0, "seed of everything random", least=0)
+    seed: int = option(0, "seed of everything random", least=0, most=2**32 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
     device_map: str = option(
         "none", "auto: blocks of one model on all devices; or a JSON file, module: device", passive=True

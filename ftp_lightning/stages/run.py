@@ -59,7 +59,7 @@ class RunStage(BudgetSettings, RowsSettings):
     rounds: int = option(1, "times that router and schedule are adapted to each other: train, finetune", least=1)
     steps: int = option(200, "steps of router training", least=1)
     batch_size: int = option(4, "windows per step of router training", least=1)
-    learning_rate: float = option(1e-2, "of router training", above=0.0)
+    learning_rate: float = option(1e-2, "of router training", above=0.0, most=10.0)
     recall_share: float = option(0.5, "share of windows that hold facts to recall", least=0.0, most=1.0)
     train_data: str | None = option(None, "text to train the router on, where it is another than --data")
     test_data: str | None = option(None, "text to evaluate on, where it is another than --data")

@@ -60,7 +60,7 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     steps: int = option(200, "optimiser steps", least=1)
     batch_size: int = option(4, "rows per forward", least=1)
     accumulate: int = option(1, "forwards per step", least=1)
-    learning_rate: float = option(1e-2, "of Adam, decaying linearly", above=0.0)
+    learning_rate: float = option(1e-2, "of Adam, decaying linearly", above=0.0, most=10.0)
     lambda_d: float = option(20.0, "weight of the distillation loss", least=0.0)
     lambda_s: float = option(1.0, "weight of the sparsity loss", least=0.0)
     lambda_g: float = option(1.0, "first weight of the guide loss", least=0.0)
