@@ -12,6 +12,8 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.launcher import launched
 
 STAGES = {
+    "try": ("TryStage", "see what pruning does to one prompt: both answers, tokens in colour, times"),
+    "doctor": ("DoctorStage", "say what is installed, which models are at hand, and what this machine can do"),
     "run": ("RunStage", "prune a model with the whole method, measure it, and write a report"),
     "sensitivity": ("SensitivityStage", "measure what each block changes, and what pruning it alone costs"),
     "search": ("SearchStage", "find a schedule for a budget; with --pruned, tune that of a pruner"),
@@ -27,6 +29,8 @@ STAGES = {
 }
 """Stage -> (its settings class in `ftp_lightning.stages.STAGE`, or in `studies.STAGE`; what it does)."""
 STUDIES = ("sweep", "trial")
+FILES = {"try": "first_look"}
+"""Stage -> its file, where that cannot have the stage's name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except UserError as error:
         print("\n".join(str(error).splitlines()[:3]), file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "ftp_lightning":
+            raise
+        print(
+            f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -109,7 +121,7 @@ def settings_of(stage: str):
         meant = f"Did you mean {' or '.join(near)}? " if (near := nearest(stage, [*STAGES])) else ""
         raise UserError(f"there is no stage {stage!r}\n{meant}Stages: {', '.join(STAGES)}.")
     folder = "studies" if stage in STUDIES else "stages"
-    return getattr(import_module(f"ftp_lightning.{folder}.{stage}"), STAGES[stage][0])
+    return getattr(import_module(f"ftp_lightning.{folder}.{FILES.get(stage, stage)}"), STAGES[stage][0])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ CORE = (
     "json_file",
 )
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
-    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "tuning",
+    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning",
 )  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
 # The pruned folder names its base model, which `models` loads and tells apart.

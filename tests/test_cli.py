@@ -188,7 +188,7 @@ def test_config_files_stack_and_flags_win(tmp_path):
     assert (settings.budget, settings.kv, settings.seed) == (0.5, "evict", 3)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("report", "prefetch")])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("report", "prefetch", "doctor")])
 def test_print_config_can_be_read_back(command, tmp_path, stage):
     status, out, _ = command(stage, "--seed", 5, "--print_config")
     assert status == 0

@@ -89,6 +89,8 @@ class ModelSettings(Settings):
     continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1)
 
     def __post_init__(self) -> None:
+        if self.model == ModelSettings.model and (base := _base_of(getattr(self, "pruned", None))) is not None:
+            object.__setattr__(self, "model", base)
         super().__post_init__()
         self._check_device_map()
 
@@ -255,6 +257,17 @@ def carries_family(folder: str) -> bool:
 def picked(settings_class: type, settings: Settings) -> Any:
     """A settings object of an edge, its fields taken from the flags of the same names."""
     return settings_class(**{item.name: getattr(settings, item.name) for item in fields(settings_class)})
+
+
+def _base_of(pruned: str | None) -> str | None:
+    """The base model that a pruner's folder names; None where there is no such folder, or it names none."""
+    if pruned is None:
+        return None
+    try:
+        base = read_json(Path(pruned).expanduser() / "pruner.json", LARGEST)["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return base if isinstance(base, str) else None
 
 
 def _as_argument(value: Any) -> str:

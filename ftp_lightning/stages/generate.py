@@ -16,6 +16,35 @@ from ftp_lightning.cli.settings import PrunedSettings
 from ftp_lightning.errors import UserError
 
 
+@dataclass(frozen=True)
+class Continued:
+    """One prompt, continued dense and pruned.
+
+    Attributes:
+        prompt: the text that was given.
+        tokens: the text of each prompt token, the chat template's included.
+        texts: "dense" and "pruned" -> the continuation.
+        skipped: of each block the prompt tokens that skipped it.
+        computed: of each prompt token the blocks that computed it.
+        first_token_ms: "dense" and "pruned" -> median milliseconds to the first token.
+        flops_limit: FLOPs of the dense prompt / FLOPs of the pruned one, the greatest speed-up to expect.
+        too_short: the prompt was computed densely, because it is shorter than --least_tokens.
+    """
+
+    prompt: str
+    tokens: list[str]
+    texts: dict[str, str]
+    skipped: list[int]
+    computed: list[int]
+    first_token_ms: dict[str, float]
+    flops_limit: float
+    too_short: bool
+
+    @property
+    def share_skipped(self) -> float:
+        return sum(self.skipped) / (len(self.tokens) * len(self.skipped))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateStage(PrunedSettings):
     """Continue one prompt, dense and pruned: texts, tokens skipped, time to first token. Writes generation.json."""
@@ -30,21 +59,45 @@ class GenerateStage(PrunedSettings):
     least_tokens: str = option("auto", "shorter prompts are computed densely; auto: where skipping would cost more")
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
-        from ftp_lightning.stages.inputs import chosen_pruner, load_model
+        from ftp_lightning.stages.inputs import load_model
 
         model, tokenizer = load_model(self)
-        pruner = chosen_pruner(self, model).changed(least_tokens=self._least())
+        found = self.continued(model, tokenizer)
+        about = {"prompt": found.prompt, "prompt_tokens": len(found.tokens), **found.texts, "skipped": found.skipped}
+        folder.write_json("generation.json", about)
+        folder.write_json("metrics.json", {"first_token_ms": found.first_token_ms, "flops_limit": found.flops_limit})
+        self.show(found)
+
+    def continued(self, model: Any, tokenizer: Any) -> Continued:
+        """The prompt's continuation, dense and pruned. UserError for a prompt that is empty or too long."""
+        from ftp_lightning.evaluation.speed.limits import padded_flops_limit
+
+        pruner = self.chosen(model).changed(least_tokens=self._least())
         prompt = self.prompt if self.prompt is not None else self._question(tokenizer)
         ids = self._encode(prompt, model, tokenizer)
         new = {name: _generate(model, ids, self.max_new_tokens, chosen) for name, chosen in _both(pruner)}
         texts = {name: tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for name, row in new.items()}
-        skipped = [round(share * ids.shape[1]) for share in pruner.trace.routed.sparsity]
-        short = pruner.trace.routed.too_short
-        first = _first_token_ms(model, ids, pruner, self.pairs)
-        tokens = ids.shape[1]
-        folder.write_json("generation.json", {"prompt": prompt, "prompt_tokens": tokens, **texts, "skipped": skipped})
-        folder.write_json("metrics.json", {"first_token_ms": first})
-        print(_shown(prompt, texts, tokens, skipped, first, short))
+        trace = pruner.trace.routed
+        return Continued(
+            prompt,
+            [tokenizer.decode([token]) for token in ids[0].tolist()],
+            texts,
+            [round(share * ids.shape[1]) for share in trace.sparsity],
+            sum(keep[0].int() for keep in trace.keep).tolist(),
+            _first_token_ms(model, ids, pruner, self.pairs),
+            round(padded_flops_limit(model, trace, pruner.kv, pruner.skip_rank), 3),
+            trace.too_short,
+        )
+
+    def chosen(self, model: Any) -> Any:
+        """The pruner that the flags ask for."""
+        from ftp_lightning.stages.inputs import chosen_pruner
+
+        return chosen_pruner(self, model)
+
+    def show(self, found: Continued) -> None:
+        """Print what was found."""
+        print(_shown(found))
 
     def _least(self) -> Any:
         if self.least_tokens != "auto" and not self.least_tokens.isdecimal():
@@ -109,14 +162,12 @@ def _first_token_ms(model: Any, ids: Any, pruner: Any, pairs: int) -> dict[str, 
     return {name: round(statistics.median(values[1:]), 2) for name, values in times.items()}
 
 
-def _shown(
-    prompt: str, texts: dict[str, str], tokens: int, skipped: list[int], first: dict[str, float], short: bool
-) -> str:
-    blocks = " ".join(map(str, skipped))
-    share = sum(skipped) / (tokens * len(skipped))
-    why = "\nthe prompt is too short: skipping would cost more than it saves, see --least_tokens" if short else ""
+def _shown(found: Continued) -> str:
+    blocks, first = " ".join(map(str, found.skipped)), found.first_token_ms
+    short = "\nthe prompt is too short: skipping would cost more than it saves, see --least_tokens"
     return (
-        f"prompt ({tokens} tokens)\n{prompt}\n\ndense\n{texts['dense']}\n\npruned\n{texts['pruned']}\n\n"
-        f"tokens skipped per block: {blocks} ({share:.1%} of all){why}\n"
+        f"prompt ({len(found.tokens)} tokens)\n{found.prompt}\n\ndense\n{found.texts['dense']}\n\n"
+        f"pruned\n{found.texts['pruned']}\n\n"
+        f"tokens skipped per block: {blocks} ({found.share_skipped:.1%} of all){short if found.too_short else ''}\n"
         f"time to first token: dense {first['dense']:.1f} ms, pruned {first['pruned']:.1f} ms"
     )

@@ -1,0 +1,88 @@
+"""Stage `try`: one prompt, dense and pruned, its tokens coloured by the blocks that computed them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.settings import ASSETS
+from ftp_lightning.errors import UserError
+from ftp_lightning.stages.generate import Continued, GenerateStage
+
+REAL, OWN = "smollm2-135m-instruct", "embedded"
+AUTO_MODEL = "auto"
+SMALL_BUDGET = 0.2
+"""Mean sparsity where nothing else is asked for and there is no ready-made pruner: SmolLM2 still answers [ours]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TryStage(GenerateStage):
+    """See what pruning does to one prompt: both answers, the tokens coloured by the blocks that computed them, and the
+    time to the first token.
+
+    Without words it takes a letter of 600 words with a question, or a story for the embedded model.
+    """
+
+    stage: ClassVar[str] = "try"
+    first_flags: ClassVar[tuple[str, ...]] = ("model", "budget", "pruned", "max_new_tokens", "least_tokens", "kv")
+
+    words: tuple[str, ...] = option((), "the prompt; by default a built-in one", positional=True)
+    model: str = option(AUTO_MODEL, f"any model; `auto` is {REAL} where it is installed, else {OWN}")
+    pairs: int = option(2, "timings of the first token, dense and pruned in turn", least=1)
+
+    def __post_init__(self) -> None:
+        if self.model == AUTO_MODEL:
+            object.__setattr__(self, "model", default_model())
+        if self.words and self.prompt is not None:
+            raise UserError("the prompt is given twice, by words and by --prompt\nGive it once.")
+        if self.words:
+            object.__setattr__(self, "prompt", " ".join(self.words))
+            object.__setattr__(self, "words", ())
+        super().__post_init__()
+
+    def continued(self, model: Any, tokenizer: Any) -> Continued:
+        if tokenizer.chat_template and not self.apply_chat_template:
+            object.__setattr__(self, "apply_chat_template", True)
+        return super().continued(model, tokenizer)
+
+    def chosen(self, model: Any) -> Any:
+        """What the flags ask for, else the ready-made pruner of this model, else the default schedule."""
+        from ftp_lightning.pruning import TokenPruner
+        from ftp_lightning.routing import StaticRouter
+        from ftp_lightning.schedule import Schedule
+        from ftp_lightning.stages.inputs import load_pruner, num_blocks
+
+        if self.pruned or self.schedule or self.budget is not None:
+            return super().chosen(model)
+        if (ready := ready_made(self.model)) is not None:
+            return load_pruner(str(ready), model)
+        return TokenPruner(StaticRouter(), Schedule.default(num_blocks(model), SMALL_BUDGET))
+
+    def _question(self, tokenizer: Any) -> str:
+        if not tokenizer.chat_template:
+            return super()._question(tokenizer)
+        return (ASSETS / "prompt.txt").read_text(encoding="utf-8").strip()
+
+    def show(self, found: Continued) -> None:
+        from ftp_lightning.cli.coloured import print_continued
+
+        print_continued(found, self.model)
+
+
+def default_model() -> str:
+    """A real model where it is at hand, else our own."""
+    from ftp_lightning.models import title
+
+    try:
+        title(REAL)
+    except UserError:
+        return OWN
+    return REAL
+
+
+def ready_made(model: str) -> Path | None:
+    """The folder of the ready-made pruner of a model; None where there is none."""
+    folder = ASSETS / "ready" / model
+    return folder if folder.is_dir() else None
