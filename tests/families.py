@@ -1,4 +1,4 @@
-"""A tiny random model of every family that the README's table calls tested."""
+"""A tiny random model of every family that docs/models.md calls tested."""
 
 import torch
 import transformers as T

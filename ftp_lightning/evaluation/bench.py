@@ -68,9 +68,17 @@ class Bench:
         """What rounding alone moves on a text: the floor under every KL."""
         return continuation.noise_floor(self.model, self.texts[text], self.batch_size, self.teachers[text])
 
-    def measure(self, name: str, pruner: TokenPruner, seed: int = 0, mode: str = "prompt") -> DataFrame:
-        """The record of one method on everything. `mode`: "prompt", or "sequence" as in the paper."""
-        parts = [record(self.score(name, pruner, text, mode).items(), name, text, seed) for text in self.texts]
+    def measure(
+        self, name: str, pruner: TokenPruner, seed: int = 0, mode: str = "prompt", scored: bool = False
+    ) -> DataFrame:
+        """The record of one method on everything. `mode`: "prompt", or "sequence" as in the paper. `scored`: `scores`
+        holds what this very method loses on the texts."""
+        found = (
+            {text: self.scores[name, text, mode] for text in self.texts}
+            if scored
+            else {text: self.score(name, pruner, text, mode) for text in self.texts}
+        )
+        parts = [record(one.items(), name, text, seed) for text, one in found.items()]
         return self.needed(joined([*parts, self.asked(name, pruner, seed, mode)]))
 
     def asked(self, name: str, pruner: TokenPruner | None, seed: int = 0, mode: str = "prompt") -> DataFrame:

@@ -79,6 +79,7 @@ class EvaluateStage(RowsSettings, PrunedSettings):
 
 
 ANSWERS = "answers"
+MODES = ("prompt", "sequence")
 
 
 def carry_out(
@@ -100,6 +101,7 @@ def carry_out(
     bench = bench_of(settings, model, tokenizer, processes if processes.count > 1 else None, place, seen)
     if processes.rank == 0:
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
+    _score_texts(settings, bench, methods, processes)
     items = _measured(settings, bench, methods, Progress(**timing) if processes.rank == 0 else None)
     if processes.rank == 0:
         _write(settings, folder, bench, tokenizer, items, methods, Progress(**timing))
@@ -137,6 +139,13 @@ def bench_of(
     return Bench(model, texts, HarnessTasks(model, tokenizer, files, about, run, processes), settings.batch_size)
 
 
+def _score_texts(settings: EvaluateStage, bench: Bench, methods: Methods, processes: Processes) -> None:
+    """Score the text under every method and mode, shared among the processes; `bench` keeps what all have found."""
+    jobs = [(name, pruner, text, mode) for name, pruner in methods for text in bench.texts for mode in MODES]
+    found = processes.map(lambda job: bench.score(*job), jobs)
+    bench.scores |= {(name, text, mode): one for (name, _, text, mode), one in zip(jobs, found, strict=True)}
+
+
 def _measured(settings: EvaluateStage, bench: Bench, methods: Methods, progress: Progress | None) -> DataFrame:
     """The record of dense and all methods."""
     from ftp_lightning.evaluation.outcome import SEQUENCE
@@ -150,7 +159,7 @@ def _measured(settings: EvaluateStage, bench: Bench, methods: Methods, progress:
     parts, first = [bench.dense], "prompt" if settings.mode == "both" else settings.mode
     for done, (name, pruner) in enumerate(methods, start=1):
         tell(done, name)
-        parts.append(bench.measure(name, pruner, settings.seed, first))
+        parts.append(bench.measure(name, pruner, settings.seed, first, scored=True))
         if settings.mode == "both":
             parts.append(bench.needed(bench.asked(name + SEQUENCE, pruner, settings.seed, "sequence")))
     return joined(parts)

@@ -317,6 +317,4 @@ def check_blocks(schedule: Schedule, name: str, blocks: int) -> None:
     """UserError where a schedule is not one of `blocks` blocks."""
     if schedule.num_blocks != blocks:
         made_for = f"{name} is made for {schedule.num_blocks} blocks"
-        raise UserError(
-            f"{made_for}, the model has {blocks}\nGive one made for this model, or another --model."
-        )
+        raise UserError(f"{made_for}, the model has {blocks}\nGive one made for this model, or another --model.")
