@@ -137,3 +137,11 @@ complete_words ftp-lightning generate --dtype bf
     (tmp_path / "ask.sh").write_text(capsys.readouterr().out + ask)
     done = subprocess.run(["bash", tmp_path / "ask.sh"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["search", "--max_new_tokens", "bfloat16"]
+
+
+def test_remedies_are_sentences():
+    from ftp_lightning.cli.messages import shown
+    from ftp_lightning.errors import UserError
+
+    assert shown(UserError("a.txt is empty\ngive it more text")) == "a.txt is empty\nGive it more text."
+    assert shown(UserError("x\n`make models` helps\n\nfour")) == "x\n`make models` helps.\n"

@@ -13,7 +13,8 @@ from ftp_lightning.evaluation import record as of
 from ftp_lightning.evaluation.outcome import counted_tasks, retention
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
-from ftp_lightning.stages.run import SHARES, RunStage, gains
+from ftp_lightning.stages.run import RunStage, gains
+from ftp_lightning.stages.run_work import WORK, shares
 from ftp_lightning.stages.search import starting_pruner
 
 SIZES = """--sensitivity_windows 1 --search_windows 1 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
@@ -34,7 +35,7 @@ def read(path: Path) -> dict:
 
 
 def test_every_stage_is_finished_and_says_how_it_came_about(chain):
-    for stage in SHARES:
+    for stage in WORK:
         names = {path.name for path in (chain / stage).iterdir()}
         assert {"config.yaml", "metrics.json", "provenance.json"} <= names
         assert set(read_provenance(chain / stage)["files"]) <= names
@@ -312,3 +313,13 @@ def test_the_gain_of_each_round_is_told(tmp_path):
         "router_validation_kl": {"before": 0.3, "after": 0.15},
         "schedule_calibration_kl": {"before": 0.2, "after": 0.1},
     }
+
+
+def test_the_shares_of_the_time_follow_the_sizes():
+    default = shares(parse("run", []).stages(), 12)
+    assert sum(default.values()) == pytest.approx(1.0) and all(share > 0 for share in default.values())
+    longer = shares(parse("run", ["--steps", "400"]).stages(), 12)
+    assert longer["train"] > 1.3 * default["train"] and longer["search"] < default["search"]
+    rounds = shares(parse("run", ["--rounds", "2"]).stages(), 12)
+    assert set(rounds) > {"round1/train", "train"}
+    assert shares(parse("run", []).stages(), 30)["sensitivity"] > 2 * default["sensitivity"]

@@ -38,9 +38,21 @@ def plain(message: str, settings_class: type[Settings], given: Sequence[str]) ->
     remedy = f"Change --{name} or the key {name} of the config file."
     if percent := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value):
         remedy = f"Give --{name} {float(percent[1]) / 100:g}."
-    elif near := difflib.get_close_matches(value, choices_of(hints[name]), 1):
+    elif near := difflib.get_close_matches(value, choices_of(hints[name]), 1, 0.7):
         remedy = f"Did you mean --{name} {near[0]}?"
     return f"{name} is {value!r}, must be {wanted}\n{remedy}"
+
+
+def shown(error: UserError) -> str:
+    """At most three lines of an error; those after the first are whole sentences."""
+    first, *rest = str(error).splitlines()[:3]
+    return "\n".join([first, *map(_sentence, rest)])
+
+
+def _sentence(line: str) -> str:
+    line = line.strip()
+    end = "" if not line or line[-1] in ".?!…:" else "."
+    return line[:1].upper() + line[1:] + end
 
 
 def expected(kind: Any) -> str:

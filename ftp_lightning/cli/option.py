@@ -57,13 +57,17 @@ def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None
 
 def _in_words(least: float | None, most: float | None, below: float | None, above: float | None) -> str:
     """The bounds as text: "at least 1", "above 0", "in [0, 1)"."""
-    low = f"({above:g}" if above is not None else f"[{least:g}" if least is not None else ""
-    high = f"{below:g})" if below is not None else f"{most:g}]" if most is not None else ""
+    low = f"({_number(above)}" if above is not None else f"[{_number(least)}" if least is not None else ""
+    high = f"{_number(below)})" if below is not None else f"{_number(most)}]" if most is not None else ""
     if low and high:
         return f"in {low}, {high}"
     if low:
-        return f"at least {least:g}" if above is None else f"above {above:g}"
-    return f"at most {most:g}" if below is None else f"below {below:g}"
+        return f"at least {low[1:]}" if above is None else f"above {low[1:]}"
+    return f"at most {high[:-1]}" if below is None else f"below {high[:-1]}"
+
+
+def _number(bound: float | None) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def check_reachable(budget: float, prompt_tokens: int) -> None:

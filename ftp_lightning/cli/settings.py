@@ -232,7 +232,8 @@ class PrunedSettings(BudgetSettings, StageSettings):
             one_schedule = not holds_family(self.schedule)
         if self.budget is not None and one_schedule:
             raise UserError(
-                "budget is given beside a pruner or schedule that has its own\nLeave --budget out, or them."
+                "--budget cannot be combined with --pruned or --schedule: both already set a budget\n"
+                "Remove one of them."
             )
         super().check()
 

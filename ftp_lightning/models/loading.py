@@ -1,5 +1,6 @@
 """Load models, tokenizers and configurations by name; what is wrong with a name or a file is a sentence."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import torch
 
 from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
 from ftp_lightning.errors import UserError, hub_errors
-from ftp_lightning.models.named import is_named, locate
+from ftp_lightning.models.named import NAMED, is_named, locate
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 from ftp_lightning.models.random_weights import random_config, random_model
 
@@ -145,6 +146,8 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
         if local or not isinstance(error, hub_errors(OSError, ValueError)):
             what = f"model {name}" if is_named(name) or not local else f"model folder {name}"
             raise UserError(f"{what} cannot be loaded\n{cause(error)}") from error
+        if near := get_close_matches(name, [*NAMED, "embedded"], 1, 0.8):
+            raise UserError(f"there is no model {name!r}\nDid you mean {near[0]}?") from error
         raise UserError(
             f"model {name!r} is no local folder and cannot be had from the Hub: {cause(error)}\n"
             "without network give a local folder, or on a machine with network run\n"

@@ -64,7 +64,7 @@ class EvaluateStage(RowsSettings, PrunedSettings):
         for name in self.compare:
             if name not in EQUAL_TOKENS + EQUAL_FLOPS:
                 known = ", ".join(EQUAL_TOKENS + EQUAL_FLOPS)
-                raise UserError(f"compare names {name!r}, which is none of {known}\nChange --compare.")
+                raise UserError(f"compare names {name!r}, must be among {known}\nChange --compare.")
         for name in set(NEEDS_SENSITIVITY) & set(self.compare):
             if not self.sensitivity:
                 raise UserError(f"the baseline {name} needs what `sensitivity` measured\nGive --sensitivity FILE.")
@@ -74,7 +74,10 @@ class EvaluateStage(RowsSettings, PrunedSettings):
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.models import resolve_device
         from ftp_lightning.processes import run_in
+        from ftp_lightning.stages.task_files import check_tasks
 
+        if self.task_data is None:
+            check_tasks(self.tasks)
         folder.adopt(run_in(self.processes, resolve_device(self.device), carry_out, self, folder, progress.place()))
 
 

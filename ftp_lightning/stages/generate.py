@@ -101,7 +101,10 @@ class GenerateStage(PrunedSettings):
 
     def _least(self) -> Any:
         if self.least_tokens != "auto" and not self.least_tokens.isdecimal():
-            raise UserError(f"least_tokens is {self.least_tokens!r}\nGive auto, or a whole number of tokens from 0.")
+            raise UserError(
+                f"least_tokens is {self.least_tokens!r}, must be auto or a whole number of at least 0\n"
+                "Change --least_tokens."
+            )
         return self.least_tokens if self.least_tokens == "auto" else int(self.least_tokens)
 
     def _question(self, tokenizer: Any) -> str:
@@ -130,10 +133,12 @@ class GenerateStage(PrunedSettings):
         else:
             ids = prompt_ids(tokenizer, prompt)
         limit = getattr(model.config, "max_position_embeddings", None) or len(ids) + self.max_new_tokens
-        if not prompt.strip() or len(ids) + self.max_new_tokens > limit:
+        if not prompt.strip():
+            raise UserError("the prompt is empty\nGive --prompt some text.")
+        if len(ids) + self.max_new_tokens > limit:
             raise UserError(
-                f"the prompt has {len(ids)} tokens; it must not be empty, and with {self.max_new_tokens} new ones "
-                f"fit the model's {limit}\nGive another --prompt or fewer --max_new_tokens."
+                f"the prompt has {len(ids)} tokens and {self.max_new_tokens} new ones are asked for, but the model "
+                f"takes {limit}\nGive a shorter --prompt or fewer --max_new_tokens."
             )
         return torch.tensor([ids], device=home(model))
 

@@ -31,9 +31,9 @@ class ReportStage(Settings):
     def check(self) -> None:
         if len(self.runs) > 1:
             if self.run is not None:
-                raise UserError("report is given several runs and --run\nName all runs without a flag.")
+                raise UserError("--run cannot be combined with several folders\nName all folders without a flag.")
         elif len([given for given in (*self.runs, self.run, self.output) if given is not None]) != 1:
-            raise UserError("report needs the folder of one run, or several runs\nGive --run FOLDER, or RUN RUN ….")
+            raise UserError("report needs the folder of a run, or of several\nGive one, as runs/demo, or several.")
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_comparison, build_report

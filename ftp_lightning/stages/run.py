@@ -21,8 +21,6 @@ from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import BOTH, SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
 
-SHARES = {"sensitivity": 3, "search": 15, "train": 18, "finetune": 10, "static": 7, "evaluate": 45, "benchmark": 2}
-"""Rough shares of the time at the default sizes, for the time left."""
 ROUND = ("train", "finetune")
 COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")
 
@@ -96,16 +94,16 @@ class RunStage(BudgetSettings, RowsSettings):
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_report, headline
         from ftp_lightning.stages.run_inputs import check_inputs
+        from ftp_lightning.stages.run_work import shares
 
         started, before, stages = time.monotonic(), 0.0, self.stages()
         if self.estimate is not None:
             return self._say_estimates(stages)
-        check_inputs(stages)
+        share_of = shares(stages, check_inputs(stages))
         for number, (name, settings) in enumerate(stages.items(), start=1):
-            share = _share(name) / sum(map(_share, stages))
             label = f"[{number}/{len(stages) + 1}] {name}"
-            settings.execute(Progress(label, before, share, started))
-            before += share
+            settings.execute(Progress(label, before, share_of[name], started))
+            before += share_of[name]
         write_text(self.folder / "rounds.json", json.dumps(gains(self.folder, self.rounds), indent=1) + "\n")
         page = build_report(self.folder)
         print(headline(json.loads((self.folder / "evaluate" / "results.json").read_text(encoding="utf-8"))))
@@ -201,7 +199,3 @@ def gains(folder: Path, rounds: int) -> list[dict[str, Any]]:
         schedule = {"before": tuned["allocations"]["given"], "after": tuned["value"]}
         found.append({"round": number, "router_validation_kl": router, "schedule_calibration_kl": schedule})
     return found
-
-
-def _share(name: str) -> int:
-    return SHARES[name.split("/")[-1]]

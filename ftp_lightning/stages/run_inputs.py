@@ -17,8 +17,11 @@ ROWS = 8
 """Rows and questions of a kind that are tried of each split; the stages draw these very ones first [ours]."""
 
 
-def check_inputs(stages: dict[str, StageSettings]) -> None:
-    """UserError for texts too short, tasks unknown, files missing or lengths beyond the model, of any stage to come."""
+def check_inputs(stages: dict[str, StageSettings]) -> int:
+    """UserError for texts too short, tasks unknown, files missing or lengths beyond the model, of any stage to come.
+
+    Returns how many blocks the model has.
+    """
     first, evaluate = stages["sensitivity"], cast(EvaluateStage, stages["evaluate"])
     models.resolve_device(first.device)
     config = models.load_config(first.model, revision=first.revision)
@@ -38,6 +41,7 @@ def check_inputs(stages: dict[str, StageSettings]) -> None:
         if task in TWINNED:
             rows = made_rows(task, evaluate, tokenizer, min(ROWS, evaluate.items))
             inputs.check_questions(config, tokenizer, rows)
+    return config.get_text_config().num_hidden_layers
 
 
 def _check_texts(stages: dict[str, Any], tokenizer) -> None:

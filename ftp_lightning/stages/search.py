@@ -104,7 +104,8 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
             raise UserError("budget is given beside budgets\nGive one of --budget and --budgets.")
         if self.pruned:
             raise UserError(
-                "budgets are given beside a pruner, which has one schedule\nGive --budget, or leave --pruned out."
+                "--budgets cannot be combined with --pruned: a pruner has one schedule\n"
+                "Give --budget, or leave --pruned out."
             )
         for budget in self.budgets:
             check_bounds("budgets", budget, {"least": 0.0, "most": None, "below": 1.0, "above": None})

@@ -127,7 +127,7 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
         given = [name for name in names if getattr(self, name) != getattr(TrainStage, name)]
         if given:
             name = given[0]
-            raise UserError(f"{name} is given beside a pruner that has its own\nLeave --{name} or --pruned out.")
+            raise UserError(f"--{name} cannot be combined with --pruned: the pruner has its own\nRemove one of them.")
 
     def _check_budgets(self) -> None:
         if len(self.budgets) != 2 or not 0 < self.budgets[0] < self.budgets[1] < 1:

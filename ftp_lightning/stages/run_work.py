@@ -1,0 +1,72 @@
+"""How much work each stage of a run is, so that the progress line can tell the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+TRAINED = 3.5
+"""Forwards that a training step costs per token: the teacher's, the student's, and its gradients [ours, measured]."""
+CHILD = 0.35
+"""Share of the windows that a child of the search is measured on, on average: most drop out early [ours, measured]."""
+PRUNED_ALONE = 0.6
+"""Cost of a forward with one pruned block, of which the blocks before it are known [ours, measured]."""
+STORY = 400
+"""Tokens of the context of `story_ending` and `story_name`, of which there are about 120 [ours]."""
+
+
+def shares(stages: dict[str, Any], blocks: int) -> dict[str, float]:
+    """Stage -> its share of the time of the whole chain, by forward tokens; adds up to 1.
+
+    Args:
+        stages: settings by name, as `RunStage.stages` gives them.
+        blocks: blocks of the model.
+    """
+    work = {name: WORK[name.split("/")[-1]](settings, blocks) for name, settings in stages.items()}
+    for name, settings in stages.items():
+        work[name] /= getattr(settings, "processes", 1)
+    total = sum(work.values())
+    return {name: one / total for name, one in work.items()}
+
+
+def _row(settings: Any) -> int:
+    return settings.prompt_tokens + settings.continuation_tokens
+
+
+def _sensitivity(settings: Any, blocks: int) -> float:
+    return settings.windows * _row(settings) * (1 + PRUNED_ALONE * blocks * len(settings.levels))
+
+
+def _search(settings: Any, blocks: int) -> float:
+    starts = 8 if settings.schedule is None and settings.pruned is None else 1
+    return settings.windows * _row(settings) * (starts + CHILD * settings.generations * settings.offspring)
+
+
+def _train(settings: Any, blocks: int) -> float:
+    return TRAINED * settings.steps * settings.batch_size * settings.processes * _row(settings)
+
+
+def _evaluate(settings: Any, blocks: int) -> float:
+    methods = len(settings.compare) + 2
+    items = sum(120 * STORY if task in ("story_ending", "story_name") else _items(settings) for task in settings.tasks)
+    return methods * 2 * (settings.windows or 41) * _row(settings) + (methods + 2) * items
+
+
+def _items(settings: Any) -> int:
+    return min(settings.items, settings.limit or settings.items) * settings.prompt_tokens
+
+
+def _benchmark(settings: Any, blocks: int) -> float:
+    return 2 * (settings.pairs + 1) * sum(settings.lengths or (512, 1024, 2048))
+
+
+WORK: dict[str, Callable[[Any, int], float]] = {
+    "sensitivity": _sensitivity,
+    "search": _search,
+    "train": _train,
+    "finetune": _search,
+    "static": _search,
+    "evaluate": _evaluate,
+    "benchmark": _benchmark,
+}
+"""Stage -> its forward tokens, roughly."""
