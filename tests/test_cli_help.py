@@ -85,7 +85,7 @@ def test_hyphens_of_values_stay(tmp_path):
     [
         (["serch"], ["no stage 'serch'", "Did you mean search?"]),
         (["search", "--bugdet", "0.3"], ["`search` has no flag --bugdet", "Did you mean --budget"]),
-        (["trial", "--windows", "3"], ["no flag --windows", "calibration_windows"]),
+        (["trial", "--windows", "3"], ["no flag --windows", "test_windows"]),
         (["generate", "random:tiny"], ["'random:tiny' stands without a flag", "--model random:tiny"]),
         (["generate", "--budget", "30%"], ["budget is '30%', must be a number", "Give --budget 0.3."]),
         (["train", "--steps", "ten"], ["steps is 'ten', must be a whole number", "--steps"]),

@@ -8,26 +8,24 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ftp_lightning.cli.settings import Settings
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "pruned", "dtype", "device", "device_map", "revision"),
-    "Data": (
-        *("prompt", "prompt_file", "data", "split", "rows", "prompt_tokens", "continuation_tokens", "windows"),
-        *("tasks", "items", "limit", "task_data", "num_fewshot", "apply_chat_template", "recall_share", "own_answers"),
-        *("train_data", "test_data", "test_split", "test_windows", "sensitivity_windows", "search_windows"),
-        *("calibration", "calibration_windows", "calibration_recall_share", "validation_windows", "skip_windows"),
-        *("lengths", "batches", "modes", "mixed", "decode_tokens", "max_new_tokens"),
-    ),
-    "Method": (),
-    "Run": ("estimate", "processes", "jobs", "seed", "seeds", "batch_size", "pairs", "max_seconds", "shard"),
-    "Output": ("output", "overwrite", "tracking", "answers", "label", "quoted", "shared_folder"),
+    group: tuple(names.split())
+    for group, names in {
+        "Model": "model pruned dtype device device_map revision",
+        "Data": """prompt prompt_file prompts data split rows prompt_tokens continuation_tokens windows tasks items
+            limit task_data num_fewshot apply_chat_template recall_share own_answers train_data test_data test_split
+            test_windows sensitivity_windows search_windows calibration calibration_windows calibration_recall_share
+            validation_windows skip_windows lengths batches modes mixed decode_tokens max_new_tokens""",
+        "Method": "",
+        "Run": """estimate processes jobs seed seeds batch_size pairs max_seconds shard host port workers timeout
+            api_key_file max_batch max_waiting max_body max_prompt_tokens""",
+        "Output": "output overwrite tracking answers label quoted shared_folder log_prompts",
+    }.items()
 }
 """Group -> its flags, in the order of the help. What stands nowhere belongs to "Method"."""
 
-IMPORTANT = (
-    *("prompt", "prompt_file", "study", "run", "model", "pruned", "schedule", "data", "budget", "kv", "rows", "router"),
-    *("host", "port", "tasks", "compare", "task", "sensitivity", "lengths", "steps", "generations", "max_new_tokens"),
-    *("apply_chat_template", "prompt_tokens", "levels", "learning_rate", "items", "seeds", "jobs", "processes"),
-    *("device", "output", "estimate", "seed"),
-)
+IMPORTANT = """prompt prompt_file prompts keep minutes study run model pruned schedule data budget kv rows router
+    host port tasks compare task sensitivity lengths steps generations max_new_tokens apply_chat_template
+    prompt_tokens levels learning_rate items seeds jobs processes device output estimate seed""".split()
 """Flags by importance: `--help` shows the first ten that a stage has."""
 
 ALWAYS = ("output",)
@@ -70,8 +68,8 @@ def important(settings_class: type[Settings]) -> list[str]:
     names = list(flags_of(settings_class))
     if len(names) <= FEW:
         return names
-    wanted = [name for name in dict.fromkeys((*settings_class.first_flags, *ALWAYS, *IMPORTANT)) if name in names]
-    return wanted[:SHOWN]
+    order = dict.fromkeys((*settings_class.first_flags, *ALWAYS, *IMPORTANT, *reversed(names)))  # its own stand last
+    return [name for name in order if name in names][:SHOWN]
 
 
 def value_name(kind: Any) -> str:

@@ -71,7 +71,9 @@ class ModelSettings(Settings):
         "Hub name, folder, GGUF file, a named model (docs/models.md), random:SHAPE, or `embedded`",
     )
     data: str = option("embedded", "text file, folder of them, JSON(L), Hub data set, or `embedded`: our stories")
-    split: str = option("auto", "calibration, training, validation, test, all; `auto` is what the stage is for")
+    split: str = option(
+        "auto", "part of the text: calibration, training, validation, test, all; `auto` is what the stage is for"
+    )
     output: str | None = option(None, "folder to write; by default runs/STAGE", passive=True)
     seed: int = option(0, "seed of everything random", least=0, most=2**32 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
@@ -81,9 +83,11 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
-    estimate: str | None = option(None, "DEVICESxGB: say what it takes on 8x80, and do nothing", passive=True)
+    estimate: str | None = option(
+        None, "say what it would take on GPUs, as 8x80 (8 of 80 GB), and do nothing", passive=True
+    )
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option(
-        "csv", "where metrics of the way are logged", passive=True
+        "csv", "where metrics are logged during the run", passive=True
     )
     prompt_tokens: int = option(192, "tokens of a window that are routed; longer prompts are left out", least=4)
     continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1)

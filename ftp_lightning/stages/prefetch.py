@@ -21,7 +21,7 @@ class PrefetchStage(Settings):
     stage: ClassVar[str] = "prefetch"
 
     model: str | None = option(None, "Hub name of a model, or a named model")
-    revision: str | None = option(None, "its revision: branch, tag or commit")
+    revision: str | None = option(None, "revision of the model: branch, tag or commit")
     data: tuple[str, ...] = option((), "Hub data sets, NAME or NAME:CONFIG")
     overwrite: bool = option(False, "download again what is there already", passive=True)
     tasks: tuple[str, ...] = option((), "tasks of lm-eval, whose data sets are fetched")

@@ -48,16 +48,16 @@ class RunStage(BudgetSettings, RowsSettings):
     )
     guide: Literal["static", "future"] = option("static", "what the guide loss teaches, see `train --guide`")
     guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
-    guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how it decays")
+    guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how the guide loss decays")
     dense: int | None = option(
         None,
         "train first under a uniform schedule with so many dense blocks; else the searched one",
         least=0,
     )
-    rounds: int = option(1, "times that router and schedule are adapted to each other: train, finetune", least=1)
+    rounds: int = option(1, "how often router and schedule are adapted to each other, by train and finetune", least=1)
     steps: int = option(200, "steps of router training", least=1)
     batch_size: int = option(4, "windows per step of router training", least=1)
-    learning_rate: float = option(1e-2, "of router training", above=0.0, most=10.0)
+    learning_rate: float = option(1e-2, "learning rate of router training", above=0.0, most=10.0)
     recall_share: float = option(0.5, "share of windows that hold facts to recall", least=0.0, most=1.0)
     train_data: str | None = option(None, "text to train the router on, where it is another than --data")
     test_data: str | None = option(None, "text to evaluate on, where it is another than --data")

@@ -60,23 +60,25 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     steps: int = option(200, "optimiser steps", least=1)
     batch_size: int = option(4, "rows per forward", least=1)
     accumulate: int = option(1, "forwards per step", least=1)
-    learning_rate: float = option(1e-2, "of Adam, decaying linearly", above=0.0, most=10.0)
+    learning_rate: float = option(1e-2, "learning rate of Adam, which decays linearly", above=0.0, most=10.0)
     lambda_d: float = option(20.0, "weight of the distillation loss", least=0.0)
     lambda_s: float = option(1.0, "weight of the sparsity loss", least=0.0)
     lambda_g: float = option(1.0, "first weight of the guide loss", least=0.0)
-    distillation: Literal["mse", "kl", "both"] = option("mse", "of the last hidden state, of the logits, or both added")
+    distillation: Literal["mse", "kl", "both"] = option(
+        "mse", "distil the last hidden state, the logits, or both added"
+    )
     sparsity_loss: Literal["one-sided", "symmetric"] = option("one-sided", "whether over-pruning is penalised too")
     guide: Literal["static", "future"] = option(
         "static", "what the guide loss teaches: the static router's decisions, or what the continuation attends to"
     )
     guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
-    guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how it decays")
+    guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how the guide loss decays")
     guide_balanced: bool = option(False, "tokens to compute and tokens to skip weigh alike in the guide loss")
     gates: Literal["straight-through", "gumbel", "soft"] = option("straight-through", "how decisions get a gradient")
     key_gates: bool = option(False, "under evict gradients also tell what others lose with a token's key and value")
-    temperature: tuple[float, ...] = option((1.0, 0.3), "of gumbel gates: at the first step, at the last")
+    temperature: tuple[float, ...] = option((1.0, 0.3), "temperature of gumbel gates: at the first step, at the last")
     scope: Literal["prompt", "sequence"] = option("prompt", "what is routed: the prompt, or the whole text (paper)")
-    random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three")
+    random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three quarters")
     recompute: bool = option(False, "activation checkpointing: less memory, more time", passive=True)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     skip: Literal["identity", "mean", "low-rank"] = option(

@@ -42,7 +42,7 @@ class TrialStage(TrainStage):
         None, "what tables call this run; by default what it has of its own", passive=True, raw=True
     )
     quoted: float | None = option(None, "the paper's number for it, shown beside ours", passive=True)
-    shared_folder: str = option(f"{STUDIES}/shared", "where runs find what they have in common", passive=True)
+    shared_folder: str = option(f"{STUDIES}/shared", "folder of what runs have in common", passive=True)
     budget: float = option(0.3, "mean share of tokens that skip a block", least=0.0, below=1.0)
     router: RouterName | Literal["static", "random"] = option(  # type: ignore[assignment]  # wider on purpose
         "dynamic", "which router; static and random learn nothing"
@@ -55,12 +55,16 @@ class TrialStage(TrainStage):
     generations: int = option(6, "generations of the search", least=0)
     finetune_generations: int = option(0, "generations of a search with the trained router; 0: none", least=0)
     calibration: str | None = option(None, "text to search on, where it is another than --data")
-    calibration_windows: int = option(16, "windows to search on", least=1)
-    calibration_recall_share: float = option(0.5, "share of them that holds facts to recall", least=0.0, most=1.0)
+    calibration_windows: int = option(16, "calibration windows to search on", least=1)
+    calibration_recall_share: float = option(
+        0.5, "share of the calibration windows that holds facts to recall", least=0.0, most=1.0
+    )
     decode: Literal["dense", "threshold", "strict"] = option("dense", "which generated tokens skip blocks")
-    threshold: float = option(0.5, "probability below which they do", least=0.0, most=1.0)
+    threshold: float = option(
+        0.5, "probability of being computed below which a generated token skips", least=0.0, most=1.0
+    )
     test_data: str | None = option(None, "text to measure on, where it is another than --data")
-    test_split: str = option("validation", "split of it; `test` is for final tables")
+    test_split: str = option("validation", "split of the text to measure on; `test` is for final tables")
     test_windows: int = option(32, "windows to measure KL on, half of them with facts to recall", least=2)
     items: int = option(120, "questions with facts to recall", least=1)
 
