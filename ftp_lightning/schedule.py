@@ -1,4 +1,4 @@
-"""The schedule: which share of the tokens skips each block. Also the one rounding rule and the integer level step."""
+"""The schedule: which share of the tokens skips each block. Also the integer level step."""
 
 from __future__ import annotations
 
@@ -247,21 +247,6 @@ def _filled(num_blocks: int, budget: float, steps: Iterable[tuple[Sequence[int],
             sparsity[block] += more
             left = max(0.0, left - more)
     return [min(1.0, s) for s in sparsity]
-
-
-def kept_tokens(length: int, sparsity: float, reserved: int) -> int:
-    """Tokens of a row that enter a block: max(min(reserved, T), T - round_half_even(s * T)), in float64.
-
-    The one rounding rule [ours, method.md section 2]; everybody who counts tokens calls it. `length` T is the row's
-    real length (padding not counted), `reserved` the number of tokens that are always kept. s = 0 gives T, s = 1 the
-    reserved.
-    """
-    return max(min(reserved, length), length - round(float(sparsity) * length))  # round() rounds half to even
-
-
-def reserved_tokens(length: int, starts: bool = True) -> int:
-    """How many tokens of a row are always kept: the first, where the text starts here, and the last [ours]."""
-    return min(length, 2 if starts else 1)
 
 
 def level_step(num_blocks: int, budget: float, step: float = 0.05) -> float:

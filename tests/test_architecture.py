@@ -100,6 +100,48 @@ def test_public_names_exist():
         ftp_lightning.Shedule  # noqa: B018
 
 
+class Way:
+    """The functions of this package that a call passes, and the files that they are in."""
+
+    def __enter__(self):
+        self.functions: set[tuple[str, int, str]] = set()
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+        self.files = {file for file, _, _ in self.functions}
+
+    def _see(self, frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)):
+            self.functions.add((code.co_filename, code.co_firstlineno, code.co_name))
+
+
+MOST_FUNCTIONS, MOST_FILES = 55, 9
+"""What one `model(x)` may pass [ours]: a newcomer reads all of it. Before these bounds it was 135 in 22 files."""
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["static evict", "dynamic keep", "dynamic keep with options"])
+def test_a_forward_passes_few_functions_in_few_files(kind, padded):
+    import torch
+    from tiny import random_llama
+
+    from ftp_lightning import AttentionScore, DynamicRouter, Schedule, StaticRouter, TokenPruner
+
+    model, options = random_llama(64), {"kv": "evict" if "evict" in kind else "keep"}
+    if "options" in kind:
+        options["attention"] = AttentionScore(8, heads="max", blocks="max", pooling="max", kernel_size=7)
+    pruner = TokenPruner(StaticRouter() if "static" in kind else DynamicRouter(), Schedule([0.0, 0.5, 0.5]), **options)
+    ids, mask = torch.randint(3, 64, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[1, : 7 * padded] = 0
+    with torch.no_grad(), pruner(model), Way() as way:
+        model(ids, attention_mask=mask)
+    assert len(way.functions) <= MOST_FUNCTIONS, sorted(way.functions)
+    assert len(way.files) <= MOST_FILES, sorted(way.files)
+
+
 def module_of(path: Path) -> str:
     parts = ("ftp_lightning", *path.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -5,9 +5,9 @@ import torch
 
 from ftp_lightning.pruning import scores as scoring
 from ftp_lightning.pruning.attention import Sight
+from ftp_lightning.pruning.continuation_scores import received_by_query
 from ftp_lightning.pruning.kept import Tokens
-from ftp_lightning.pruning.scores import Tapped, received_attention, received_by_query
-from ftp_lightning.pruning.table import PromptTable
+from ftp_lightning.pruning.scores import PromptTable, Tapped, received_attention
 
 
 def everyone(tokens, batch=1):
@@ -68,7 +68,7 @@ def test_queries_of_kept_tokens_over_all_keys_equal_one_full_matrix(monkeypatch,
 @pytest.mark.parametrize("places", [None, torch.tensor([[0, 1, 3]])])
 def test_a_key_that_no_query_sees_keeps_its_latest_score(places):
     """Beyond a sliding window, or a filler: what attention says of it there is no score."""
-    table = PromptTable(1, 4, torch.device("cpu"))
+    table = PromptTable(torch.ones(1, 4))
     table.write(torch.tensor([[2.0, 3.0, 4.0, 5.0]]), torch.ones(1, 4, dtype=torch.bool), None)
     scores, seen = torch.tensor([[6.0, 0.0, 7.0, 8.0]]), torch.tensor([[True, False, True, True]])
     if places is None:

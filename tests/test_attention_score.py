@@ -1,7 +1,9 @@
 """The options of the attention score, against eager attention; float32 whatever the model's precision."""
 
+import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,17 +15,15 @@ from ftp_lightning import AttentionScore, DynamicRouter, Schedule, StaticRouter,
 from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning import scores as scoring
+from ftp_lightning.pruning.cache import RoutedLayer
+from ftp_lightning.pruning.continuation_scores import ContinuationTable, received_by_query
+from ftp_lightning.pruning.decide import RoutedTokens
+from ftp_lightning.pruning.forward import Forward
 from ftp_lightning.pruning.kept import Tokens
-from ftp_lightning.pruning.scores import (
-    Tapped,
-    attention_rank,
-    attention_sums,
-    last_logits,
-    pooled_scores,
-    received_attention,
-    received_by_query,
-)
+from ftp_lightning.pruning.reads import attention_rank, attention_sums, last_logits
+from ftp_lightning.pruning.scores import PromptTable, Tapped, pooled_scores, received_attention, write_scores
 from ftp_lightning.routing import OnePassRouter, UntrainedRouter
+from ftp_lightning.routing.base import Needs
 from ftp_lightning.training.resume import capture, first_needed_block, resume_from
 
 
@@ -47,13 +47,32 @@ def all_scores(tapped, tokens):
     ]
 
 
-def test_autocast_moves_no_score():
+@pytest.mark.parametrize("read", [None, attention_sums, last_logits, attention_rank])
+@pytest.mark.parametrize("decode", ["dense", "strict"])
+def test_autocast_moves_no_score(read, decode):
+    """What is written for one block's queries and keys, with autocast on around it and without."""
     tapped, tokens = drawn(150)
-    expected = all_scores(tapped, tokens)
+    forward = Forward.of((1, 150), 0, None, torch.device("cpu"))
+    if decode == "strict":
+        forward.table, layer = ContinuationTable(forward.real, None, 0), RoutedLayer(True)
+    else:
+        forward.table, layer, forward.routed = (
+            PromptTable(torch.ones(1, 150)),
+            None,
+            RoutedTokens.of(forward.real, False),
+        )
+    pruner = SimpleNamespace(attention_score=AttentionScore(8), decode="dense")
+    attached = SimpleNamespace(pruner=pruner, plan=SimpleNamespace(needs=Needs(attention=True, reads=read)))
+
+    def written():
+        table = forward.table = copy.deepcopy(forward.table)
+        run = SimpleNamespace(forward=forward, attached=attached, tapped=tapped, plan=SimpleNamespace(keeps=True))
+        write_scores(run, None, tokens, tokens, layer)
+        return table.own
+
+    expected = written()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = all_scores(tapped, tokens)
-        assert torch.is_autocast_enabled("cpu")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(written(), expected) and torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -238,7 +257,7 @@ def test_the_greatest_of_some_blocks_needs_the_blocks_from_these_on_and_ranks_al
         continuation_logits(model, TEXT, 16)
     with pruner(model):
         expected, kept = continuation_logits(model, TEXT, 16), pruner.trace.prompt.keep
-        assert pruner._attached.scored == {1}
+        assert pruner._attached.plan.scored == {1}
     assert not (kept[3] & ~kept[2]).any()
     first = first_needed_block(model, 2, pruner.router.needs, pruner.reads_from)
     with resume_from(model, first, states), pruner(model):

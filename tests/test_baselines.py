@@ -27,7 +27,8 @@ from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning.kept import Tokens
-from ftp_lightning.pruning.scores import Tapped, attention_rank, attention_sums, last_logits, received_attention
+from ftp_lightning.pruning.reads import attention_rank, attention_sums, last_logits
+from ftp_lightning.pruning.scores import Tapped, received_attention
 from ftp_lightning.routing import HiddenRouter, RoutingContext
 from ftp_lightning.training.compensation import fit_compensation
 
@@ -86,10 +87,10 @@ def test_attention_of_all_queries_adds_up_over_blocks_for_spatten():
     what, slots = tapped(ATTENTION)
     scores, _ = attention_sums(what, slots, slots, 4)
     assert torch.allclose(scores, torch.tensor([[1.8, 1.4, 0.7, 0.1]]), atol=1e-6)
-    from ftp_lightning.pruning.table import PromptTable
+    from ftp_lightning.pruning.scores import PromptTable
 
     assert CumulativeSelector.needs.adds_up and CumulativeSelector.needs.reads is attention_sums
-    table = PromptTable(1, 4, torch.device("cpu"), adds_up=CumulativeSelector.needs.adds_up)
+    table = PromptTable(torch.zeros(1, 4), adds_up=CumulativeSelector.needs.adds_up)
     for write in ([1.8, 1.4, 0.7, 0.1], [0.0, 0.1, 2.0, 0.9]):
         table.write(torch.tensor([write]), torch.ones(1, 4, dtype=torch.bool), None)
     assert order(CumulativeSelector().score(context(table.own[0].tolist()))) == [2, 0, 1, 3]

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
 from ftp_lightning.errors import UserError
-from ftp_lightning.schedule import kept_tokens
+from ftp_lightning.pruning.decide import kept_tokens
 
 BLOCKS = 4
 

@@ -247,7 +247,7 @@ def test_evict_is_charged_for_the_entries_it_keeps_in_the_cache(model):
     costs = block_costs(model)
     for kv, held in (("evict", (6, 3, 2)), ("keep", (6, 6, 6))):
         pruner = TokenPruner(StaticRouter(), SCHEDULE, kv=kv)
-        pruner.remember(Trace(**parts, prompt=Trace(**parts)), [])
+        pruner.ambient.last = Trace(**parts, prompt=Trace(**parts)), []
         [prompt] = accounts.realised_rows(model, pruner, [[0, 5]])
         alone, longer = prompt.spent
         after = continuation_flops(costs, 6, 5, held, head_flops(model))

@@ -7,8 +7,8 @@ from test_engine import ROUTERS, seeded, tiny_llama
 
 from ftp_lightning import DynamicRouter, Schedule, TokenPruner
 from ftp_lightning.pruning.family import find_decoder
+from ftp_lightning.pruning.forward import Forward
 from ftp_lightning.pruning.kept import Kept
-from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.training.gates import Soft
 
 LENGTHS = ((18, 6), (11, 4), (5, 1), (2, 6))
@@ -101,18 +101,19 @@ def test_the_whole_text_routed_is_what_it_is_alone(kv):
 
 
 def test_what_a_padded_row_keeps_is_counted_right(monkeypatch):
-    from ftp_lightning.pruning import decide
+    from ftp_lightning.pruning import training_run
 
     made = []
-    monkeypatch.setattr(decide, "Kept", lambda keep, counts: made.append(Kept(keep, counts)) or made[-1])
+    monkeypatch.setattr(training_run, "Kept", lambda keep, counts: made.append(Kept(keep, counts)) or made[-1])
     with torch.no_grad():
         student(tiny_llama(), TokenPruner(seeded(DynamicRouter), SCHEDULE), 18, *padded())
     assert len(made) == 4 and all(list(rows.counts) == rows.keep.sum(1).tolist() for rows in made)
 
 
 def test_padding_is_no_token_that_skips():
-    trace = Trace(real=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool))
+    forward = Forward.of((2, 4), 0, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), torch.device("cpu"))
     keep = torch.tensor([[0, 0, 0, 1], [1, 1, 0, 1]], dtype=torch.bool)
-    trace.add(keep, keep)
-    trace.add(trace.real, keep)  # the MLP alone is skipped: that counts half
+    forward.note(keep, keep)
+    forward.note(forward.real, keep)  # the MLP alone is skipped: that counts half
+    trace = forward.trace
     assert trace.sparsity == pytest.approx([2 / 6, 1 / 6]) and trace.row_sparsity.tolist() == [0.375, 0.1875]

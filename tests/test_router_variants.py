@@ -9,7 +9,7 @@ from live_bytes import LiveBytes
 
 from ftp_lightning import FixedRouter, Schedule, StaticRouter, TokenPruner, UserError, make_router
 from ftp_lightning.routing import ROUTERS, RoutingContext
-from ftp_lightning.routing.factors import FACTORS, average_rank, factors
+from ftp_lightning.routing.learned import FACTORS, average_rank, factors
 
 N, D, F = 4, 12, len(FACTORS)
 LEARNED = ["dynamic", "local", "recurrent", "hidden", "hidden+factors", "one_pass", "projected", "projected_once"]

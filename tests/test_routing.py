@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, StaticRouter
+from ftp_lightning.pruning.decide import RoutedTokens, choose_threshold, choose_topk
 from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.choice import RoutedTokens, choose_threshold, choose_topk
-from ftp_lightning.routing.factors import average_rank, factors
+from ftp_lightning.routing.learned import average_rank, factors
 from ftp_lightning.routing.random import uniform_hash
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.schedule import Schedule, kept_tokens, level_step
+from ftp_lightning.pruning.decide import kept_tokens
+from ftp_lightning.schedule import Schedule, level_step
 
 unit = st.floats(0.0, 1.0)
 

@@ -110,6 +110,40 @@ def test_detach_waits_for_a_call_of_another_thread():
     assert not hasattr(model, "pruner")
 
 
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_a_call_that_waits_for_another_threads_call_does_not_lock_detach(how):
+    """The second call comes while a detach waits for the first one: it runs the stock model, and waits for nobody."""
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    ids = torch.randint(3, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = model(ids).logits
+    pruner.attach(model)
+    gate, inside, found = pruner._attached.gate, threading.Event(), []
+
+    def ask():
+        with torch.no_grad():
+            found.append(model(ids).logits if how == "forward" else model.generate(ids, max_new_tokens=1))
+
+    def wait(*_):
+        handle.remove()
+        inside.set()
+        while gate._state == "open":
+            time.sleep(0.001)
+        second = threading.Thread(target=ask, daemon=True)
+        second.start()
+        second.join(5)
+        assert not second.is_alive()
+
+    handle = model.model.layers[-1].register_forward_pre_hook(wait)
+    first = threading.Thread(target=ask, daemon=True)
+    first.start()
+    assert inside.wait(20)
+    pruner.detach()
+    first.join(20)
+    assert len(found) == 2 and "forward" not in model.model.__dict__
+    assert torch.equal(found[0], stock if how == "forward" else torch.cat([ids, stock[:, -1:].argmax(-1)], 1))
+
+
 def test_detach_inside_a_call_is_refused():
     model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
     ids = torch.randint(3, 64, (1, 12))

@@ -102,9 +102,9 @@ def test_autocast_with_a_removed_mlp():
 
 def test_scores_are_float32_under_autocast():
     """The same queries and keys: what a block writes for the router is no matter of autocast."""
-    from ftp_lightning.pruning import said
+    from ftp_lightning.pruning import scores
 
-    seen, real = [], said.received_attention
+    seen, real = [], scores.received_attention
     model, pruner = family("llama", torch.float32), TokenPruner(UntrainedRouter(), SCHEDULE)
 
     def spy(tapped, queries, keys, *more):
@@ -114,7 +114,7 @@ def test_scores_are_float32_under_autocast():
         return found
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), pruner(model):
-        patch.setattr(said, "received_attention", spy)
+        patch.setattr(scores, "received_attention", spy)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(IDS)
     assert seen and all(torch.equal(a, b) for found, expected in seen for a, b in zip(found, expected))
@@ -261,6 +261,15 @@ def test_the_model_knows_its_pruner_while_attached():
         assert model.pruner.trace.prompt.real.shape == (2, 10)
         model.pruner.detach()
     assert not hasattr(model, "pruner")
+
+
+def test_a_pruner_that_is_attached_is_not_pickled():
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    with pruner(model):
+        for what in (pruner, model):
+            with pytest.raises(UserError, match="attached cannot be pickled.*\n.*Detach it first"):
+                pickle.dumps(what)
+    assert pickle.loads(pickle.dumps(pruner)).schedule == SCHEDULE and pickle.dumps(model)
 
 
 def test_a_models_own_attribute_named_pruner_is_put_back():

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftp_lightning.baselines.peer import Peer, even
 from ftp_lightning.baselines.selectors import ScoutedSelector, pooled
 from ftp_lightning.baselines.setting import Setting
-from ftp_lightning.pruning.scores import last_logits
+from ftp_lightning.pruning.reads import last_logits
 from ftp_lightning.routing import Router
 from ftp_lightning.routing.base import Needs, RoutingContext, Scout
 from ftp_lightning.schedule import Schedule

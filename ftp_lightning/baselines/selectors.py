@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.routing.base import Needs, Router, RoutingContext
-from ftp_lightning.routing.factors import average_rank
+from ftp_lightning.routing.learned import average_rank
 
 
 class AttentionSelector(Router):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftp_lightning.baselines.peer import Peer, ever_flatter, ramp
 from ftp_lightning.baselines.selectors import AttentionSelector, nested
 from ftp_lightning.baselines.setting import Setting
-from ftp_lightning.pruning.scores import attention_sums
+from ftp_lightning.pruning.reads import attention_sums
 from ftp_lightning.routing import Router
 from ftp_lightning.routing.base import Needs, RoutingContext
 from ftp_lightning.schedule import Schedule

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftp_lightning.baselines.peer import Peer, ever_flatter, steps
 from ftp_lightning.baselines.selectors import AttentionSelector, nested
 from ftp_lightning.baselines.setting import Setting
-from ftp_lightning.pruning.scores import attention_rank
+from ftp_lightning.pruning.reads import attention_rank
 from ftp_lightning.routing import Router
 from ftp_lightning.routing.base import Needs, RoutingContext
 from ftp_lightning.schedule import Schedule
@@ -27,7 +27,7 @@ class PageRankSelector(AttentionSelector):
 class ZeroTPrune(Peer):
     """Zero-TPrune (Wang et al. 2024, arXiv 2305.17328): a token matters if tokens that matter attend to it.
 
-    Adapted to causal attention: see `pruning.scores.attention_rank` (damping, five iterations, over what uniform
+    Adapted to causal attention: see `pruning.reads.attention_rank` (damping, five iterations, over what uniform
     attention gives); heads are averaged, where the paper weighs and filters them; its second stage, pruning among
     similar tokens, is left out. The steps are those of LazyLLM here, so that the two differ in the selector alone.
     """

@@ -21,8 +21,9 @@ from ftp_lightning.costs.per_block import (
     remaining_costs,
 )
 from ftp_lightning.costs.stored import stored_bytes
+from ftp_lightning.pruning.decide import kept_tokens, reserved_tokens
 from ftp_lightning.pruning.trace import Trace
-from ftp_lightning.schedule import Schedule, kept_tokens, reserved_tokens
+from ftp_lightning.schedule import Schedule
 
 __all__ = [
     "BlockCost", "Parts", "block_costs", "cached_bytes", "causal_pairs", "continuation_flops", "decode_bytes",

@@ -17,10 +17,10 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.decide import choose_topk
 from ftp_lightning.pruning.family import find_decoder
 from ftp_lightning.pruning.kept import padding_arguments
 from ftp_lightning.routing import StaticRouter
-from ftp_lightning.routing.choice import choose_topk
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.training.listening import listening, needed_later

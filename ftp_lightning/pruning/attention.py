@@ -55,10 +55,14 @@ class Backend:
     mask: "bool" (SDPA and what is registered like it), "additive" (eager), or "none" (FlashAttention, flex attention):
     it takes no mask of the kind gathered tokens need, so that where one is needed SDPA attends instead (eager, where
     logits are soft-capped).
+    foreign: it is someone's own function, which may read anything.
+    changing: arguments by which it would attend in a way that is not understood here.
     """
 
     name: str
     mask: str
+    foreign: bool
+    changing: frozenset[str]
 
     @staticmethod
     def of(attention: nn.Module) -> Backend:
@@ -70,7 +74,9 @@ class Backend:
                 f"attention implementation {name!r} cannot be pruned: the masks it takes are not known.\n"
                 "Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
             )
-        return Backend(name, _MASK_KINDS[make])
+        named = frozenset(inspect.signature(interface(name, attention)).parameters)
+        mask = _MASK_KINDS[make]
+        return Backend(name, mask, mask == "bool" and name != "sdpa", (named | _CHANGING) - _UNDERSTOOD)
 
 
 @dataclass(frozen=True)
@@ -128,23 +134,31 @@ class Sight:
 
 
 def attend(
-    backend: Backend, sight: Sight, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict
+    stock: Callable,
+    backend: Backend,
+    sight: Sight,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of queries (B, H, Q, D) over keys and values (B, G, S, D), as the model's backend computes it.
 
-    Returns (B, Q, H, D) and the weights (B, H, Q, S) where the backend gives them (eager).
+    stock: the backend's function. Returns (B, Q, H, D) and the weights (B, H, Q, S) where the backend gives them
+    (eager).
     """
-    _check_arguments(backend, module, kwargs)
+    if backend.foreign or not backend.changing.isdisjoint(kwargs):
+        _check_arguments(backend, module, kwargs)
     maskless = sight.everything or (sight.causal and backend.mask != "additive")
-    if maskless and (backend.name != "flex_attention"):
-        return interface(backend.name, module)(module, query, key, value, None, **kwargs)
-    softcapped = kwargs.get("softcap") is not None
-    if backend.mask == "additive" or (backend.mask == "none" and softcapped):
+    if maskless and backend.name != "flex_attention":
+        return stock(module, query, key, value, None, **kwargs)
+    if backend.mask == "additive" or (backend.mask == "none" and kwargs.get("softcap") is not None):
+        mask = _additive(sight.mask(0, query.shape[2], 0, key.shape[2]), query.dtype)
+        return interface("eager", module)(module, query, key, value, mask, **kwargs)
+    if backend.foreign:  # one mask, as it expects
         mask = sight.mask(0, query.shape[2], 0, key.shape[2])
-        return interface("eager", module)(module, query, key, value, _additive(mask, query.dtype), **kwargs)
-    if backend.mask == "bool" and backend.name != "sdpa":  # someone's own function: one mask, as it expects
-        mask = sight.mask(0, query.shape[2], 0, key.shape[2])
-        return interface(backend.name, module)(module, query, key, value, mask, **kwargs)
+        return stock(module, query, key, value, mask, **kwargs)
     return _chunked_sdpa(sight, query, key, value, kwargs.get("scaling"), kwargs.get("dropout", 0.0)), None
 
 
@@ -181,23 +195,15 @@ def _check_arguments(backend: Backend, module: nn.Module, kwargs: dict) -> None:
     transformers hands down whatever the model was called with (`generate`'s own arguments too). What the attention
     function does not name, and what is not known to change attention, it passes over, and so do we.
     """
-    given = [name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD]
-    if not given:
-        return
-    named, foreign = _named_by(interface(backend.name, module)), backend.mask == "bool" and backend.name != "sdpa"
-    strange = [name for name in given if name in _CHANGING or name in named]
-    if foreign:  # someone's own function may read anything; a tensor may go by token
-        strange += [name for name in given if name not in strange and isinstance(kwargs[name], Tensor)]
+    strange = [name for name, value in kwargs.items() if value is not None and name in backend.changing]
+    if backend.foreign:  # a tensor may go by token
+        unknown = kwargs.keys() - _UNDERSTOOD - set(strange)
+        strange += [name for name in kwargs if name in unknown and isinstance(kwargs[name], Tensor)]
     if strange:
         raise UserError(
             f"{type(module).__name__} attends with {', '.join(strange)}, which is not understood: this model cannot be "
             "pruned."
         )
-
-
-@functools.cache
-def _named_by(function: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
 
 
 def interface(name: str, module: nn.Module) -> Callable:

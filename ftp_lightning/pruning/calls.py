@@ -1,4 +1,4 @@
-"""Small tools: wrapping a method on the instance, and changing the arguments of a call."""
+"""Small tools: wrapping a method on the instance, and how a module takes its arguments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import inspect
 import types
 from collections.abc import Callable
 
-from torch import Tensor, nn
-
-from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.kept import take_tokens
+from torch import nn
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -23,31 +20,28 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-class WrappedMethod:
-    """Stands in `module.__dict__[name]` and calls `run(inner, args, kwargs)`; `undo` leaves no trace.
+class WrappedMethod(functools.partial):
+    """Stands in `module.__dict__[name]` for a method of a module; see `wrap`.
 
-    An object and not a closure, so that `copy.deepcopy(model)` gives a copy whose wrapper calls the copy's weights.
+    No closure, so that `copy.deepcopy(model)` gives a copy whose wrapper calls the copy's weights.
     """
 
-    def __init__(self, module: nn.Module, name: str, run: Callable):
-        self.module, self.name, self.run = module, name, run
-        self.previous = module.__dict__.get(name)
-        # not its __dict__: a wrapped wrapper keeps its own state
-        functools.update_wrapper(self, self.inner, updated=())
-        module.__dict__[name] = self
 
-    @property
-    def inner(self) -> Callable:
-        return self.previous or types.MethodType(getattr(type(self.module), self.name), self.module)
+def wrap(module: nn.Module, name: str, run: Callable, *first) -> Callable[[], None]:
+    """Let `run(*first, inner, *args, **kwargs)` stand for the method `inner` of this name; the function that undoes it
+    leaves no trace."""
+    previous = module.__dict__.get(name)
+    inner = previous or types.MethodType(getattr(type(module), name), module)
+    # not its __dict__: a wrapped wrapper keeps its own state
+    module.__dict__[name] = functools.update_wrapper(WrappedMethod(run, *first, inner), inner, updated=())
+    return functools.partial(_unwrap, module, name, previous)
 
-    def __call__(self, *args, **kwargs):
-        return self.run(self.inner, args, kwargs)
 
-    def undo(self) -> None:
-        if self.previous is None:
-            del self.module.__dict__[self.name]
-        else:
-            self.module.__dict__[self.name] = self.previous
+def _unwrap(module: nn.Module, name: str, previous: Callable | None) -> None:
+    if previous is None:
+        del module.__dict__[name]
+    else:
+        module.__dict__[name] = previous
 
 
 class Signature:
@@ -57,56 +51,5 @@ class Signature:
         signature = inspect.signature(kind.forward)
         own, *parameters = signature.parameters.values()
         self.bind = signature.replace(parameters=parameters).bind
-        self.extra_name = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        self.cache_name = cache_name
-
-
-class Call:
-    """The arguments of one call of a block or an attention, by name, whichever way they came."""
-
-    def __init__(self, signature: Signature, args: tuple, kwargs: dict):
-        self.signature = signature
-        self.named: dict = dict(signature.bind(*args, **kwargs).arguments)
-        self.extra = self.named.pop(signature.extra_name, {})
-
-    def get(self, name: str):
-        return self.named.get(name, self.extra.get(name))
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.get("hidden_states")
-
-    @property
-    def cache(self):
-        return self.get(self.signature.cache_name)
-
-    def run(self, inner: Callable, **changes):
-        """Call `inner` with some arguments changed; `cache` stands for whatever the block calls its cache."""
-        if "cache" in changes:
-            changes[str(self.signature.cache_name)] = changes.pop("cache")
-        named, extra = dict(self.named), dict(self.extra)
-        for name, value in changes.items():
-            (extra if name in extra else named)[name] = value
-        return inner(**named, **extra)
-
-    def at(self, index: Tensor) -> dict:
-        """The arguments that go by token, for the tokens `index` (B, K) alone."""
-        changes = {"hidden_states": take_tokens(self.hidden, index)}
-        embeddings = self.get("position_embeddings")
-        if isinstance(embeddings, Tensor):
-            changes["position_embeddings"] = take_tokens(embeddings, index)
-        elif embeddings is not None:
-            changes["position_embeddings"] = tuple(take_tokens(e, index) for e in embeddings)
-        positions = self.get("position_ids")
-        if positions is not None:
-            if positions.dim() != 2:
-                raise UserError("position_ids of shape (batch, tokens) are understood; this model has others.")
-            changes["position_ids"] = take_tokens(positions, index)
-        return changes
-
-
-def tensor_of(output) -> Tensor:
-    """A block's output; UserError where it is none that is understood."""
-    if not isinstance(output, Tensor):
-        raise UserError(f"a block returned {type(output).__name__}, not a tensor: this model cannot be pruned.")
-    return output
+        self.extra_name = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
+        self.cache_name = cache_name or ""

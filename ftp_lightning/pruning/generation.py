@@ -71,8 +71,10 @@ class Generation:
         """Whether a forward that starts at this slot brings prompt tokens to be routed."""
         return self.routes and past < self.prompt_end
 
-    def guesses_in(self, past: int, new: int) -> bool:
-        """Whether a forward brings the end of the prompt and guesses behind it."""
+    def guesses_in(self, past: int, arguments: dict) -> bool:
+        """Whether a forward of the decoder brings the end of the prompt and guesses behind it."""
+        tokens = arguments.get("input_ids")
+        new = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
         return self.guesses and past < self.prompt_end < past + new
 
 

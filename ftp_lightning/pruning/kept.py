@@ -1,4 +1,5 @@
-"""Which tokens a tensor of hidden states, queries or keys holds, and moving kept tokens out of a text and back.
+"""Which tokens a tensor of hidden states, queries or keys holds, and moving kept tokens out of a text, or out of the
+arguments of a block, and back.
 
 Shapes: B rows, T tokens of a row (padding included), K kept tokens of the fullest row, Q queries, S keys.
 A *slot* is a token's place among all tokens seen, padding included.
@@ -8,10 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ftp_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from ftp_lightning.pruning.calls import Signature
 
 
 @dataclass(frozen=True)
@@ -139,3 +146,50 @@ def _put_(target: Tensor, index: Tensor, source: Tensor) -> None:
         target.index_copy_(1, index[0], source)
     else:
         target.scatter_(1, index.view(*index.shape, *[1] * (source.dim() - 2)).expand_as(source), source)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a block or an attention, by name, whichever way they came.
+
+    Attributes:
+        arguments: by name. cache_name: the name of the cache among them.
+        hidden: (B, T, D), what comes in. cache: the key-value cache; None without one.
+    """
+
+    arguments: dict
+    cache_name: str
+    hidden: Tensor
+    cache: Any
+
+    @staticmethod
+    def of(signature: Signature, args: tuple, kwargs: dict) -> Call:
+        named = signature.bind(*args, **kwargs).arguments
+        named |= named.pop(signature.extra_name, {})
+        cache_name = signature.cache_name
+        return Call(named, cache_name, named["hidden_states"], named.get(cache_name))
+
+    def at(self, index: Tensor | None, cache: object) -> dict:
+        """The arguments for the tokens `index` (B, K) alone, or for all, with another cache and without a mask."""
+        changes = {"attention_mask": None, self.cache_name: cache}
+        if index is None:
+            return self.arguments | changes
+        changes["hidden_states"] = take_tokens(self.hidden, index)
+        embeddings = self.arguments.get("position_embeddings")
+        if isinstance(embeddings, Tensor):
+            changes["position_embeddings"] = take_tokens(embeddings, index)
+        elif embeddings is not None:
+            changes["position_embeddings"] = tuple(map(partial(take_tokens, index=index), embeddings))
+        positions = self.arguments.get("position_ids")
+        if positions is not None:
+            if positions.dim() != 2:
+                raise UserError("position_ids of shape (batch, tokens) are understood; this model has others.")
+            changes["position_ids"] = take_tokens(positions, index)
+        return self.arguments | changes
+
+
+def tensor_of(output) -> Tensor:
+    """A block's output; UserError where it is none that is understood."""
+    if not isinstance(output, Tensor):
+        raise UserError(f"a block returned {type(output).__name__}, not a tensor: this model cannot be pruned.")
+    return output

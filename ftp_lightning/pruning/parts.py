@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ftp_lightning.pruning.block_run import BlockRun
-from ftp_lightning.pruning.calls import Call
-from ftp_lightning.pruning.training_run import run_all_tokens
+from ftp_lightning.pruning.kept import Call
+from ftp_lightning.pruning.training_run import run_with_gates
 
 
 def run_attention(run: BlockRun, inner, args: tuple, kwargs: dict):
@@ -19,14 +19,11 @@ def run_attention(run: BlockRun, inner, args: tuple, kwargs: dict):
     decision = run.decision
     if decision is None or decision.attention is None:
         return inner(*args, **kwargs)
-    kept, gate = decision.attention, decision.gates[0]
-    call = Call(run.site.attends, args, kwargs)
-    if (training := run.forward.training) is not None:
-        output = run_all_tokens(run, inner, call, kept.keep, gate)
-        base = run.attached.skipped(call.hidden, run.index, "attention")
-        return training.gates.blend(output[0], base, kept.keep, gate), None
-    output = run.run_kept(inner, call, kept)
-    return run.spread("attention", call.hidden, kept, None if output is None else output[0]), None
+    call = Call.of(run.plan.site.attends, args, kwargs)
+    if run.forward.training is not None:
+        return run_with_gates(run, inner, call, "attention")
+    output = run.run_kept(inner, call, decision.attention)
+    return run.spread("attention", call.hidden, decision.attention, None if output is None else output[0]), None
 
 
 def run_mlp_entry(run: BlockRun, inner, args: tuple, kwargs: dict) -> Tensor:
@@ -34,7 +31,7 @@ def run_mlp_entry(run: BlockRun, inner, args: tuple, kwargs: dict) -> Tensor:
     decision = run.decision
     if decision is None or decision.mlp is None:
         return inner(*args, **kwargs)
-    entry, leave = run.site.mlp or (None, None)
+    entry, leave = run.plan.site.mlp or (None, None)
     hidden, *more = args
     run.mlp_hidden = by_row = hidden.reshape(*run.forward.real.shape, -1)
     kept = by_row if run.forward.training is not None else decision.mlp.take(by_row)
@@ -55,7 +52,7 @@ def _leave(run: BlockRun, output: Tensor) -> Tensor:
     kept, gate = run.decision.mlp, run.decision.gates[1]
     computed = output.reshape(len(hidden), -1, hidden.shape[-1])
     if (training := run.forward.training) is not None:
-        whole = training.gates.blend(computed, run.attached.skipped(hidden, run.index, "mlp"), kept.keep, gate)
+        whole = training.gates.blend(computed, run.skipped(hidden, "mlp"), kept.keep, gate)
     else:
         whole = run.spread("mlp", hidden, kept, computed)
     return whole.flatten(0, 1) if output.dim() == 2 else whole

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,9 +14,8 @@ from ftp_lightning.attention_score import DEFAULT_WINDOW, AttentionScore, checke
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.ambient import Ambient, Training
 from ftp_lightning.pruning.attached import Attached
-from ftp_lightning.pruning.forward import Routing
 from ftp_lightning.pruning.policies import DECODE
-from ftp_lightning.pruning.trace import Trace
+from ftp_lightning.pruning.trace import Routing, Trace
 from ftp_lightning.routing.base import ADDRESSED, PARTS, Router
 from ftp_lightning.routing.fixed import FixedRouter
 from ftp_lightning.schedule import Schedule, kv_modes, kv_text
@@ -27,8 +26,6 @@ from ftp_lightning.training.gates import StraightThrough
 DEFAULT_KV = "evict"
 """The kv mode where neither pruner nor schedule says one (paper)."""
 CHOICES = ("topk", "threshold")
-
-Known = TypeVar("Known")
 
 
 def _no_model() -> nn.Module | None:
@@ -71,6 +68,7 @@ class TokenPruner:
 
     Attributes:
         ambient: what each thread is doing with the pruner: several may use one model.
+        latest: the thread of the last forward, its trace, and what the router said in it if it was a training one.
     """
 
     def __init__(
@@ -133,7 +131,7 @@ class TokenPruner:
         self.least_tokens = least_tokens
         self.threshold = float(threshold)
         self.ambient = Ambient()
-        self._trace, self._routings, self._thread = Trace(), list[Routing](), threading.get_ident()
+        self.latest = threading.get_ident(), Trace(), list[Routing]()
         self._attached: Attached | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
         self._model: Callable[[], nn.Module | None] = _no_model
@@ -145,22 +143,17 @@ class TokenPruner:
     @property
     def trace(self) -> Trace:
         """Of this thread's last forward, or of a later one of a thread that has ended (a streamer's)."""
-        return self._last_of(self.ambient.trace, self._trace)
+        return self._last()[0]
 
     @property
     def decisions(self) -> list[Routing]:
         """What the router said in the last training forward, block by block."""
-        return self._last_of(self.ambient.routings, self._routings)
+        return self._last()[1]
 
-    def _last_of(self, own: Known | None, latest: Known) -> Known:
-        ended = self._thread not in (threading.get_ident(), *(thread.ident for thread in threading.enumerate()))
-        return latest if own is None or ended else own
-
-    def remember(self, trace: Trace, routings: list[Routing]) -> None:
-        """Take what a forward of this thread did."""
-        self._trace = self.ambient.trace = trace
-        self._routings = self.ambient.routings = routings
-        self._thread = threading.get_ident()
+    def _last(self) -> tuple[Trace, list[Routing]]:
+        own, (thread, trace, routings) = self.ambient.last, self.latest
+        ended = thread not in (threading.get_ident(), *(other.ident for other in threading.enumerate()))
+        return (trace, routings) if own is None or ended else own
 
     @property
     def addressed(self) -> list[str]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.cache import RoutedLayer
 
@@ -22,7 +19,7 @@ def spoil(cache, num_blocks: int) -> None:
     layers = getattr(cache, "layers", [])
     for layer in layers:
         if isinstance(layer, RoutedLayer):
-            layer.forget_announced()
+            layer.expected = None  # the announced keys do not come
     lengths = {layer.get_seq_length() for layer in layers} | ({0} if len(layers) < num_blocks else set())
     if len(lengths) > 1:
         setattr(cache, _SPOILED, True)
@@ -50,33 +47,14 @@ def check_cache(cache) -> None:
         )
 
 
-def check_forward(attached: Attached, arguments: dict, past: int) -> None:
-    """UserError for padding that is not understood, packed texts, and a model that was changed since `attach`."""
-    mask, positions, training = (
-        arguments.get("attention_mask"),
-        arguments.get("position_ids"),
-        attached.ambient.training,
-    )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise UserError(
-            "a TokenPruner reads padding from a (batch, tokens) attention_mask; masks of other shapes are refused."
-        )
-    if positions is not None and mask is None and not _caches(attached, arguments, training is not None):
-        if bool((positions.diff(dim=-1) != 1).any()):
+def check_checkpointing(attached: Attached) -> None:
+    """UserError where Hugging Face's gradient checkpointing would run the blocks of this forward again."""
+    for module in (attached.decoder, *attached.blocks):
+        if getattr(module, "gradient_checkpointing", False) and module.training:
             raise UserError(
-                "position_ids with gaps, without a cache and a mask, mean packed texts, which cannot be pruned.\n"
-                "Give one text a row, with an attention_mask."
+                "Hugging Face's gradient checkpointing runs blocks again in backward, where no pruner is in force.\n"
+                "Call model.gradient_checkpointing_disable(), and use pruner.masked(..., recompute=True)."
             )
-    if training is not None and past:
-        raise UserError("the training forward takes the whole text in one pass, without a filled cache.")
-    decoder = attached.decoder
-    if decoder.config._attn_implementation != attached.sites[0].backend.name:
-        raise UserError("the attention implementation was changed while a pruner is attached.\nDetach it first.")
-    if decoder.training and torch.is_grad_enabled() and _checkpoints(attached):
-        raise UserError(
-            "Hugging Face's gradient checkpointing runs blocks again in backward, where no pruner is in force.\n"
-            "Call model.gradient_checkpointing_disable(), and use pruner.masked(..., recompute=True)."
-        )
 
 
 def check_router_logits(attached: Attached, arguments: dict, forward: Forward) -> None:
@@ -84,7 +62,7 @@ def check_router_logits(attached: Attached, arguments: dict, forward: Forward) -
     asked = arguments.get("output_router_logits")
     if asked is None:
         asked = getattr(attached.decoder.config, "output_router_logits", False)
-    skips = forward.routed is not None or forward.follows or bool(attached.pruner.removed)
+    skips = forward.ask is not None or bool(attached.pruner.removed)
     if not (asked and forward.active and skips):
         return
     if attached.ambient.generation is None:
@@ -93,19 +71,3 @@ def check_router_logits(attached: Attached, arguments: dict, forward: Forward) -
             "computes some of them.\nLeave output_router_logits off, in the call and in the model's config."
         )
     arguments["output_router_logits"] = False  # generate makes no use of them
-
-
-def _caches(attached: Attached, arguments: dict, training: bool) -> bool:
-    """Whether this forward has a cache, or transformers makes one; without one it looks for packed texts."""
-    if training:
-        return False
-    wanted = arguments.get("use_cache")
-    wanted = attached.decoder.config.use_cache if wanted is None else wanted
-    return bool(wanted) or arguments.get("past_key_values") is not None
-
-
-def _checkpoints(attached: Attached) -> bool:
-    return any(
-        getattr(module, "gradient_checkpointing", False) and module.training
-        for module in (attached.decoder, *attached.blocks)
-    )

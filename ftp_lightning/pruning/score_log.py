@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ftp_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from ftp_lightning.pruning.cache import RoutedLayer
+    from ftp_lightning.pruning.kept import Tokens
+
+UNWRITTEN = -1.0
+"""No score yet; scores are never negative."""
 ROLLBACK = 128
 """Continuation tokens that can be taken back for certain [ours]: each costs B x S float32 per block that is logged."""
 
@@ -67,3 +75,23 @@ class ScoreLog:
                 "Start from a copy of the cache that was taken there, or use decode='dense'."
             )
         self._entries = [_Entry(e.first, e.states[:, : seen - e.first + 1, :seen], e.prompt) for e in kept]
+
+
+def log_of(layer: RoutedLayer) -> ScoreLog:
+    """The layer's log, which is there once a decode policy has asked for it."""
+    layer.scores = ScoreLog() if layer.scores is None else layer.scores
+    return layer.scores
+
+
+def remember_prompt(layer: RoutedLayer, scores: Tensor, seen: Tensor, keys: Tokens, span: int) -> None:
+    """Keep with the layer what a prompt's block wrote: scores, seen (B, K) of the keys' slots; `span` slots seen."""
+    fresh = scores.new_full((scores.shape[0], span), UNWRITTEN)
+    fresh = fresh.scatter_reduce(1, keys.slots, torch.where(seen, scores, UNWRITTEN), "amax")
+    log_of(layer).add(span, torch.where(fresh >= 0, fresh, stored_scores(layer, fresh))[:, None], prompt=True)
+
+
+def stored_scores(layer: RoutedLayer, like: Tensor) -> Tensor:
+    """What the layer wrote last, brought to the shape (B, S) of `like`."""
+    known = log_of(layer).latest
+    known = like[:, :0] if known is None else known
+    return torch.cat([known, like.new_full((len(like), like.shape[1] - known.shape[1]), UNWRITTEN)], 1)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.block_run import ScoutDone
-from ftp_lightning.pruning.forward import Forward
+from ftp_lightning.pruning.forward import Forward, prompt_table
 from ftp_lightning.pruning.generation import split_arguments
+from ftp_lightning.pruning.kept import Tokens
+from ftp_lightning.pruning.trace import Trace
 
 if TYPE_CHECKING:
     from ftp_lightning.pruning.attached import Attached
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def scouted(attached: Attached, inner, arguments: dict, prompt: Forward) -> Tensor:
     """What the router's `Scout` says of the prompt's tokens: (B, P) float32."""
-    scout, routed = attached.pruner.router.needs.scout, prompt.routed
+    scout, routed = attached.plan.needs.scout, prompt.routed
     assert scout is not None and routed is not None  # else nobody asks
     width = routed.real.shape[1]
     if prompt.past:
@@ -33,8 +35,12 @@ def scouted(attached: Attached, inner, arguments: dict, prompt: Forward) -> Tens
     about["use_cache"] = True  # without a cache transformers asks the device whether texts are packed
     if scout.kind == "surprisal":
         return _surprisal(attached, about, routed.position)
-    look = Forward(routed.real, 0, None, prompt.padded, routed, look=scout)
-    look.table = table = attached.prompt_table(look)
+    slots = prompt.new.slots[:, :width]
+    look = Forward(
+        routed.real, 0, width, Tokens(slots, routed.real, not prompt.padded), prompt.home, Trace(),
+        padded=prompt.padded, routed=routed, look=scout, scored=frozenset({scout.blocks - 1}),
+    )  # fmt: skip
+    look.table = table = prompt_table(attached, look)
     try:
         with attached.ambient.having(forward=look):
             inner(**about)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ftp_lightning.pruning.decide import RoutedTokens
+    from ftp_lightning.routing.base import RoutingContext
 
 
 @dataclass
@@ -30,16 +34,6 @@ class Trace:
     prompt: Trace | None = None
     last_only: bool = False
     too_short: bool = False
-
-    def add(self, attention: Tensor, mlp: Tensor) -> None:
-        """The next block's decision, (B, T) bool for each part; kept where `real` is."""
-        if self.real is not None and attention.device != self.real.device:
-            whole = attention is mlp
-            attention = attention.to(self.real.device)
-            mlp = attention if whole else mlp.to(self.real.device)
-        self.keep.append(attention if attention is mlp else attention | mlp)
-        self.keep_attention.append(attention)
-        self.keep_mlp.append(mlp)
 
     @property
     def routed(self) -> Trace:
@@ -68,3 +62,20 @@ class Trace:
         """(N, B): tokens computed, attention and MLP added up."""
         parts = zip(self.keep_attention or self.keep, self.keep_mlp or self.keep)
         return torch.stack([attention.sum(1) + mlp.sum(1) for attention, mlp in parts])
+
+
+@dataclass
+class Routing:
+    """What the router said in one block of a training forward: for the losses.
+
+    Attributes:
+        probability: (B, P) float32 with gradient.
+        keep: (B, P) bool.
+        routed: the tokens that were ranked.
+        context: what the router saw.
+    """
+
+    probability: Tensor
+    keep: Tensor
+    routed: RoutedTokens
+    context: RoutingContext

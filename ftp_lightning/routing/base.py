@@ -73,7 +73,7 @@ class RoutingContext:
         real: (B, T) bool, False for padding.
         position: (B, T) int64, index of the token among the row's real tokens (arbitrary on padding).
         lengths: (B, 1) int64, real tokens of each row; (B, T) in a continuation.
-        kept: like `lengths`, tokens that the schedule lets in (`schedule.kept_tokens`).
+        kept: like `lengths`, tokens that the schedule lets in (`pruning.decide.kept_tokens`).
         attention: (B, T) float32, the table of latest attention scores; None unless the router's `needs` name it.
         hidden: (B, T, D), the block's input.
         rank: (B, T) float32 in [0, 1], ascending rank of the attention score over n-1; None: it is computed from
@@ -82,7 +82,7 @@ class RoutingContext:
         part: one of PARTS.
         memo: scratch of one forward, shared by the contexts of all its blocks; a router keeps what it carries from
             block to block under itself (`memo[self]`), so that two routers may look at one forward, and a factor that
-            is the same in all blocks stays under its function.
+            is the same in all blocks stays under its name.
         padded: False promises that `real` is all True.
         entered: (B, T) bool, the tokens that entered the last routed block before this one; None at the first.
         scouted: (B, T) float32, what the router's `scout` said of each token; None without one.
@@ -114,7 +114,7 @@ BUILT_IN: set[str] = set()
 class Router(nn.Module):
     """Gives each token of a block a score; high = compute.
 
-    A router says what it needs and scores; how many tokens enter is `routing.choice`'s business. `score` ranks the
+    A router says what it needs and scores; how many tokens enter is `pruning.decide`'s business. `score` ranks the
     tokens (choice `topk`), `probability` is p_compute (choice `threshold`, the losses). In one forward both may be
     called for a block, in any order, with and without gradient, and again: the answer is the same each time.
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.factors import FACTORS, factors
-from ftp_lightning.routing.learned import LearnedRouter, two_layers
+from ftp_lightning.routing.learned import FACTORS, LearnedRouter, two_layers
 
 
 class DynamicRouter(LearnedRouter):
@@ -20,6 +16,3 @@ class DynamicRouter(LearnedRouter):
     def __init__(self, width: int = 64, names: tuple[str, ...] = FACTORS):
         super().__init__(width, names)
         self.mlp = two_layers(len(self.names), self.width)
-
-    def logits(self, context: RoutingContext) -> Tensor:
-        return self.mlp(factors(context, self.names))

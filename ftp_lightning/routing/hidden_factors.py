@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.factors import FACTORS, factors
 from ftp_lightning.routing.hidden import HiddenRouter, unit_scale
+from ftp_lightning.routing.learned import FACTORS, factors
 
 
 class HiddenFactorsRouter(HiddenRouter):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ftp_lightning.routing.base import RoutingContext, check_made_for
-from ftp_lightning.routing.factors import FACTORS, factors
-from ftp_lightning.routing.learned import LearnedRouter, at_least_one, two_layers
+from ftp_lightning.routing.learned import FACTORS, LearnedRouter, at_least_one, factors, two_layers
 
 
 class LocalRouter(LearnedRouter):

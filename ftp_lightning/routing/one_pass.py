@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.routing.base import Needs, RoutingContext, check_made_for
-from ftp_lightning.routing.factors import FACTORS, factors
-from ftp_lightning.routing.learned import LearnedRouter, at_least_one
+from ftp_lightning.routing.learned import FACTORS, LearnedRouter, at_least_one, factors
 from ftp_lightning.schedule import Schedule
 
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.factors import FACTORS, factors
 from ftp_lightning.routing.hidden import HiddenRouter, unit_scale
-from ftp_lightning.routing.learned import LearnedRouter, at_least_one, two_layers
+from ftp_lightning.routing.learned import FACTORS, LearnedRouter, at_least_one, factors, two_layers
 
 
 class ProjectedRouter(HiddenRouter):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.routing.base import Needs, RoutingContext
-from ftp_lightning.routing.factors import position_factor
+from ftp_lightning.routing.learned import factors
 from ftp_lightning.routing.projected import ProjectedRouter
 
 SEEN = ("position", "attention", "rank")
@@ -53,7 +53,7 @@ class ProjectedOnceRouter(ProjectedRouter):
         if torch.is_grad_enabled() not in memo:
             with torch.autocast(context.real.device.type, enabled=False):
                 skip, compute = self.logits(context).unbind(dim=-1)
-                recency = self.RECENCY * (position_factor(context) - 0.5)
+                recency = self.RECENCY * (factors(context, ("position",))[..., 0] - 0.5)
                 memo[torch.is_grad_enabled()] = recency + compute - skip
         return memo[torch.is_grad_enabled()]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.factors import FACTORS, factors
-from ftp_lightning.routing.learned import LearnedRouter
+from ftp_lightning.routing.learned import FACTORS, LearnedRouter, factors
 
 
 class RecurrentRouter(LearnedRouter):

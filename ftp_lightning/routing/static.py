@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ftp_lightning.routing.base import Router, RoutingContext, as_float
+from ftp_lightning.routing.base import Router, RoutingContext
 
 
 class StaticRouter(Router):
@@ -16,10 +16,10 @@ class StaticRouter(Router):
 
     def score(self, context: RoutingContext) -> Tensor:
         """(B, T): a token's position, and T for the first token."""
-        return as_float(torch.where(context.position == 0, context.lengths, context.position))
+        return torch.where(context.position == 0, context.lengths, context.position).to(torch.float32)
 
     def probability(self, context: RoutingContext) -> Tensor:
         """(B, T): 1 for the first `kept` of the order, else 0."""
         # ranks from the front of the order: x_0 -> 0, x_{T-1} -> 1, ..., x_1 -> T-1
         rank = torch.where(context.position == 0, 0, context.lengths - context.position)
-        return as_float(rank < context.kept)
+        return (rank < context.kept).to(torch.float32)

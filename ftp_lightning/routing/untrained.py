@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ftp_lightning.routing.base import Needs, Router, RoutingContext
-from ftp_lightning.routing.factors import factors, read_attention
-from ftp_lightning.routing.learned import known_factors
+from ftp_lightning.routing.learned import factors, known_factors, read_attention
 
 
 class UntrainedRouter(Router):
@@ -15,7 +14,7 @@ class UntrainedRouter(Router):
     Later tokens first, as in the static router, but a token that others attend to may stand up to the whole prompt
     earlier. Without attention it is the static router's order.
 
-    Args: names, the factors, a subset of `factors.FACTORS`.
+    Args: names, the factors, a subset of `learned.FACTORS`.
     """
 
     ranks_only = True

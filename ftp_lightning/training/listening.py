@@ -15,7 +15,7 @@ from ftp_lightning.pruning.attention import interface, tap_attention
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.family import find_attention, find_decoder, sliding_window
 from ftp_lightning.pruning.kept import Tokens
-from ftp_lightning.pruning.scores import Tapped, received_attention, scaling_of
+from ftp_lightning.pruning.scores import Tapped, received_attention
 
 
 @contextmanager
@@ -44,8 +44,8 @@ def _listener(attention: nn.Module, heard: list[Tensor], last: int, real: Tensor
         slots = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
         valid = torch.ones_like(slots, dtype=torch.bool) if real is None else real.to(slots.device)
         tokens = Tokens(slots, valid, real is None)
-        with torch.no_grad():
-            scaling = scaling_of(query, kwargs)
+        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             tapped = Tapped(query.detach(), key.detach(), scaling, kwargs.get("softcap"), window)
             scores, seen = received_attention(tapped, tokens, tokens, last)
             heard.append(scores.masked_fill(~seen, 0.0).to(place))

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ftp_lightning.pruning.calls import Call
 from ftp_lightning.pruning.family import find_attention, find_blocks, sliding_window
+from ftp_lightning.pruning.kept import Call
 from ftp_lightning.pruning.site import signature_of
 from ftp_lightning.routing.base import Needs
 
@@ -137,7 +137,7 @@ def _forward_replaced(block: nn.Module, forward: Callable) -> Iterator[None]:
 
 def _return_stored(index: int, block: nn.Module, states: BlockStates | None, *args, **kwargs) -> Tensor:
     """What a block below the first that runs does instead of computing."""
-    call = Call(signature_of(block), args, kwargs)
+    call = Call.of(signature_of(block), args, kwargs)
     hidden, cache = call.hidden, call.cache
     seen, new = 0 if cache is None else cache.get_seq_length(index), hidden.shape[1]
     if cache is not None:
