@@ -49,7 +49,7 @@ class Plan:
     Attributes:
         blocks: first to last. sparsity: the schedule's; empty where a FixedRouter goes without.
         needs: what the router looks at.
-        scored: blocks whose attention scores a later router reads. greatest: the greatest score of several blocks counts.
+        scored: blocks whose attention scores a later router reads. greatest: the greatest of several scores counts.
         routes: the router is asked somewhere. changes: or something is removed.
         enters_parts: attention and MLP are entered by different tokens in some block.
         least_tokens: tokens from which on a prompt is routed.
