@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_engine import tiny_llama
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ftp_lightning import DynamicRouter, RandomRouter, Schedule, TokenPruner
 from ftp_lightning.errors import UserError
@@ -142,6 +143,17 @@ def test_a_call_that_waits_for_another_threads_call_does_not_lock_detach(how):
     first.join(20)
     assert len(found) == 2 and "forward" not in model.model.__dict__
     assert torch.equal(found[0], stock if how == "forward" else torch.cat([ids, stock[:, -1:].argmax(-1)], 1))
+
+
+def test_a_call_whose_attention_is_untapped_half_way_runs_the_stock_one():
+    """It has read the name of our attention function from the module's config, and then another thread detaches."""
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    attention = model.model.layers[1].self_attn
+    x = torch.randn(1, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    with pruner(model):
+        ours = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    stock = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    assert ours is not stock and torch.equal(ours(attention, x, x, x, None)[0], stock(attention, x, x, x, None)[0])
 
 
 def test_detach_inside_a_call_is_refused():

@@ -235,7 +235,7 @@ class Attached:
         if run is None or run.sight is None:
             return plan.stock(module, query, key, value, mask, **kwargs)
         kwargs.pop("position_ids", None)  # gaps in them would pass for packed texts; rotations are done
-        output, weights = attend(plan.stock, plan.site.backend, run.sight, module, query, key, value, kwargs)
+        output, weights = attend(plan, run.sight, module, query, key, value, kwargs)
         if run.sight.key_gates is not None:
             if kwargs.get("softcap") is not None:
                 raise UserError("key gates do not know soft-capped attention logits.\nTrain without --key_gates.")

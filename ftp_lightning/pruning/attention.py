@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.kept import Tokens, visible_keys
+
+if TYPE_CHECKING:
+    from ftp_lightning.pruning.plan import BlockPlan
 
 TAP = "ftp_lightning_tap"
 QUERY_CHUNK = {"cpu": 64}
@@ -134,20 +138,13 @@ class Sight:
 
 
 def attend(
-    stock: Callable,
-    backend: Backend,
-    sight: Sight,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kwargs: dict,
+    plan: BlockPlan, sight: Sight, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of queries (B, H, Q, D) over keys and values (B, G, S, D), as the model's backend computes it.
+    """Attention of queries (B, H, Q, D) over keys and values (B, G, S, D), as the block's backend computes it.
 
-    stock: the backend's function. Returns (B, Q, H, D) and the weights (B, H, Q, S) where the backend gives them
-    (eager).
+    Returns (B, Q, H, D) and the weights (B, H, Q, S) where the backend gives them (eager).
     """
+    backend, stock = plan.site.backend, plan.stock
     if backend.foreign or not backend.changing.isdisjoint(kwargs):
         _check_arguments(backend, module, kwargs)
     maskless = sight.everything or (sight.causal and backend.mask != "additive")
@@ -238,4 +235,8 @@ def _untap(attention: nn.Module, original, before: Callable | None) -> None:
 
 
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    return module._ftp_tap(module, query, key, value, attention_mask, kwargs)
+    tap = module.__dict__.get("_ftp_tap")
+    if tap is None:  # another thread has taken it off since the module read its config
+        stock = interface(module.config._attn_implementation, module)
+        return stock(module, query, key, value, attention_mask, **kwargs)
+    return tap(module, query, key, value, attention_mask, kwargs)
