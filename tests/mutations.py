@@ -72,7 +72,7 @@ MUTATIONS = {
         P, "merged = kept.join(own, others)", "merged = torch.cat([others, own], 1)",
         "test_families.py::test_training_forward_equals_inference_forward"),
     "padding competes for the kept tokens": (
-        P, "self.reserved | ~self.real, torch", "self.reserved, torch",
+        P, "settled, rank = reserved | ~real, torch", "settled, rank = reserved, torch",
         "test_routing.py::test_topk_counts_and_reserves"),
     "a budget counts padding": (
         P, "lengths = tuple(real.sum(1).tolist())", "lengths = (tokens,) * batch",
