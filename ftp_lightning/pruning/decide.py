@@ -154,9 +154,11 @@ def route(run: BlockRun, part: str, score: Tensor | None = None) -> tuple[Kept, 
     """The tokens of a prompt that enter a part of a block. score (B, P): what they are chosen by; None: the router is
     asked."""
     forward, pruner, routed = run.forward, run.attached.pruner, run.forward.routed
+    place = forward.real.device
     assert routed is not None
     if isinstance(pruner.router, FixedRouter):
-        return Kept(*replayed(run, part, longer=pruner.decode != "dense")), None
+        keep, counts = replayed(run, part, longer=pruner.decode != "dense")
+        return Kept(keep.to(place), counts), None
     context, by_rank = prompt_context(run, part), pruner.choice == "topk"
     with torch.no_grad():
         if score is None:
@@ -168,7 +170,7 @@ def route(run: BlockRun, part: str, score: Tensor | None = None) -> tuple[Kept, 
             keep = choose_threshold(score, routed, pruner.threshold)
             counts = tuple(keep.sum(1).tolist())
     forward.entered = keep
-    return Kept(keep.to(forward.real.device), counts), None
+    return Kept(keep.to(place), counts), None
 
 
 def prompt_context(run: BlockRun, part: str) -> RoutingContext:
