@@ -9,6 +9,10 @@ TRAINED = 3.5
 """Forwards that a training step costs per token: the teacher's, the student's, and its gradients [ours, measured]."""
 CHILD = 0.35
 """Share of the windows that a child of the search is measured on, on average: most drop out early [ours, measured]."""
+STARTS = 11
+"""Schedules that a search measures on all windows before its first generation [ours, measured]."""
+QUESTION = 1.3
+"""Cost of a question, with its answers, per token of its context [ours, measured]."""
 PRUNED_ALONE = 0.6
 """Cost of a forward with one pruned block, of which the blocks before it are known [ours, measured]."""
 STORY = 400
@@ -38,8 +42,7 @@ def _sensitivity(settings: Any, blocks: int) -> float:
 
 
 def _search(settings: Any, blocks: int) -> float:
-    starts = 8 if settings.schedule is None and settings.pruned is None else 1
-    return settings.windows * _row(settings) * (starts + CHILD * settings.generations * settings.offspring)
+    return settings.windows * _row(settings) * (STARTS + CHILD * settings.generations * settings.offspring)
 
 
 def _train(settings: Any, blocks: int) -> float:
@@ -49,7 +52,7 @@ def _train(settings: Any, blocks: int) -> float:
 def _evaluate(settings: Any, blocks: int) -> float:
     methods = len(settings.compare) + 2
     items = sum(120 * STORY if task in ("story_ending", "story_name") else _items(settings) for task in settings.tasks)
-    return methods * 2 * (settings.windows or 41) * _row(settings) + (methods + 2) * items
+    return methods * 2 * (settings.windows or 41) * _row(settings) + QUESTION * (methods + 2) * items
 
 
 def _items(settings: Any) -> int:
