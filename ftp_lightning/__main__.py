@@ -25,6 +25,8 @@ STAGES = {
     "report": ("ReportStage", "write one HTML page about a run, a study, or several runs"),
     "sweep": ("SweepStage", "carry out all runs of a study, from a wandb sweep file, and compare them"),
     "trial": ("TrialStage", "carry out one run of a study"),
+    "serve": ("ServeStage", "serve a model to OpenAI clients, dense or pruned"),
+    "export": ("ExportStage", "write model and pruner as one folder for stock transformers"),
     "prefetch": ("PrefetchStage", "download models and data sets, for machines without network"),
 }
 """Stage -> (its settings class in `ftp_lightning.stages.STAGE`, or in `studies.STAGE`; what it does)."""

@@ -25,9 +25,10 @@ CORE = (
     "json_file",
 )
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
-    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning",
+    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning", "serving",
 )  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
+HEAVY |= {"litserve", "fastapi", "uvicorn", "prometheus_client", "pydantic"}
 # The pruned folder names its base model, which `models` loads and tells apart.
 CORE_MAY_USE = {"models"}
 
@@ -82,7 +83,7 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(answer.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("stage", ["run", "search", "evaluate", "generate"])
+@pytest.mark.parametrize("stage", ["run", "search", "evaluate", "generate", "serve", "export"])
 def test_help_loads_nothing_heavy(stage):
     loaded = loaded_after(f"from ftp_lightning.__main__ import main\nassert main(['{stage}', '--help']) == 0")
     assert not loaded & {*HEAVY, "torch", "transformers", "numpy"}

@@ -18,7 +18,20 @@ from ftp_lightning.__main__ import STAGES, main, parse
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-OTHER_PROGRAMS = {"git", "cd", "pip", "wandb", "lm_eval", "lm-eval", "sbatch", "export", "srun", "tensorboard"}
+OTHER_PROGRAMS = {
+    "git",
+    "cd",
+    "pip",
+    "wandb",
+    "lm_eval",
+    "lm-eval",
+    "sbatch",
+    "export",
+    "srun",
+    "tensorboard",
+    "curl",
+    "transformers",
+}
 """Programs that are not ours: their lines are shown, not checked. A misspelt one of ours is none of them."""
 
 

@@ -1,0 +1,106 @@
+"""What workers send back to one request, until it ends, its client leaves, its worker dies or the server stops."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from litserve.utils import LitAPIStatus, ResponseBufferItem
+from starlette.requests import Request
+
+from ftp_lightning.serving.answers import Refused
+from ftp_lightning.serving.options import Ask
+
+LOOK = 0.25
+"""Seconds between two looks at client, worker and clock [ours]."""
+REMEMBERED = 1000
+"""How many clients that have gone workers are told of, the latest ones."""
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+class Replies:
+    """Asks LitServe's workers, and reads what they answer.
+
+    Attributes:
+        deadline: `time.monotonic()` at which requests that still run are ended with an error; None: the server goes on.
+    """
+
+    def __init__(self, server: Any, path: str, timeout: float):
+        self.server, self.path, self.timeout = server, path, timeout
+        self.deadline: float | None = None
+        self._gone: deque[str] = deque(maxlen=REMEMBERED)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.server.response_buffer)
+
+    async def to(self, ask: Ask, request: Request) -> AsyncIterator[tuple[str, Any]]:
+        """("text", piece) of a streamed answer, then ("end", what `engine.answer` tells of it).
+
+        Refused: 500 the model failed or its worker died, 503 the server stops, 504 it took too long. Gone: the client.
+        """
+        uid, since = str(uuid.uuid4()), time.monotonic()
+        item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
+        self.server.response_buffer[uid] = item
+        ended = False
+        try:
+            queue = self.server.litapi_request_queues[self.path]
+            await asyncio.to_thread(queue.put, (self.server.app.response_queue_id, uid, since, ask))
+            watch = _Watch(self, item, request, since)
+            while not ended:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(item.event.wait(), LOOK)
+                item.event.clear()
+                while item.response_queue:
+                    value, status = item.response_queue.popleft()
+                    if status == LitAPIStatus.ERROR:
+                        ended = True
+                        raise Refused(500, value if isinstance(value, str) else "the worker died; ask again")
+                    ended = status == LitAPIStatus.FINISH_STREAMING
+                    yield ("end" if ended else "text"), value
+                await watch.look()
+        finally:
+            self.server.response_buffer.pop(uid, None)
+            if not ended:
+                self._gone.append(uid)
+                self.server.lit_api.shared["gone"] = list(self._gone)
+
+
+class _Watch:
+    """Looks every now and then whether a request can still be answered."""
+
+    def __init__(self, replies: Replies, item: ResponseBufferItem, request: Request, since: float):
+        self.replies, self.item, self.request, self.since = replies, item, request, since
+        self._looked, self._pid = since, None
+
+    async def look(self) -> None:
+        now, deadline = time.monotonic(), self.replies.deadline
+        if deadline is not None and now > deadline:
+            raise Refused(503, "the server is stopping; ask again")
+        if now - self._looked < LOOK:
+            return
+        self._looked = now
+        if now - self.since > self.replies.timeout:
+            raise Refused(504, f"no answer within {self.replies.timeout:g} s")
+        if self._worker_is_new():
+            raise Refused(500, "the worker died; ask again")
+        if await self.request.is_disconnected():
+            raise Gone
+
+    def _worker_is_new(self) -> bool:
+        """Whether the worker that took the request has been replaced: LitServe does not tell requests that are just
+        being told something."""
+        workers, number = getattr(self.replies.server, "inference_workers", ()), self.item.worker_id
+        if number is None or number >= len(workers):
+            return False
+        pid = workers[number].pid
+        self._pid = self._pid or pid
+        return bool(pid != self._pid)

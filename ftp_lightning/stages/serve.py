@@ -1,0 +1,91 @@
+"""Stage `serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ftp_lightning.cli.option import option
+from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.settings import Settings
+from ftp_lightning.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeStage(Settings):
+    """Serve a model to OpenAI clients. It answers densely unless --pruned, --schedule, --budget, --ftp_mode or a
+    request asks for pruning.
+    """
+
+    stage: ClassVar[str] = "serve"
+
+    model: str | None = option(None, "as everywhere; by default that of --pruned, or `embedded`")
+    pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it")
+    schedule: str | None = option(None, "schedule.json or schedules.json; replaces that of --pruned")
+    budget: float | None = option(None, "budget of requests that give none", least=0.0, below=1.0)
+    ftp_mode: Literal["off", "auto", "always"] | None = option(
+        None, "prune never, from --least_tokens on, always; by default auto where a pruner or budget is given, else off"
+    )
+    least_tokens: str = option("auto", "under auto shorter prompts are dense; auto: where skipping would cost more")
+    dense_structured: bool = option(False, "under auto leave code, tables, JSON and requests with tools dense")
+    chat_template: str | None = option(None, "Jinja file, or plain: the turns' texts; by default the tokenizer's own")
+    revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
+    device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
+    workers: int = option(1, "processes, each with the model", least=1)
+    max_batch: int = option(8, "requests that are computed together at most", least=1)
+    host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
+    port: int = option(8000, "0 takes a free one, which the ready line tells", least=0, most=65535)
+    api_key_file: str | None = option(None, "file whose first line clients must bring as their API key")
+    max_new_tokens: int = option(256, "tokens of an answer whose request gives no max_tokens", least=1)
+    max_prompt_tokens: int | None = option(None, "longer prompts are refused (400); by default what the model sees")
+    max_waiting: int = option(64, "requests at once, waiting and running; more are refused (429)", least=1)
+    max_body: int = option(2_000_000, "bytes of a request; larger ones are refused (413)", least=1000)
+    timeout: float = option(600.0, "seconds until a request is given up (504)", above=0.0)
+    log_prompts: bool = option(False, "write prompts into the log, too")
+
+    def check(self) -> None:
+        if self.least_tokens != "auto" and not self.least_tokens.isdecimal():
+            raise UserError(f"least_tokens is {self.least_tokens!r}\nGive auto, or a whole number of tokens from 0.")
+
+    def execute(self, progress: Progress | None = None) -> Path:
+        from ftp_lightning.serving.options import Served
+        from ftp_lightning.serving.server import log_to_stderr, serve
+
+        served = Served(
+            **{name: getattr(self, name) for name in Served.__dataclass_fields__ if hasattr(self, name)}
+            | {"model": self._model(), "mode": self._mode(), "key": self._key()}
+        )
+        log_to_stderr()
+        how = f"--ftp_mode {served.mode}" + (f", pruner {self.pruned}" if self.pruned else "")
+        serve(served, self.host, self.port, lambda at: print(f"ready: {at} serves {served.model} ({how})", flush=True))
+        return Path()
+
+    def _model(self) -> str:
+        """The model that is served."""
+        if self.model is not None or self.pruned is None:
+            return self.model or "embedded"
+        from ftp_lightning.disk.pruned_folder import read_settings
+
+        base = read_settings(Path(self.pruned).expanduser()).get("base")
+        if not base:
+            raise UserError(f"{self.pruned} names no base model\nGive it by --model.")
+        return str(base)
+
+    def _mode(self) -> str:
+        asked = self.pruned or self.schedule or self.budget is not None
+        return self.ftp_mode or ("auto" if asked else "off")
+
+    def _key(self) -> str | None:
+        """The first line of --api_key_file. UserError where there is none."""
+        if self.api_key_file is None:
+            return None
+        try:
+            with Path(self.api_key_file).expanduser().open(encoding="utf-8") as file:
+                key = file.readline().strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"api_key_file {self.api_key_file} cannot be read: {error}\nGive another file.") from None
+        if len(key) < 8:
+            raise UserError(f"the key in {self.api_key_file} has {len(key)} characters\nWrite one of at least 8.")
+        return key
