@@ -213,6 +213,28 @@ def test_a_batch_takes_what_may_share_its_forward_and_little_padding():
     assert names(together(waiting(10, 11, 12), lambda ask: len(ask.ids) != 11)) == "02"
 
 
+def test_a_worker_among_several_leaves_the_others_what_its_batch_has_no_room_for():
+    for workers, taken in ((1, 4), (2, 2)):
+        with inside(working=False, workers=workers) as server:
+            api, queue = server.lit_api, server.litapi_request_queues["/v1/completions"]
+            for number, mode in enumerate(("off", "always", "off", "always")):
+                queue.put((0, str(number), 0.0, Ask(ids=[5] * 9, max_tokens=1, mode=mode)))
+            api.loop._take(api, queue, server._transport)
+            assert len(api.loop.waiting) == taken and queue.qsize() == 4 - taken
+            api.loop.waiting.clear()
+            while queue.qsize():
+                queue.get()
+
+
+def test_a_request_that_no_pruner_can_be_made_for_fails_alone(monkeypatch, caplog):
+    with client() as one:
+        with monkeypatch.context() as patch:
+            patch.setattr("ftp_lightning.serving.plan.Plan.pruner_of", lambda *_: 1 / 0)
+            failed = one.post("/v1/completions", json={"prompt": "a", "ftp_mode": "always"})
+        assert failed.status_code == 500 and complete(one, "a", max_tokens=1)
+    assert "division by zero" in caplog.text
+
+
 def test_rows_are_padded_on_the_left():
     ids, mask = padded([[5], [6, 7]], 0, torch.device("cpu"))
     assert ids.tolist() == [[0, 5], [6, 7]] and mask.tolist() == [[0, 1], [1, 1]]
@@ -255,7 +277,9 @@ def test_the_log_has_one_line_per_request_and_no_prompt(caplog):
     with caplog.at_level("INFO", "ftp_lightning.serving"), client() as one:
         complete(one, "secret words", max_tokens=1)
         one.post("/v1/completions", json={"prompt": ""})
-    assert len(caplog.messages) == 1 and "200 length prompt=" in caplog.text and "secret" not in caplog.text
+    answered, refused = caplog.messages
+    assert "200 length prompt=" in answered and refused == "/v1/completions 400 prompt is empty"
+    assert "secret" not in caplog.text
     with caplog.at_level("INFO", "ftp_lightning.serving"), client(log_prompts=True) as one:
         complete(one, "secret words", max_tokens=1)
     assert "secret words" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -88,8 +89,8 @@ class CompletionsSpec(LitSpec):
         if self.replies.deadline is not None:
             raise Refused(503, "the server is stopping; ask again")
         ask, fields = await self._ask(request, kind)
-        if self.replies.in_flight >= self.served.max_waiting:
-            raise Refused(429, f"{self.replies.in_flight} requests are waiting already; ask again later")
+        if (waiting := await self.replies.waiting()) >= self.served.max_waiting:
+            raise Refused(429, f"{waiting} requests are waiting already; ask again later")
         chat = kind is Chat
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         shape = Shape(name=name, created=int(time.time()), model=self.served.model, chat=chat)
@@ -98,14 +99,11 @@ class CompletionsSpec(LitSpec):
         try:
             first = await anext(replies)
             if not ask.stream:
-                return JSONResponse(shape.whole(first[1]), headers=note.ended(200, first[1]))
+                return JSONResponse(shape.whole(first[1]), headers=note.ended(first[1]))
         except Gone:
             note.left()
             return Response(status_code=499)
-        except Refused as refused:
-            note.ended(refused.status)
-            raise
-        except BaseException:
+        except asyncio.CancelledError:
             note.left()
             raise
         usage = bool(fields.stream_options and fields.stream_options.include_usage)
@@ -143,9 +141,9 @@ class CompletionsSpec(LitSpec):
                 yield shape.chunk(value)
                 what, value = await anext(replies)
             yield shape.last(value, usage)
-            note.ended(200, value)
+            note.ended(value)
         except Refused as refused:
-            note.ended(refused.status)
+            note.failed(refused)
             yield event(refused.body())
         except BaseException as error:
             note.left()
@@ -162,21 +160,23 @@ class Note:
         self.shape, self.path, self.metrics, self.since = shape, request.url.path, metrics, time.monotonic()
         self._said = False
 
-    def ended(self, status: int, end: dict[str, Any] | None = None) -> dict[str, str]:
-        """Note the end; the headers that tell of it."""
-        self.metrics.requests.labels(str(status)).inc()
-        if end is None:
-            self._say(str(status))
-            return {}
+    def ended(self, end: dict[str, Any]) -> dict[str, str]:
+        """Note an answer; the headers that tell of it."""
+        self.metrics.requests.labels("200").inc()
         self.metrics.ended(end)
         usage, ftp = end["usage"], end["ftp"]
         skipped = usage["prompt_tokens_details"]["skipped"]
         first = ftp["time_to_first_token_ms"]
         self._say(
-            f"{status} {end['finish_reason']} prompt={usage['prompt_tokens']} skipped={skipped} "
+            f"200 {end['finish_reason']} prompt={usage['prompt_tokens']} skipped={skipped} "
             f"answer={usage['completion_tokens']} batch={ftp['batch']} first={first:.0f}ms"
         )
         return {FIRST_TOKEN: f"{first:.3f}"}
+
+    def failed(self, error: Refused) -> None:
+        """Note a stream that ended with an error."""
+        self.metrics.requests.labels(str(error.status)).inc()
+        self._say(f"{error.status} {error.message}")
 
     def left(self) -> None:
         """Note that the client has gone."""
@@ -198,19 +198,25 @@ def add_paths(app: Any, spec: CompletionsSpec) -> None:
         words = json.dumps({"model": spec.served.model, "budget": spec.plan.budget, "blocks": spec.plan.blocks})
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{ABOUT}}", words.replace("<", "\\u003c")))
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
+    def told(request: Request, error: Refused) -> Response:
+        """The error, with its line in the log and its count."""
+        spec.metrics.requests.labels(str(error.status)).inc()
+        log.info("%s %s %s", request.url.path[:100], error.status, error.message)
         headers = {"retry-after": "1"} if error.status in (429, 503) else {}
         return JSONResponse(error.body(), error.status, headers=headers)
 
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return told(request, error)
+
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(Refused(error.status_code, str(error.detail)).body(), error.status_code)
+        return told(request, Refused(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)
-        return JSONResponse(Refused(500, "the server failed; its log says why").body(), 500)
+        return told(request, Refused(500, "the server failed; its log says why"))
 
 
 def _no_model(name: str, served: str) -> Refused:

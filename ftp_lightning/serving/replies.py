@@ -42,6 +42,14 @@ class Replies:
     def in_flight(self) -> int:
         return len(self.server.response_buffer)
 
+    async def waiting(self) -> int:
+        """Requests that wait or run, and those whose clients have gone as long as they stand in the queue."""
+        return max(self.in_flight, await asyncio.to_thread(self._queue.qsize))
+
+    @property
+    def _queue(self) -> Any:
+        return self.server.litapi_request_queues[self.path]
+
     async def to(self, ask: Ask, request: Request) -> AsyncIterator[tuple[str, Any]]:
         """("text", piece) of a streamed answer, then ("end", what `engine.answer` tells of it).
 
@@ -52,8 +60,7 @@ class Replies:
         self.server.response_buffer[uid] = item
         ended = False
         try:
-            queue = self.server.litapi_request_queues[self.path]
-            await asyncio.to_thread(queue.put, (self.server.app.response_queue_id, uid, since, ask))
+            await asyncio.to_thread(self._queue.put, (self.server.app.response_queue_id, uid, since, ask))
             watch = _Watch(self, item, request, since)
             while not ended:
                 with suppress(TimeoutError):

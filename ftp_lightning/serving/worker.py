@@ -125,23 +125,40 @@ class BatchLoop(LitLoop):
             self._answer(lit_api, transport)
 
     def _take(self, lit_api: Any, request_queue: Any, transport: Any) -> None:
-        """Move requests from the queue to `waiting`, as many as make a batch; waits a moment where there is none."""
+        """Move requests from the queue to `waiting`, as many as make a batch; waits a moment where there is none.
+
+        Of several workers each leaves the others what its batch has no room for.
+        """
         while len(self.waiting) < lit_api.max_batch_size:
+            if lit_api.served.workers > 1 and len(self._batch(lit_api)) < len(self.waiting):
+                return
             try:
                 item = request_queue.get(timeout=IDLE) if not self.waiting else request_queue.get_nowait()
             except Empty:
                 return
             queue, uid, since, ask = item
             self.put_response(transport, queue, uid, (), LitAPIStatus.START, LoopResponseType.STREAMING)
-            self.waiting.append((queue, uid, since, ask))
+            try:
+                lit_api.pruners.chosen(ask)
+            except Exception as error:
+                self._fail(transport, {uid: queue}, error)
+            else:
+                self.waiting.append((queue, uid, since, ask))
+
+    def _batch(self, lit_api: Any) -> list[Waiting]:
+        """Those of `waiting` that are computed next."""
+        if not self.waiting:
+            return []
+        pruner, _ = lit_api.pruners.chosen(self.waiting[0][3])
+        return together(self.waiting, lambda ask: lit_api.pruners.chosen(ask)[0] is pruner)
 
     def _answer(self, lit_api: Any, transport: Any) -> None:
         gone = lit_api.gone()
         self.waiting = [one for one in self.waiting if one[1] not in gone]
-        if not self.waiting:
+        batch = self._batch(lit_api)
+        if not batch:
             return
-        pruner, _ = lit_api.pruners.chosen(self.waiting[0][3])
-        batch = together(self.waiting, lambda ask: lit_api.pruners.chosen(ask)[0] is pruner)
+        pruner, _ = lit_api.pruners.chosen(batch[0][3])
         self.waiting = [one for one in self.waiting if one not in batch]
         queues = {uid: queue for queue, uid, _, _ in batch}
 
@@ -156,11 +173,13 @@ class BatchLoop(LitLoop):
         try:
             answer(lit_api.model, lit_api.tokenizer, rows, pruner, tell, lit_api.gone)
         except Exception as error:
-            logging.getLogger(__name__).exception("a batch of %d failed", len(rows))
-            for uid, queue in queues.items():
-                self.put_response(
-                    transport, queue, uid, _sentence(error), LitAPIStatus.ERROR, LoopResponseType.STREAMING
-                )
+            self._fail(transport, queues, error)
+
+    def _fail(self, transport: Any, queues: dict[str, int], error: Exception) -> None:
+        """Tell the clients of these requests that they failed, and the log why."""
+        logging.getLogger(__name__).error("%d requests failed", len(queues), exc_info=error)
+        for uid, queue in queues.items():
+            self.put_response(transport, queue, uid, _sentence(error), LitAPIStatus.ERROR, LoopResponseType.STREAMING)
 
 
 def together(waiting: Sequence[Waiting], alike: Callable[[Ask], bool]) -> list[Waiting]:
