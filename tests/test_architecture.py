@@ -25,7 +25,8 @@ CORE = (
     "json_file",
 )
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
-    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning", "serving",
+    "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning",
+    "serving",
 )  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
 HEAVY |= {"litserve", "fastapi", "uvicorn", "prometheus_client", "pydantic"}

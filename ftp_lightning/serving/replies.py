@@ -50,6 +50,10 @@ class Replies:
     def _queue(self) -> Any:
         return self.server.litapi_request_queues[self.path]
 
+    def _tell_gone(self) -> None:
+        with suppress(OSError, EOFError):  # where the manager has ended
+            self.server.lit_api.shared["gone"] = list(self._gone)
+
     async def to(self, ask: Ask, request: Request) -> AsyncIterator[tuple[str, Any]]:
         """("text", piece) of a streamed answer, then ("end", what `engine.answer` tells of it).
 
@@ -78,7 +82,7 @@ class Replies:
             self.server.response_buffer.pop(uid, None)
             if not ended:
                 self._gone.append(uid)
-                self.server.lit_api.shared["gone"] = list(self._gone)
+                asyncio.get_running_loop().run_in_executor(None, self._tell_gone)
 
 
 class _Watch:

@@ -23,8 +23,9 @@ from ftp_lightning.serving.prompts import Prompts
 from ftp_lightning.serving.replies import Replies
 from ftp_lightning.serving.worker import PrunedAPI
 
-DRAIN = 2.5
-"""Seconds that running requests have after SIGTERM until they end with an error [ours]."""
+DRAIN, GRACE = 2.0, 4
+"""Seconds after SIGTERM at which running requests end with an error, and at which those that could not be told so are
+dropped [ours]."""
 LOOK_AT_WORKERS = 0.3
 """Seconds between two looks at whether workers live; a dead one is started again."""
 
@@ -92,9 +93,7 @@ def serve(served: Served, host: str, port: int, ready: Callable[[str], None]) ->
     try:
         with wrap_litserve_start(server, worker_monitor=True):
             _wait_for_workers(server)
-            config = uvicorn.Config(
-                server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=round(DRAIN + 1)
-            )
+            config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
             spec: Any = server.lit_api.spec
             Draining(config, spec.replies, lambda: ready(_address(bound))).run(sockets=[bound])
             logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its monitor misses the manager that ends now
