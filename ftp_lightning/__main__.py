@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.launcher import launched
+from ftp_lightning.stopping import RESUME, Stopped, heeding
 
 STAGES = {
     "try": ("TryStage", "see what pruning does to one prompt: both answers, tokens in colour, times"),
@@ -36,27 +38,40 @@ FILES = {"try": "first_look"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one stage. Returns the exit status: 0, 2 for what the user can mend (three lines tell it), 130 stopped."""
+    """Run one stage. Returns the exit status: 0; 2 for what the user can mend (three lines tell it); 128 + n after
+    signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     hush()
-    try:
-        return _run(argv)
-    except UserError as error:
-        from ftp_lightning.cli.messages import shown
+    with heeding():
+        try:
+            return _run(argv)
+        except UserError as error:
+            from ftp_lightning.cli.messages import shown
 
-        print(shown(error), file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "ftp_lightning":
-            raise
-        print(
-            f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
-        return 130
+            return _say(shown(error))
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] == "ftp_lightning":
+                raise
+            return _say(f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.")
+        except Stopped as stopped:
+            return _say(f"\n{RESUME}", 128 + stopped.number)
+        except KeyboardInterrupt:
+            return _say(f"\n{RESUME}", 130)
+        except BrokenPipeError:  # nobody reads what we print any more; the interpreter would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except MemoryError:
+            return _say("there is not enough memory\nGive smaller sizes, or free some memory.")
+        except OSError as error:
+            told = file_error(error)
+            if told is None:
+                raise
+            return _say(str(told))
+
+
+def _say(text: str, status: int = 2) -> int:
+    print(text, file=sys.stderr)
+    return status
 
 
 def hush() -> None:

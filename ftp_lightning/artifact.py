@@ -8,31 +8,38 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import Interrupted, UserError, unwritable
+from ftp_lightning.errors import Interrupted, UserError, file_error
 from ftp_lightning.fingerprint import PROVENANCE, code_version, digest, git_commit, versions
 from ftp_lightning.json_file import read_json
+from ftp_lightning.lock import Lock, locked
+from ftp_lightning.products import changed_products, hashes, read_provenance
+from ftp_lightning.whole_files import inside, make_folder, remove, remove_created, set_aside, write_bytes, write_text
 
-STATE, LOCK = "state.json", ".lock"
+__all__ = [
+    "LOCK", "STATE", "Lock", "StageFolder", "inside", "locked", "make_folder", "read_provenance", "write_bytes",
+    "write_text",
+]  # fmt: skip
+
+STATE, UNFINISHED, LOCK, CONFIG = "state.json", "unfinished.json", ".lock", "config.yaml"
+KEPT = (STATE, "checkpoints")
+"""What an unfinished stage is resumed from."""
 _LARGEST_RECORD, _LARGEST_STATE = 64_000_000, 2_000_000_000
-"""Bytes that a provenance and a saved state may have [ours]."""
+"""Bytes that the record of an unfinished stage and a saved state may have [ours]."""
 
 
 class StageFolder:
     """The folder of one stage, as a context.
 
-    Entering checks that it can be written and what is in it: `finished` is True where the same stage is done already;
-    a finished stage of another fingerprint is refused with the difference, unless `overwrite`. Leaving without an
-    exception writes config.yaml and provenance.json. After a UserError nothing stays that this call has created; after
-    any other end a saved state stays to resume from.
+    Entering checks that it can be written and what is in it. `finished` is True where the same stage is done already
+    and its products are those that its record names; missing ones are made again, and changed ones are refused. A
+    finished or unfinished stage of another fingerprint is refused with the difference, unless `overwrite`. Leaving
+    without an exception writes config.yaml and provenance.json. After a UserError nothing stays that this call has
+    created; after any other end a saved state stays to resume from.
 
     Args:
         path: the folder; made if it is not there.
@@ -44,7 +51,7 @@ class StageFolder:
     def __init__(self, path: Path, stage: str, config: dict, identity: dict, command: str, overwrite: bool = False):
         self.path, self.stage, self.config, self.command, self.overwrite = Path(path), stage, config, command, overwrite
         self.parts = {"stage": stage, **identity, "code": code_version()}
-        self.fingerprint = digest(json.dumps(self.parts, sort_keys=True, default=str).encode())
+        self.fingerprint = _fingerprint(self.parts)
         self.finished = False
         self._files: list[str] = []
         self._created: list[Path] = []
@@ -61,37 +68,95 @@ class StageFolder:
             raise UserError(f"another run is at work in {self.path}\nWait for it, stop it, or give another --output.")
         try:
             return self._entered()
-        except BaseException:
+        except BaseException as error:
             self._lock.free()
-            raise
+            told = file_error(error)
+            if told is None:
+                raise
+            raise told from error
 
     def _entered(self) -> StageFolder:
-        former = read_provenance(self.path)
-        if former:
-            (self.path / STATE).unlink(missing_ok=True)  # of a run that was killed after its last file
         for left in (*self.path.glob(".*.partial"), *self.path.glob(".*.old")):  # of one killed while it wrote
-            _remove(left)
-        if former and not self.overwrite:
-            self.finished = former.get("fingerprint") == self.fingerprint
-            if not self.finished:
-                difference = _difference(former.get("parts", {}), self.parts)
-                raise UserError(
-                    f"{self.path} holds a finished stage with other settings: {difference}\n"
-                    "Give another --output, or --overwrite to run it again here."
-                )
+            remove(left)
+        former = read_provenance(self.path)
+        if former is None:
+            self._check_unfinished()
+        else:
+            for name in (STATE, UNFINISHED):  # of a run that was killed after its last file
+                (self.path / name).unlink(missing_ok=True)
+            self.finished = not self.overwrite and self._is_done(former)
         return self
 
+    def _is_done(self, former: dict) -> bool:
+        """Whether all products of this stage are there. UserError where it is another one, or one was changed."""
+        if former.get("fingerprint") != self.fingerprint:
+            difference = _difference(former.get("parts", {}), self.parts)
+            raise UserError(
+                f"{self.path} holds a finished stage with other settings: {difference}\n"
+                "Give another --output, or --overwrite to run it again here."
+            )
+        missing, changed = changed_products(self.path, former)
+        if set((*missing, *changed)) == {CONFIG}:
+            self._write_config()
+            return True
+        if changed:
+            raise UserError(
+                f"{self.path / changed[0]} is not what this finished stage has written\n"
+                "Put it back, or --overwrite to run the stage again."
+            )
+        if missing:
+            print(
+                f"{self.stage}: {', '.join(missing[:3])} of a finished stage is missing; making it again",
+                file=sys.stderr,
+            )
+        return not missing
+
+    def _check_unfinished(self) -> None:
+        """UserError where another stage is unfinished here; with `overwrite` what it had saved is removed."""
+        kept = [name for name in KEPT if (self.path / name).exists()]
+        begun = self._begun() if kept else None
+        if begun is None or begun["fingerprint"] == self.fingerprint:
+            return
+        if not self.overwrite:
+            difference = _difference(begun["parts"], self.parts)
+            raise UserError(
+                f"{self.path} holds an unfinished stage with other settings: {difference}\n"
+                "Resume it with its own settings, give another --output, or --overwrite to discard it."
+            )
+        for name in (*kept, UNFINISHED):
+            remove(self.path / name)
+
+    def _begun(self) -> dict | None:
+        """Which stage is unfinished here, None where that is not said; a broken record is set aside."""
+        path = self.path / UNFINISHED
+        try:
+            found = read_json(path, _LARGEST_RECORD)
+            if found["fingerprint"] == _fingerprint(found["parts"]):
+                return found
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            pass
+        set_aside(path, "is broken")
+        return None
+
+    def _begin(self) -> None:
+        """Say whose progress is about to be saved here."""
+        if not (self.path / UNFINISHED).exists():
+            record = {"fingerprint": self.fingerprint, "parts": self.parts}
+            write_text(self.path / UNFINISHED, json.dumps(record, default=str))
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        told = unwritable(error)
+        told = file_error(error)
         try:
             if kind is None and not self.finished:
                 self._finish()
             elif self._created and kind is not None and not (_may_resume(kind) and self._resumable()):
                 remove_created(self.path, self._created)
         except OSError as failed:
-            if unwritable(failed) is None:
+            told = told or file_error(failed)
+            if told is None:
                 raise
-            told = told or unwritable(failed)
         finally:
             self._lock.free()
         if told is not None:
@@ -111,6 +176,8 @@ class StageFolder:
             raise ValueError(f"{name!r} is no name of a file in {self.path}")
         if not self._files:
             self._forget_former()
+        if name in KEPT:
+            self._begin()
         if name not in self._files:
             self._files.append(name)
         return self.path / name
@@ -128,18 +195,34 @@ class StageFolder:
         """What an interrupted stage resumes from; gone when it is finished."""
         if not self._files:
             self._forget_former()
+        self._begin()
         text = json.dumps(state)
         record = {"fingerprint": self.fingerprint, "sha256": digest(text.encode()), "state": text}
         write_text(self.path / STATE, json.dumps(record))
 
     def load_state(self) -> Any:
-        """The state saved by an interrupted run of this very fingerprint, else None, also where a bit of it flipped."""
+        """The state saved by an interrupted run of this very fingerprint, else None. A broken one is set aside.
+
+        `Interrupted` where it cannot be read just now, UserError where it is the state of other settings.
+        """
+        path = self.path / STATE
         try:
-            saved = read_json(self.path / STATE, _LARGEST_STATE)
-            if saved["fingerprint"] == self.fingerprint and saved["sha256"] == digest(saved["state"].encode()):
+            saved = read_json(path, _LARGEST_STATE)
+            sound = saved["sha256"] == digest(saved["state"].encode())
+            if sound and saved["fingerprint"] == self.fingerprint:
                 return json.loads(saved["state"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise file_error(error) or error from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if sound and not (self.path / UNFINISHED).exists() and not self.overwrite:
+            raise UserError(
+                f"{path} is the state of other settings, or of other code of this package\n"
+                "Resume it with these, give another --output, or --overwrite to discard it."
+            )
+        set_aside(path, "is broken, so this stage begins anew" if not sound else "is of other settings")
         return None
 
     def _forget_former(self) -> None:
@@ -149,20 +232,21 @@ class StageFolder:
         listed = former.get("files")
         for path in (inside(self.path, name) for name in (listed if isinstance(listed, list) else ())):
             if path is not None:
-                _remove(path)
+                remove(path)
 
     def _resumable(self) -> bool:
         return (self.path / STATE).exists() or any(self.path.rglob("*.ckpt"))
 
     def _finish(self) -> None:
-        import yaml
-
-        self.write_text("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        self.place(CONFIG)
+        self._write_config()
+        files = sorted(name for name in self._files if (self.path / name).exists())
         record = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "parts": self.parts,
-            "files": sorted(name for name in self._files if (self.path / name).exists()),
+            "files": files,
+            "products": hashes(self.path, files),
             "command": self.command,
             "seed": self.config.get("seed"),
             "commit": git_commit(),
@@ -170,131 +254,17 @@ class StageFolder:
             "seconds": round(time.monotonic() - self._started, 1),
         }
         write_text(self.path / PROVENANCE, json.dumps(record, indent=1, default=str) + "\n")
-        (self.path / STATE).unlink(missing_ok=True)
+        for name in (STATE, UNFINISHED):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _write_config(self) -> None:
+        import yaml
+
+        write_text(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
 
 
-class Lock:
-    """One run at a time in a folder: a file that the kernel unlocks when its holder dies, by whatever death."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file: BufferedIOBase | None = None
-
-    def take(self, wait: bool = False) -> bool:
-        """False where another holds it; with `wait` that one is waited for. True also on a file system without locks:
-        there is none to respect [ours]."""
-        while True:
-            self.file = self.path.open("ab")
-            try:
-                import fcntl
-
-                fcntl.flock(self._opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                self._close()
-                return False
-            except (OSError, ImportError):
-                return True
-            if self._is_there():
-                return True
-            self._close()  # its holder has taken it away between our opening and our locking
-
-    def free(self) -> None:
-        if self.file is not None:
-            self.path.unlink(missing_ok=True)
-            self._close()
-
-    def _is_there(self) -> bool:
-        """Whether the file that was opened still lies where others look for it."""
-        try:
-            return os.path.samestat(os.fstat(self._opened.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
-
-    @property
-    def _opened(self) -> BufferedIOBase:
-        assert self.file is not None
-        return self.file
-
-    def _close(self) -> None:
-        self._opened.close()
-        self.file = None
-
-
-@contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """One process at a time at work on `place`, machine-wide; others wait, and a process that dies lets go."""
-    make_folder(place.parent)
-    lock = Lock(place.parent / f".{place.name}.lock")
-    lock.take(wait=True)
-    try:
-        yield
-    finally:
-        lock.free()
-
-
-def inside(folder: Path, name: Any) -> Path | None:
-    """The path of what `name`, which a file may say, names in `folder`; None where that would lie outside of it."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        return None
-    path, root = folder / name, folder.resolve()
-    plain = not Path(name).is_absolute() and ".." not in Path(name).parts and Path(name).parts
-    return path if plain and root in (path.parent.resolve() / path.name).parents else None
-
-
-def make_folder(path: Path) -> list[Path]:
-    """Make a folder that can be written to. Returns the folders this call has created, outermost first.
-
-    UserError where that is not possible; then nothing has been created.
-    """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
-    made: list[Path] = []
-    try:
-        for folder in missing:
-            folder.mkdir()
-            made.append(folder)
-        probe = path / f".probe.{os.getpid()}.partial"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        for folder in reversed(made):
-            folder.rmdir()
-        raise UserError(f"cannot write to the output folder {path}: {error.strerror}\nGive another --output.") from None
-    return made
-
-
-def remove_created(path: Path, created: list[Path]) -> None:
-    """Remove `path` with all it holds where it is among `created`, then its created parents that are empty."""
-    if path in created:
-        shutil.rmtree(path, ignore_errors=True)
-    for folder in reversed(created):
-        if folder != path and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise unwritable(error) or error from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_provenance(folder: Path) -> dict | None:
-    """The provenance of a finished stage; None where there is none that can be read."""
-    try:
-        record = read_json(folder / PROVENANCE, _LARGEST_RECORD)
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
+def _fingerprint(parts: dict) -> str:
+    return digest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
 def _may_resume(kind: type[BaseException]) -> bool:
@@ -320,10 +290,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import errno
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_REMEDIES = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some of your quota",
+    errno.EFBIG: "Raise the limit of a file's size (`ulimit -f`)",
+    errno.EROFS: "Mount the disk so that it can be written to",
+    errno.EACCES: "Change the permissions",
+    errno.EPERM: "Change the permissions",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "Close some files on this machine",
+    errno.ENOMEM: "Free some memory",
+    errno.EIO: "Look at the disk",
+    errno.ESTALE: "Look at the network file system",
+    errno.ENOENT: "Put it back",
+}
 
 
 class UserError(ValueError):
@@ -30,9 +43,11 @@ def hub_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     return (*more, HFValidationError, HfHubHTTPError, *library)
 
 
-def unwritable(error: BaseException | None) -> Interrupted | None:
-    """What to say where a disk is full, over its quota, read-only or broken; None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
+def file_error(error: BaseException | None) -> Interrupted | None:
+    """What to say where the system could not read or write a file: the path, the reason, the remedy. None for any
+    error that did not come from the system."""
+    if not isinstance(error, OSError) or error.errno is None:
         return None
     where = f" {error.filename}" if error.filename else ""
-    return Interrupted(f"cannot write{where}: {error.strerror}\nOnce that is mended the same command goes on.")
+    remedy = _REMEDIES.get(error.errno, "Look at the file and its folder")
+    return Interrupted(f"cannot read or write{where}: {error.strerror}\n{remedy}, then run the same command to resume.")

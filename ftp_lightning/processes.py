@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftp_lightning import launcher
-from ftp_lightning.errors import Interrupted, UserError, unwritable
+from ftp_lightning.errors import Interrupted, UserError, file_error
+from ftp_lightning.stopping import await_workers, end_with_parent, stop_workers
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -102,6 +103,10 @@ def launch(count: int, device: torch.device, function: Callable, *arguments: Any
             return pickle.loads(fabric.launch(_run, threads, notes, pickle.dumps((function, arguments))))
         except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
             raise _told(Path(notes), error) from error
+        except BaseException:  # this process alone was stopped
+            stop_workers()
+            await_workers()
+            raise
 
 
 def run_in(count: int, device: torch.device, function: Callable, *arguments: Any) -> Any:
@@ -119,12 +124,13 @@ def run_in(count: int, device: torch.device, function: Callable, *arguments: Any
 def _run(fabric: Fabric, threads: int, notes: str, job: bytes) -> bytes:
     """The pickled answer of a pickled (function, arguments): Lightning searches both for tensors, and takes no frozen
     dataclass. What the user can mend is noted: a process that dies of it leaves a trace that nobody can read."""
+    end_with_parent()
     torch.set_num_threads(threads)
     function, arguments = pickle.loads(job)
     try:
         return pickle.dumps(function(Processes(fabric), fabric.device, *arguments))
     except (UserError, OSError) as error:
-        known = unwritable(error) or error
+        known = file_error(error) or error
         if isinstance(known, UserError):
             _note(Path(notes), fabric.global_rank, known)
         raise
@@ -231,7 +237,7 @@ def _caught(function: Callable, items: Sequence[Any]) -> tuple[list[Any], tuple[
     except UserError as error:
         return [], (_kind(error), str(error))
     except Exception as error:
-        known = unwritable(error)
+        known = file_error(error)
         return [], ("other", traceback.format_exc()) if known is None else (_kind(known), str(known))
 
 

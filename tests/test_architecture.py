@@ -23,10 +23,11 @@ CORE = (
     "losses",
     "errors",
     "json_file",
+    "named_file",
 )
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
     "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning",
-    "serving",
+    "serving", "cells", "lock", "products", "whole_files", "stopping",
 )  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
 HEAVY |= {"litserve", "fastapi", "uvicorn", "prometheus_client", "pydantic"}

@@ -88,10 +88,121 @@ def test_a_crash_leaves_nothing_but_a_state_to_resume_from(tmp_path):
     with pytest.raises(KeyboardInterrupt), folder(tmp_path / "a") as stage:
         stage.save_state({"generation": 3})
         raise KeyboardInterrupt
-    assert names(tmp_path) == ["a", "a/state.json"]
-    with folder(tmp_path / "a", kv="evict") as stage:
-        assert stage.load_state() is None  # the state of another search
+    assert names(tmp_path) == ["a", "a/state.json", "a/unfinished.json"]
+
+
+def interrupted(path, **identity):
+    """A folder with the state of a search that was interrupted."""
+    with pytest.raises(KeyboardInterrupt), folder(path, **identity) as stage:
+        stage.save_state({"generation": 3})
+        raise KeyboardInterrupt
+
+
+def test_an_unfinished_stage_of_other_settings_is_refused_and_kept(tmp_path, monkeypatch):
+    interrupted(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"unfinished stage .*: kv None -> evict\n.*--overwrite"):
+        folder(tmp_path, kv="evict").__enter__()
+    other_stage = StageFolder(tmp_path, "train", CONFIG, {"budget": 0.3}, "ftp-lightning train")
+    with pytest.raises(UserError, match="stage search -> train"):
+        other_stage.__enter__()
+    with monkeypatch.context() as patch:
+        patch.setattr("ftp_lightning.artifact.code_version", lambda: "another")
+        with pytest.raises(UserError, match="the package's code changed"):
+            folder(tmp_path).__enter__()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with folder(tmp_path) as stage:
+        assert stage.load_state() == {"generation": 3}
+
+
+def test_overwriting_an_unfinished_stage_discards_its_state(tmp_path):
+    interrupted(tmp_path)
+    with folder(tmp_path, overwrite=True, kv="evict") as stage:
+        assert stage.load_state() is None
+        stage.write_text("product", "1")
+    assert names(tmp_path) == ["config.yaml", "product", "provenance.json"]
+
+
+def test_a_state_without_a_record_of_whose_it_is_is_refused_by_its_own_fingerprint(tmp_path):
+    interrupted(tmp_path)
+    (tmp_path / "unfinished.json").unlink()
+    with pytest.raises(UserError, match="state of other settings"), folder(tmp_path, kv="evict") as stage:
+        stage.load_state()
+    with folder(tmp_path) as stage:
+        assert stage.load_state() == {"generation": 3}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE, errno.ENOMEM])
+def test_a_state_that_cannot_be_read_just_now_is_kept(tmp_path, monkeypatch, number):
+    interrupted(tmp_path)
+    read = Path.read_bytes
+
+    def failing(path):
+        if path.name == STATE:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=os.strerror(number)):
+        patch.setattr(Path, "read_bytes", failing)
+        with folder(tmp_path) as stage:
+            stage.load_state()
+    with folder(tmp_path) as stage:
+        assert stage.load_state() == {"generation": 3}
+
+
+def finished(path):
+    with folder(path) as stage:
+        stage.write_text("product", "1")
+        stage.place("pruned").mkdir()
+        (path / "pruned" / "weights").write_text("2")
+        stage.place("logs").mkdir()
+
+
+@pytest.mark.parametrize("name", ["product", "pruned"])
+def test_a_finished_stage_makes_a_missing_product_again(tmp_path, capsys, name):
+    finished(tmp_path)
+    (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}-{name}")
+    with folder(tmp_path) as stage:
         assert not stage.finished
+        stage.write_text("product", "3")
+    assert f"{name} of a finished stage is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["product", "pruned/weights", "pruned/more"])
+def test_a_changed_product_is_named(tmp_path, name):
+    finished(tmp_path)
+    (tmp_path / name).write_text("changed")
+    before = (tmp_path / "provenance.json").read_bytes()
+    with pytest.raises(UserError, match=f"{name.split('/')[0]} is not what this finished stage has written"):
+        folder(tmp_path).__enter__()
+    assert (tmp_path / "provenance.json").read_bytes() == before
+
+
+def test_a_missing_config_is_written_again_and_logs_are_nobodys_product(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "logs").rmdir()
+    with folder(tmp_path) as stage:
+        assert stage.finished
+    assert "budget: 0.3" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"parts": 3}'])
+def test_a_broken_record_is_set_aside_and_said(tmp_path, capsys, content):
+    finished(tmp_path)
+    (tmp_path / "provenance.json").write_bytes(content)
+    with folder(tmp_path) as stage:
+        assert not stage.finished
+        stage.write_text("product", "1")
+    assert (tmp_path / "provenance.json.broken-1").read_bytes() == content
+    assert "provenance.json.broken-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_lock_that_is_no_file_is_refused(tmp_path, kind):
+    (tmp_path / LOCK).mkdir() if kind == "folder" else os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(UserError, match=LOCK):
+        folder(tmp_path).__enter__()
 
 
 def test_the_state_of_the_same_search_is_resumed_and_gone_afterwards(tmp_path):
@@ -183,7 +294,7 @@ def test_a_state_with_a_flipped_bit_is_no_state(tmp_path, place):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EMFILE, errno.ESTALE])
 def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path, monkeypatch, number):
     def full(path, content):
         raise OSError(number, os.strerror(number), str(path))
@@ -193,7 +304,7 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path, monkeypatch, num
         monkeypatch.setattr(Path, "write_bytes", full)
         stage.write_text("product", "1")
     assert len(str(told.value).splitlines()) == 2
-    assert names(tmp_path / "a") == ["state.json"]
+    assert names(tmp_path / "a") == ["state.json", "unfinished.json"]
     monkeypatch.undo()
     with folder(tmp_path / "a") as stage:
         assert stage.load_state() == {"generation": 3}
@@ -214,6 +325,8 @@ def test_a_disk_that_is_full_at_the_very_end_leaves_no_finished_stage(tmp_path, 
     assert "provenance.json" not in names(tmp_path / "a") and "state.json" in names(tmp_path / "a")
 
 
-def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
-    with pytest.raises(FileNotFoundError), folder(tmp_path):
+def test_every_error_of_the_system_is_a_sentence_and_others_stay_what_they_are(tmp_path):
+    with pytest.raises(Interrupted, match=r"read or write x: no such file\n.*resume"), folder(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+    with pytest.raises(OSError, match="of a library"), folder(tmp_path):
+        raise OSError("of a library")

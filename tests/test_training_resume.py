@@ -1,5 +1,6 @@
 """A training that is stopped goes on to the very router that it would have had."""
 
+import errno
 import os
 import signal
 
@@ -8,8 +9,10 @@ import torch
 from test_engine import seeded, tiny_llama
 from test_router_training import SCHEDULE, windows
 
-from ftp_lightning import DynamicRouter, TokenPruner
-from ftp_lightning.lit.fitting import HISTORY, LAST, fit_router
+from ftp_lightning import DynamicRouter, TokenPruner, stopping
+from ftp_lightning.errors import Interrupted, UserError
+from ftp_lightning.lit.checkpoints import BEST, HISTORY, LAST
+from ftp_lightning.lit.fitting import fit_router
 from ftp_lightning.lit.training_settings import TrainingSettings
 
 SETTINGS = {"steps": 12, "batch_size": 2, "accumulate": 2, "validations": 4, "gates": "gumbel", "seed": 2}
@@ -18,8 +21,11 @@ SETTINGS = {"steps": 12, "batch_size": 2, "accumulate": 2, "validations": 4, "ga
 def train(folder, stop_at=None, number=signal.SIGTERM, fingerprint="same", **changes):
     pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
 
-    def tell(step, steps):
-        if step == stop_at:
+    told = []
+
+    def tell(step, steps):  # at the end of every batch, of which a step has two; a second signal would leave at once
+        if step == stop_at and not told:
+            told.append(step)
             os.kill(os.getpid(), number)
 
     settings = TrainingSettings(**SETTINGS | changes)
@@ -69,11 +75,53 @@ def test_one_that_is_done_and_asked_again_says_the_same(whole, tmp_path):
     assert train(tmp_path)[0] == train(tmp_path)[0] == whole[0]
 
 
-def test_a_checkpoint_of_another_training_or_a_broken_one_is_not_gone_on_from(whole, tmp_path):
+def test_checkpoints_of_another_training_are_refused_and_kept(tmp_path):
     with pytest.raises(SystemExit):
         train(tmp_path, 3, fingerprint="another")
-    assert train(tmp_path)[0] == whole[0]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
+    for fingerprint in ("same", ""):
+        with pytest.raises(UserError, match="checkpoints of another training"):
+            train(tmp_path, fingerprint=fingerprint)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [LAST, BEST, HISTORY])
+def test_a_broken_checkpoint_is_set_aside_and_said(whole, tmp_path, capsys, name):
     with pytest.raises(SystemExit):
-        train(tmp_path / "broken", 3)
-    (tmp_path / "broken" / "checkpoints" / LAST).write_bytes(b"nothing that torch can read")
-    assert train(tmp_path / "broken")[0] == whole[0]
+        train(tmp_path, 7)
+    (tmp_path / "checkpoints" / name).write_bytes(b"nothing that torch can read")
+    assert train(tmp_path)[0] == whole[0]
+    assert (tmp_path / "checkpoints" / f"{name}.broken-1").read_bytes() == b"nothing that torch can read"
+    assert f"{name}.broken-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_kept(whole, tmp_path, monkeypatch, number):
+    with pytest.raises(SystemExit):
+        train(tmp_path, 7)
+
+    def failing(path, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=os.strerror(number)):
+        patch.setattr("zipfile.ZipFile", failing)
+        train(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*broken*"))
+    assert train(tmp_path)[0] == whole[0]
+
+
+def test_a_checkpoint_is_not_written_by_way_of_another_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", lambda *_: pytest.fail("by way of TMPDIR"))
+    with pytest.raises(SystemExit):
+        train(tmp_path, 7)
+    assert {LAST, BEST, HISTORY} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_handlers_of_signals_are_put_back_after_a_training(tmp_path, number):
+    before = [signal.getsignal(one) for one in stopping.SIGNALS]
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path, 3, number)
+    assert left.value.code == 128 + number
+    train(tmp_path)
+    assert [signal.getsignal(one) for one in stopping.SIGNALS] == before

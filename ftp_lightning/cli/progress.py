@@ -24,6 +24,17 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Print a result. Letters that the terminal cannot show are replaced: what was found is on disk already."""
+    coding = sys.stdout.encoding or "utf-8"
+    print(text.encode(coding, "replace").decode(coding), end=end, flush=True)
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    coding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(coding, "replace").decode(coding)
+
+
 class Progress:
     """Progress of one stage: a bar of rich on a terminal, a line every ten seconds otherwise.
 
@@ -53,7 +64,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._close()
-        print(f"{self.label}: {text}", file=self.stream, flush=True)
+        print(_shown(f"{self.label}: {text}", self.stream), file=self.stream, flush=True)
 
     def step(self, done: float, total: float, what: str) -> None:
         """Show that `done` of `total` steps are done; `what` names the current one."""
@@ -66,7 +77,7 @@ class Progress:
         if terminal:
             self._draw(text, self.before + self.share * fraction)
         else:
-            print(text, file=self.stream, flush=True)
+            print(_shown(text, self.stream), file=self.stream, flush=True)
 
     def done(self, text: str) -> None:
         """Print the last line of the stage, with the time it took."""

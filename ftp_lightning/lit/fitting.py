@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import signal
 import threading
-import zipfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,18 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.fsdp import FSDPModule
 
-from ftp_lightning.artifact import write_text
+from ftp_lightning import stopping
 from ftp_lightning.data.module import RowsData
-from ftp_lightning.fingerprint import digest
 from ftp_lightning.launcher import Place
+from ftp_lightning.lit.checkpoints import (
+    BEST,
+    HISTORY,
+    LAST,
+    WholeCheckpoints,
+    history_digest,
+    read_history,
+    step_to_resume,
+)
 from ftp_lightning.lit.router_training import RouterTraining
 from ftp_lightning.lit.trainer_device import trainer_device
 from ftp_lightning.lit.training_settings import TrainingSettings
@@ -30,8 +37,7 @@ from ftp_lightning.processes import Processes
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.started import Started
-
-LAST, BEST, HISTORY = "last.ckpt", "best.ckpt", "history.jsonl"
+from ftp_lightning.whole_files import write_text
 
 
 def fit(
@@ -48,11 +54,13 @@ def fit(
 
     `folder`/checkpoints holds the last and the best state (router, optimiser, counters; never the model) and the
     history, from which the same call goes on: the result is that of a training without interruption, to the bit on a
-    CPU. SIGTERM and SIGUSR1 save and leave with the exit status 128 + signal.
+    CPU. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and leave with the exit status 128 + signal; all handlers are put back
+    afterwards.
 
     Args:
         progress: told (step, steps).
-        fingerprint: of all that decides the result; a checkpoint of another one is thrown away.
+        fingerprint: of all that decides the result; checkpoints of another one are refused, and without one no
+            checkpoint is resumed.
         processes: those that train together, each with a share of the batches: W of them are one that accumulates W
             times as many. Every one of them calls this function with equal arguments.
 
@@ -60,7 +68,7 @@ def fit(
     """
     settings, pruner, place = system.settings, system.pruner, Path(folder) / "checkpoints"
     processes = processes or Processes()
-    resume = processes.from_first(_to_resume(place, fingerprint) if processes.rank == 0 else None)
+    resume = processes.from_first(step_to_resume(place, fingerprint) if processes.rank == 0 else None)
     system.fingerprint, record = fingerprint, History(system, place / HISTORY)
     given = copy.deepcopy(system.state_dict())
     best = ModelCheckpoint(place, "best", monitor="validation_kl", enable_version_counter=False)
@@ -70,11 +78,16 @@ def fit(
     if settings.patience is not None:
         callbacks.append(EarlyStopping("validation_kl", patience=settings.patience))
     trainer = _trainer(system, processes, logger, callbacks)
-    if resume is None:
-        trainer.validate(system, datamodule=data, verbose=False)
-    else:
-        data.batches_done = resume * settings.accumulate * processes.count
-    trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    try:
+        if resume is None:
+            trainer.validate(system, datamodule=data, verbose=False)
+        else:
+            data.batches_done = resume * settings.accumulate * processes.count
+        with stopping.unhurried():
+            trainer.fit(system, datamodule=data, ckpt_path=None if resume is None else place / LAST, weights_only=True)
+    finally:
+        stopping.put_back(before)  # Lightning leaves its own behind
     if best.best_model_path and pruner.choice == "topk":  # under `threshold` the best state prunes least
         before = system.validations[0]["kl"] <= best.best_model_score.item()
         trained = None if before else torch.load(place / BEST, weights_only=True)["state_dict"]
@@ -117,51 +130,13 @@ def _metrics(system: RouterTraining, best_kl: torch.Tensor | None) -> dict:
 def _together(processes: Processes) -> dict:
     """What the Trainer is told of the processes: they are there, and in touch."""
     if processes.count == 1:
-        return {"plugins": [LightningEnvironment()]}  # alone, also inside of a SLURM job
+        return {"plugins": [LightningEnvironment(), WholeCheckpoints()]}  # alone, also inside of a SLURM job
     fabric: Any = processes.fabric
     nodes = fabric.strategy.num_nodes
     place = Place(processes.rank, processes.count, fabric.local_rank, fabric.node_rank, nodes)
     strategy = DDPStrategy(cluster_environment=Started(place), find_unused_parameters=True)
-    counts = {"devices": processes.count // nodes, "num_nodes": nodes}
+    counts = {"devices": processes.count // nodes, "num_nodes": nodes, "plugins": [WholeCheckpoints()]}
     return counts | {"strategy": strategy, "use_distributed_sampler": False}
-
-
-def _to_resume(place: Path, fingerprint: str) -> int | None:
-    """The step to go on from; checkpoints of another training, and those that a bit of is wrong, are thrown away."""
-    try:
-        checkpoint = _sound(place / LAST)
-        if (place / BEST).exists():
-            _sound(place / BEST)
-        done = checkpoint["global_step"]
-        if fingerprint and checkpoint.get("fingerprint") == fingerprint:
-            if checkpoint.get("history") == _digest(_read_history(place / HISTORY, done)):
-                return done
-    except FileNotFoundError:
-        if not place.exists():
-            return None
-    except Exception:  # torch and zipfile raise a dozen kinds for a broken file
-        pass
-    shutil.rmtree(place)
-    return None
-
-
-def _sound(path: Path) -> dict:
-    """The checkpoint in a file whose checksums are right: torch writes them and does not look at them."""
-    with zipfile.ZipFile(path) as parts:
-        if parts.testzip() is not None:
-            raise ValueError(f"{path} is broken")
-    return torch.load(path, weights_only=True)
-
-
-def _read_history(path: Path, done: int) -> tuple[list[dict], list[dict]]:
-    """(steps, validations) up to step `done`; the last line may be half a line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [row for row in (json.loads(line) for line in lines if line.endswith("}")) if row["step"] <= done]
-    return [row for row in rows if "kl" not in row], [row for row in rows if "kl" in row]
-
-
-def _digest(history: tuple[list[dict], list[dict]]) -> str:
-    return digest(json.dumps(history).encode())
 
 
 class History(L.Callback):
@@ -174,7 +149,7 @@ class History(L.Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_load_checkpoint(self, trainer, system, checkpoint) -> None:
-        system.history, system.validations = _read_history(self.path, checkpoint["global_step"])
+        system.history, system.validations = read_history(self.path, checkpoint["global_step"])
         if trainer.is_global_zero:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in [*system.validations, *system.history]))
         self.written = [len(system.history), len(system.validations)]
@@ -184,7 +159,7 @@ class History(L.Callback):
         done = checkpoint["global_step"]
         kept = system.history, system.validations
         steps, validations = ([row for row in rows if row["step"] <= done] for rows in kept)
-        checkpoint["history"] = _digest((steps, validations))
+        checkpoint["history"] = history_digest((steps, validations))
 
     def on_train_batch_end(self, trainer, *args) -> None:
         self._write(trainer)
@@ -218,25 +193,21 @@ class _Leaving(L.Callback):
     processes do so together."""
 
     def __init__(self, path: Path):
-        self.path, self.received, self.validated = path, 0, False
-        self.before: dict[int, Any] = {}
+        self.path, self.received, self.since, self.validated = path, 0, 0.0, False
 
     def on_train_start(self, trainer, *args) -> None:
         if threading.current_thread() is not threading.main_thread():  # there alone handlers may be set
             return
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            before = signal.getsignal(number)
-            if number == signal.SIGTERM or before == signal.SIG_DFL:  # a scheduler's requeue hears SIGUSR1 itself
-                self.before[number] = before
+        for number in stopping.SIGNALS:
+            # a scheduler's requeue hears SIGUSR1 itself, `nohup` ignores SIGHUP; at SIGTERM Lightning listens already
+            if number == signal.SIGTERM or stopping.may_replace(number):
                 signal.signal(number, self._hear)
 
-    def teardown(self, trainer, system, stage: str) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
     def _hear(self, number: int, frame) -> None:
-        self.received = number
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+        elif stopping.is_second(self.since):
+            stopping.leave_now(number)
 
     def on_train_batch_end(self, trainer, system, outputs, batch, batch_idx: int) -> None:
         self.validated = (batch_idx + 1) % trainer.val_check_batch == 0  # next, and its checkpoint saved after it
@@ -252,7 +223,7 @@ class _Leaving(L.Callback):
         return trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
 
     def _leave(self) -> None:
-        raise SystemExit(128 + (self.received or signal.SIGTERM))
+        raise stopping.Stopped(self.received or signal.SIGTERM)
 
 
 class _Progress(L.Callback):

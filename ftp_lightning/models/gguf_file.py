@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import UserError, unwritable
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 
 CACHE = "FTP_LIGHTNING_CACHE"
@@ -66,7 +66,7 @@ def converted(name: str, parts: Sequence[Path], sha256: str | None = None) -> Pa
                 print(f"{name}: converted once into {folder}", file=sys.stderr)
                 _convert(name, parts, folder)
     except OSError as error:
-        raise unwritable(error) or UserError(
+        raise file_error(error) or UserError(
             f"model {name} cannot be converted into {folder}: {error.strerror or error}\n"
             f"Set {CACHE} to a folder that can be written."
         ) from error

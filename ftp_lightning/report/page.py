@@ -7,11 +7,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ftp_lightning.cells import csv_cell
 from ftp_lightning.report import wording
 from ftp_lightning.report.comparing import read_runs
 from ftp_lightning.report.comparison_page import PLOTS, comparison_context
 from ftp_lightning.report.diagnostics import diagnose
-from ftp_lightning.report.reading import Run, read_json, read_origins, read_run, read_settings
+from ftp_lightning.report.reading import Run, as_stages_write, read_json, read_origins, read_run, read_settings
 from ftp_lightning.report.sections import SECTIONS, Plot, Section
 from ftp_lightning.report.series import Rows, closed_form, starts
 from ftp_lightning.report.study import Study, read_study
@@ -33,14 +34,15 @@ def build_report(run_folder: Path) -> Path:
     is not JSON.
     """
     folder = Path(run_folder)
-    if study := read_study(folder):
-        return build_study(folder, study)
-    if found := read_json(folder / TUNED):
-        return build_tuned(folder, found)
-    run = read_run(folder)
-    drawn = {plot.name: draw(plot, plot.rows(run)) for section in SECTIONS for plot in section.plots}
-    drawn = {name: files for name, files in drawn.items() if files}
-    page = render(context(folder, run, {name: files["svg"] for name, files in drawn.items()}))
+    with as_stages_write(folder):
+        if study := read_study(folder):
+            return build_study(folder, study)
+        if found := read_json(folder / TUNED):
+            return build_tuned(folder, found)
+        run = read_run(folder)
+        drawn = {plot.name: draw(plot, plot.rows(run)) for section in SECTIONS for plot in section.plots}
+        drawn = {name: files for name, files in drawn.items() if files}
+        page = render(context(folder, run, {name: files["svg"] for name, files in drawn.items()}))
     return write_report(folder, page, drawn, [plot.name for section in SECTIONS for plot in section.plots])
 
 
@@ -62,11 +64,12 @@ def build_tuned(folder: Path, found: dict[str, Any]) -> Path:
 
 def build_comparison(folders: list[Path], output: Path) -> Path:
     """Writes `output/report.html`, which puts the runs side by side, and its figures in `output/report/`."""
-    runs = read_runs(folders)
-    drawn = {plot.name: draw(plot, plot.rows(runs)) for plot in PLOTS}
-    drawn = {name: files for name, files in drawn.items() if files}
-    shown = [{"plot": plot, "svg": drawn[plot.name]["svg"]} for plot in PLOTS if plot.name in drawn]
-    page = render(comparison_context(runs, shown), "compare.html")
+    with as_stages_write(*folders):
+        runs = read_runs(folders)
+        drawn = {plot.name: draw(plot, plot.rows(runs)) for plot in PLOTS}
+        drawn = {name: files for name, files in drawn.items() if files}
+        shown = [{"plot": plot, "svg": drawn[plot.name]["svg"]} for plot in PLOTS if plot.name in drawn]
+        page = render(comparison_context(runs, shown), "compare.html")
     output.mkdir(parents=True, exist_ok=True)
     return write_report(output, page, drawn, [plot.name for plot in PLOTS])
 
@@ -86,7 +89,7 @@ def to_csv(rows: Rows) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue().encode()
 
 

@@ -1,10 +1,13 @@
 """Reads what the stages left in a run folder; a stage that has not been run is `None`."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import read_yaml
+from ftp_lightning.products import found_product, is_as_written, product_text, read_provenance
 
 STAGES = ("sensitivity", "search", "train", "finetune", "static", "evaluate", "benchmark")
 
@@ -44,20 +47,38 @@ def read_run(folder: Path) -> Run:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file, or None if there is none."""
-    text = read_text(path)
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.\nRun its stage again with --overwrite.") from error
+    """The parsed file, or None if there is none. UserError where it is broken, or not what its stage has written."""
+    return found_product(path.parent, path.name)
 
 
 def read_text(path: Path) -> str | None:
-    """The file's text, or None if there is none."""
+    """The file's text, or None if there is none. UserError as `read_json`."""
+    return product_text(path.parent, path.name)
+
+
+@contextmanager
+def as_stages_write(*folders: Path) -> Iterator[None]:
+    """Inside, what goes wrong with values that no stage has written is a UserError that names their files.
+
+    Files whose hash stands in the record of their stage are not suspected: what goes wrong with these is our fault.
+    """
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.\nRun its stage again with --overwrite.") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        paths = [folder / name for folder in folders for name in (*PRODUCTS.values(), "study.json", "tune.json")]
+        doubted = [str(path) for path in paths if path.exists() and not _is_sure(path)]
+        if not doubted:
+            raise
+        raise UserError(
+            f"one of {', '.join(doubted[:4])} is not what a stage writes ({type(error).__name__}: {str(error)[:100]})\n"
+            "Run its stage again with --overwrite."
+        ) from error
+
+
+def _is_sure(path: Path) -> bool:
+    return bool(is_as_written(path.parent, path.name))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -67,7 +88,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     for stage in ("evaluate", *reversed(STAGES)):
         if settings := read_config(folder / stage):
-            parts = (read_json(folder / stage / "provenance.json") or {}).get("parts") or {}
+            parts = (read_provenance(folder / stage) or {}).get("parts") or {}
             # a title has blanks; hashes of folders and names of the Hub have none
             known = str(parts.get("model", ""))
             return {**settings, "model": known} if " " in known else settings
@@ -76,14 +97,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_config(stage_folder: Path) -> dict[str, Any]:
     """The settings that a stage has left in its config.yaml; empty where there is none. UserError if it is not YAML."""
-    import yaml
-
     path = stage_folder / "config.yaml"
-    text = read_text(path)
-    try:
-        found = yaml.safe_load(text or "")
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML.\nRun its stage again with --overwrite.") from error
+    found = {} if read_text(path) is None else read_yaml(path)
     return found if isinstance(found, dict) else {}
 
 
@@ -92,7 +107,7 @@ def read_origins(folder: Path) -> list[dict[str, Any]]:
     origins = []
     for stage in STAGES:
         text = read_text(folder / stage / "config.yaml")
-        provenance = read_json(folder / stage / "provenance.json")
+        provenance = read_provenance(folder / stage)
         if provenance is not None or text is not None:
             origins.append({"stage": stage, "provenance": provenance or {}, "config": text})
     return origins

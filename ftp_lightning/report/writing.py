@@ -45,13 +45,20 @@ def remove_figures(folder: Path, names: Iterable[str]) -> None:
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
+def _umask() -> int:
+    """What the user forbids others; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` at once: a reader sees the old file or the new one."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(partial, 0o644)
+        os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)

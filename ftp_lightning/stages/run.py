@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 from ftp_lightning.artifact import write_text
 from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import option
-from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.progress import Progress, say
 from ftp_lightning.cli.settings import BudgetSettings, RowsSettings, StageSettings
 from ftp_lightning.device_map import read_device_map
 from ftp_lightning.errors import UserError
+from ftp_lightning.products import read_product
 from ftp_lightning.stages.benchmark import BenchmarkStage
 from ftp_lightning.stages.evaluate import OUR_TASKS, EvaluateStage
 from ftp_lightning.stages.search import SearchStage
@@ -38,11 +39,11 @@ class RunStage(BudgetSettings, RowsSettings):
     budget: float = option(0.3, "mean share of tokens that skip a block; see --budget_kind", least=0.0, below=1.0)
     kv: str = kv_option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
     search_kv: bool = option(False, "search the kv mode of every block as well, in place of --kv")
-    sensitivity_windows: int = option(16, "calibration windows of the sensitivity", least=1)
-    search_windows: int = option(32, "calibration windows of search and fine-tuning", least=1)
-    generations: int = option(15, "generations of the search", least=0)
-    finetune_generations: int = option(6, "generations of the fine-tuning", least=0)
-    offspring: int = option(8, "children per generation", least=1)
+    sensitivity_windows: int = option(16, "calibration windows of the sensitivity", least=1, most=10**7)
+    search_windows: int = option(32, "calibration windows of search and fine-tuning", least=1, most=10**7)
+    generations: int = option(15, "generations of the search", least=0, most=10**5)
+    finetune_generations: int = option(6, "generations of the fine-tuning", least=0, most=10**5)
+    offspring: int = option(8, "children per generation", least=1, most=10**5)
     router: RouterName = option(
         "dynamic", "which router; `projected` and `projected_once` also see 12 directions of the hidden state"
     )
@@ -64,16 +65,21 @@ class RunStage(BudgetSettings, RowsSettings):
     test_split: str = option("auto", "split of the text to evaluate on; `auto` is test")
     compare: tuple[str, ...] = option(COMPARED, "baselines to evaluate beside the trained router")
     tasks: tuple[str, ...] = option(OUR_TASKS, "tasks to evaluate")
-    items: int = option(300, "questions with facts to recall", least=1)
-    limit: int | None = option(None, "items per task at most", least=1)
+    items: int = option(300, "questions with facts to recall", least=1, most=10**7)
+    limit: int | None = option(None, "items per task at most", least=1, most=10**7)
     task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema, for lm-eval's tasks")
-    num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else the task's own", least=0)
+    num_fewshot: int | None = option(
+        None, "examples before each item of lm-eval's tasks; else the task's own", least=0, most=10_000
+    )
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
-    test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1)
+    test_windows: int | None = option(None, "windows of test text at most; all of them by default", least=1, most=10**7)
     lengths: tuple[int, ...] = option((), "prompt lengths of the benchmark; by default 512, 1024, 2048")
-    pairs: int = option(15, "pairs of prefills per length", least=2)
+    pairs: int = option(15, "pairs of prefills per length", least=2, most=10_000)
     processes: int = option(
-        1, "processes that share search, training (W of them: W times the rows) and the items of tasks", least=1
+        1,
+        "processes that share search, training (W of them: W times the rows) and the items of tasks",
+        least=1,
+        most=1024,
     )
 
     def check(self) -> None:
@@ -106,7 +112,7 @@ class RunStage(BudgetSettings, RowsSettings):
             before += share_of[name]
         write_text(self.folder / "rounds.json", json.dumps(gains(self.folder, self.rounds), indent=1) + "\n")
         page = build_report(self.folder)
-        print(headline(json.loads((self.folder / "evaluate" / "results.json").read_text(encoding="utf-8"))))
+        say(headline(read_product(self.folder / "evaluate", "results.json")))
         Progress(f"[{len(stages) + 1}/{len(stages) + 1}] report", started=started).done(f"wrote {page}")
         return self.folder
 
@@ -194,7 +200,7 @@ def gains(folder: Path, rounds: int) -> list[dict[str, Any]]:
     windows with that router."""
     found = []
     for number, place in enumerate(round_places(rounds), start=1):
-        trained, tuned = (json.loads((folder / f"{place}{name}/metrics.json").read_text()) for name in ROUND)
+        trained, tuned = (read_product(folder / f"{place}{name}", "metrics.json") for name in ROUND)
         router = {"before": trained["validation_kl"][0]["kl"], "after": trained["best_validation_kl"]}
         schedule = {"before": tuned["allocations"]["given"], "after": tuned["value"]}
         found.append({"round": number, "router_validation_kl": router, "schedule_calibration_kl": schedule})

@@ -9,6 +9,7 @@ from typing import Any
 from ftp_lightning.artifact import locked, write_text
 from ftp_lightning.baselines.block_pruner import BlockPruner
 from ftp_lightning.baselines.setting import Setting
+from ftp_lightning.products import read_product
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.stages.inputs import measured_rows
 from ftp_lightning.stages.search import SearchStage
@@ -40,7 +41,7 @@ def calibrated(
         with locked(stage.folder):
             if not is_finished(stage):
                 stage.execute()
-    influence = json.loads(Path(measured).read_text(encoding="utf-8"))["block_influence"]
+    influence = read_product(Path(measured).parent, Path(measured).name)["block_influence"]
     rows = measured_rows(searching, *loaded, peer_rows, 0.5)
     found = Setting(loaded[0], windows=rows, influence=tuple(influence))
     found.searched = Schedule.load(folder / "search" / "schedule.json")

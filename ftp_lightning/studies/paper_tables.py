@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import quoted
 from ftp_lightning.evaluation.tables import Record, Table, fixed, number, percent, text, with_interval, written
+from ftp_lightning.products import read_product
 
 INPUTS: dict[str, dict[str, Any]] = {
     "hidden": {"router": "hidden"},
@@ -136,7 +136,7 @@ def _table(
     args: argparse.Namespace, name: str, title: str, cells: list[tuple[str, str, str | None]], quotes: list[Record]
 ) -> Table:
     tasks = args.tasks.split(",")
-    results = {place: json.loads((args.output / place / "results.json").read_text()) for _, place, _ in cells}
+    results = {place: read_product(args.output / place, "results.json") for _, place, _ in cells}
     rows = [{"method": shown} | _row(args.model, results[place], method, tasks) for shown, place, method in cells]
     columns = {
         "model": text("model"),
@@ -171,7 +171,7 @@ def _speed_table(args: argparse.Namespace, stages: Mapping[str, StageSettings]) 
     rows = []
     for place in (place for place in stages if place.endswith("/benchmark")):
         about = {"model": args.model, "method": OURS, "sparsity": float(Path(place).parent.name), "source": "measured"}
-        rows += [about | row for row in json.loads((args.output / place / "benchmark.json").read_text())["rows"]]
+        rows += [about | row for row in read_product(args.output / place, "benchmark.json")["rows"]]
     columns = {
         "model": text("model"),
         "method": text("method"),

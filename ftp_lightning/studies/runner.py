@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +15,8 @@ from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
+from ftp_lightning.products import changed_products
+from ftp_lightning.stopping import Stopped, end_with_parent, stop_workers, unhurried
 
 if TYPE_CHECKING:
     from ftp_lightning.studies.trial import TrialStage
@@ -27,7 +28,9 @@ def is_finished(settings: StageSettings) -> bool | None:
     if found is None:
         return None
     told = settings.config(), settings.identity(), ""
-    return found.get("fingerprint") == StageFolder(settings.folder, settings.stage, *told).fingerprint
+    if found.get("fingerprint") != StageFolder(settings.folder, settings.stage, *told).fingerprint:
+        return False
+    return None if any(changed_products(settings.folder, found)) else True  # its folder says what is wrong with it
 
 
 def to_do(trials: Sequence[TrialStage]) -> list[TrialStage]:
@@ -75,11 +78,15 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     places = context.Queue()
     for number in range(jobs):
         places.put(gpus[number % len(gpus)] if gpus else None)
-    pool = ProcessPoolExecutor(jobs, context, _start_worker, (places, jobs, os.getpid()))
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (places, jobs))
     try:
         yield pool
+    except Stopped:
+        stop_workers()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        with unhurried():
+            pool.shutdown(cancel_futures=True)
 
 
 def visible_gpus() -> list[str]:
@@ -104,7 +111,7 @@ _kept = ExitStack()
 """Of a worker: what stays open until it ends."""
 
 
-def _start_worker(places: Any, jobs: int, parent: int) -> None:
+def _start_worker(places: Any, jobs: int) -> None:
     """A worker sees one GPU, where there are any; else it has its share of the cores."""
     place = places.get()
     if place is not None:
@@ -117,14 +124,7 @@ def _start_worker(places: Any, jobs: int, parent: int) -> None:
     if place is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     _kept.enter_context(_one_process())
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+    end_with_parent()
 
 
 def _run(trial: TrialStage) -> str | None:
@@ -134,8 +134,4 @@ def _run(trial: TrialStage) -> str | None:
         trial.execute(Progress(label))
     except UserError as error:
         return f"{label}: {error}"
-    except SystemExit as left:
-        if left.code == 1:  # so Lightning answers Ctrl-C, when it has cleaned up
-            raise KeyboardInterrupt from left
-        raise
     return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import write_bytes, write_text
+from ftp_lightning.products import read_product
 from ftp_lightning.report.study import is_sure
 from ftp_lightning.report.wording import number, percent, signed
 
@@ -30,7 +31,7 @@ def write_study(
     """study.json, table.md, study.csv and study.png of the finished runs; the first row is what others are held
     against, and `pairs` are (label, label of the row that it is held against, too): where there are some the sentence
     begins with them."""
-    runs = [(trial, json.loads((trial.folder / "results.json").read_text(encoding="utf-8"))) for trial in trials]
+    runs = [(trial, read_product(trial.folder, "results.json")) for trial in trials]
     labels: list[Any] = list(dict.fromkeys(trial.label for trial in trials))
     groups = {label: [(trial, found) for trial, found in runs if trial.label == label] for label in labels}
     rows = [summary(label, group) for label, group in groups.items()]

@@ -14,6 +14,7 @@ from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import StageSettings, picked, text_identity
 from ftp_lightning.errors import UserError
+from ftp_lightning.products import read_product
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
@@ -48,12 +49,16 @@ class TrialStage(TrainStage):
         "dynamic", "which router; static and random learn nothing"
     )
     kv: str = kv_option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
-    steps: int = option(60, "optimiser steps: equal, short trainings", least=1)
-    batch_size: int = option(2, "windows per forward", least=1)
-    validations: int = option(1, "times the router is measured while it trains; at 1 no state is chosen", least=1)
+    steps: int = option(60, "optimiser steps: equal, short trainings", least=1, most=10**8)
+    batch_size: int = option(2, "windows per forward", least=1, most=10**6)
+    validations: int = option(
+        1, "times the router is measured while it trains; at 1 no state is chosen", least=1, most=10**6
+    )
     allocation: str = option(SEARCHED, "how the budget is spread over the blocks: searched, or an allocation by name")
-    generations: int = option(6, "generations of the search", least=0)
-    finetune_generations: int = option(0, "generations of a search with the trained router; 0: none", least=0)
+    generations: int = option(6, "generations of the search", least=0, most=10**5)
+    finetune_generations: int = option(
+        0, "generations of a search with the trained router; 0: none", least=0, most=10**5
+    )
     calibration: str | None = option(None, "text to search on, where it is another than --data")
     calibration_windows: int = option(16, "calibration windows to search on", least=1)
     calibration_recall_share: float = option(
@@ -155,7 +160,7 @@ class TrialStage(TrainStage):
             }
             place = self._shared(replace(searched, kv="auto", allocations=(), **tuning), progress) / "pruned"
         pruner = TokenPruner.load(place).changed(decode=self.decode, threshold=self.threshold)
-        return pruner, json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
+        return pruner, read_product(trained, "metrics.json")
 
     def search_settings(self, progress: Progress) -> SearchStage:
         """The search for the schedule; of a named allocation, which is what is found then."""

@@ -122,6 +122,24 @@ def run(arguments: list[str], kill_after: float | None = None, before: Callable[
         return Ended(ended, text, time.monotonic() - began)
 
 
+def signalled(arguments: list[str], number: int, after: float) -> tuple[Ended, float]:
+    """Send a stage a signal so many seconds after its start. Returns how it ended, and how long that took."""
+    with tempfile.TemporaryDirectory() as place:
+        said, began = Path(place) / "said", time.monotonic()
+        child, sent = start(arguments, said), 0.0
+        while not (found := os.waitpid(child, os.WNOHANG))[0]:
+            now = time.monotonic()
+            if not sent and now - began > after and said.exists():
+                sent = now
+                os.kill(child, number)
+            elif sent and now - sent > 60:
+                _kill(child)
+            time.sleep(0.002)
+        left_in = time.monotonic() - sent if sent else 0.0
+        text = said.read_text(errors="replace") if said.exists() else ""
+        return Ended(os.waitstatus_to_exitcode(found[1]), text, time.monotonic() - began), left_in
+
+
 def _kill(child: int) -> None:
     """It and what it has started, where it has come so far as to lead a group."""
     try:
@@ -147,7 +165,8 @@ def files(folder: Path, stage: str = "") -> dict[str, bytes]:
 def differences(whole: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
     """What of a finished folder is not as in the uninterrupted run; times may differ, a file may not be broken."""
     wrong = [f"{name} is missing" for name in whole.keys() - found.keys()]
-    wrong += [f"{name} was left behind" for name in found.keys() - whole.keys() if not name.endswith(".lock")]
+    left = [name for name in found.keys() - whole.keys() if not name.endswith(".lock") and ".broken-" not in name]
+    wrong += [f"{name} was left behind" for name in left]
     for name in whole.keys() & found.keys():
         timed = any(part in name for part in TIMED)
         if not timed and whole[name] != found[name]:
@@ -509,7 +528,7 @@ def main() -> int:
 
 
 LIBRARIES = "lightning transformers lm_eval.tasks deap matplotlib.pyplot jsonargparse safetensors.torch".split()
-OURS = "search train evaluate benchmark generate report run sensitivity searching training measuring checks".split()
+OURS = "search train evaluate benchmark generate report run sensitivity inputs task_files methods".split()
 
 
 def _import_all() -> None:

@@ -1,0 +1,178 @@
+"""Signals that ask a run to stop: it leaves with 128 + n within seconds, and its workers with it.
+
+What is on disk is whole at every moment, so leaving needs no work but to let go. Training is the exception: it saves at
+the end of its step. A second signal leaves at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PATIENCE = 4.0
+"""Seconds after which a run that is still there is ended, whatever it is in the middle of [ours]."""
+SAME = 0.3
+"""Seconds within which a second signal is the first one told twice, as `timeout` and terminals do [ours]."""
+RESUME = "Interrupted. Run the same command again to resume."
+_KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+class Stopped(SystemExit):
+    """A signal has come. It passes all that catches errors, as SystemExit does; its code is 128 + the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
+
+
+class _Watch(threading.Thread):
+    """Reads what the interpreter writes of every signal, also while the main thread is inside of a library."""
+
+    def __init__(self) -> None:
+        super().__init__(name="stopping", daemon=True)
+        self.told, self.telling = socket.socketpair()
+        self.telling.setblocking(False)
+        self.came: int | None = None
+        self.raised = False
+        self.since = 0.0
+
+    def run(self) -> None:
+        while (numbers := self._heard()) is not None:
+            for number in numbers:
+                if self.came is None:
+                    self.came, self.since = number, time.monotonic()
+                elif is_second(self.since):
+                    leave_now(number)
+            if self.came is not None and not _unhurried and time.monotonic() - max(self.since, _hurried_at) > PATIENCE:
+                leave_now(self.came)
+
+    def _heard(self) -> list[int] | None:
+        """The signals that have come, perhaps none; None where nobody listens any more. Looks again every 0.1 s once
+        one has come."""
+        self.told.settimeout(None if self.came is None else 0.1)
+        try:
+            found = self.told.recv(64)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        return [number for number in found if number in SIGNALS] if found else None
+
+
+_unhurried, _hurried_at = 0, 0.0
+_watch: _Watch | None = None
+
+
+@contextmanager
+def heeding() -> Iterator[None]:
+    """Inside, the first of SIGNALS raises `Stopped` in the main thread, and the second ends the process at once.
+
+    SIGINT is heard although a shell has started the process in the background; SIGHUP is not under `nohup`. All
+    handlers are put back afterwards. Outside of the main thread it does nothing.
+    """
+    global _watch
+    if threading.current_thread() is not threading.main_thread() or _watch is not None:
+        yield
+        return
+    _watch = watch = _Watch()
+    watch.start()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    before_fd = signal.set_wakeup_fd(watch.telling.fileno(), warn_on_full_buffer=False)
+    try:
+        for number in SIGNALS:
+            if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
+                signal.signal(number, _stop)
+        yield
+    finally:
+        put_back(before)
+        signal.set_wakeup_fd(before_fd)
+        _watch = None
+        watch.telling.close()
+
+
+def put_back(handlers: dict[int, Any]) -> None:
+    """Set the handlers that `signal.getsignal` gave; those that Python did not set stay."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def may_replace(number: int) -> bool:
+    """Whether nobody but us hears this signal, as far as Python knows."""
+    return signal.getsignal(number) in (_stop, signal.SIG_DFL, signal.default_int_handler)
+
+
+def is_second(first: float) -> bool:
+    """Whether a signal that comes now is another one than that which came at `first` (`time.monotonic`)."""
+    return time.monotonic() - first > SAME
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raises once: what is done while the process leaves is not disturbed."""
+    if _watch is not None and not _watch.raised:
+        _watch.raised = True
+        raise Stopped(number)
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Inside, leaving may take its time: a step of training is finished first. A second signal still leaves at once."""
+    global _unhurried, _hurried_at
+    _unhurried += 1
+    try:
+        yield
+    finally:
+        _unhurried -= 1
+        _hurried_at = time.monotonic()
+
+
+def leave_now(number: int) -> None:
+    """End this process and those it has started, whatever they are in the middle of."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    with suppress(OSError):
+        os.write(2, f"\n{RESUME}\n".encode())
+    os._exit(128 + number)
+
+
+def stop_workers() -> None:
+    """Ask the processes that this one has started to stop: those that train leave after their step."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+
+
+def await_workers() -> None:
+    """Wait until the processes that this one has started have ended, so that its locks are freed last."""
+    with unhurried():
+        for child in multiprocessing.active_children():
+            child.join()
+
+
+def end_with_parent() -> None:
+    """Have this worker killed when the process that started it ends, however that ends: by the kernel on Linux, and
+    elsewhere by looking once a second."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+    threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True).start()
+
+
+def _watch_parent(parent: int | None) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

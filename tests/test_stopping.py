@@ -1,0 +1,156 @@
+"""A signal ends a run within seconds with 128 + n, its workers with it; a second one ends it at once."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ftp_lightning import __main__ as command_line
+from ftp_lightning import stopping
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+import kill  # noqa: E402
+
+
+def sleeping():
+    while True:
+        time.sleep(0.01)
+
+
+def deaf():
+    """A loop that swallows what it is told."""
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:  # noqa: B036  that is the test
+            continue
+
+
+def in_a_library():
+    """A call into C that goes on when a signal has come, so that Python's handlers are never run."""
+    libc = ctypes.CDLL(None)
+    semaphore = ctypes.create_string_buffer(64)
+    libc.sem_init(semaphore, 0, 0)
+    for number in stopping.SIGNALS:
+        libc.siginterrupt(int(number), 0)
+    libc.sem_wait(semaphore)
+
+
+def unhurried():
+    with stopping.unhurried():
+        deaf()
+
+
+def signalled(work, numbers, pause=0.5, patience=0.3, before=lambda: None):
+    """(status, seconds from the first signal) of a command line that does `work`, in a process of its own."""
+    come, ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            before()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            stopping.PATIENCE = patience
+
+            def run(argv):
+                os.write(ready, b"x")
+                work()
+
+            command_line._run = run
+            os._exit(command_line.main(["search"]))
+        finally:
+            os._exit(99)
+    os.read(come, 1)
+    time.sleep(0.05)
+    began = time.monotonic()
+    for number in numbers:
+        os.kill(child, number)
+        time.sleep(pause)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - began - pause * len(numbers)
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("work", [sleeping, deaf, in_a_library])
+def test_every_signal_ends_a_run_whatever_it_is_doing(work, number):
+    assert signalled(work, [number])[0] == 128 + number
+
+
+def test_a_second_signal_does_not_wait_for_what_is_finished_first():
+    assert signalled(unhurried, [signal.SIGTERM, signal.SIGINT])[0] == 128 + signal.SIGINT
+
+
+def test_the_same_signal_told_twice_at_once_is_one():
+    assert signalled(sleeping, [signal.SIGTERM, signal.SIGTERM], pause=0.0)[0] == 128 + signal.SIGTERM
+
+
+def test_a_shell_may_have_the_interrupt_ignored_but_nohup_is_obeyed():
+    def background():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    assert signalled(sleeping, [signal.SIGINT], before=background)[0] == 130
+    assert signalled(sleeping, [signal.SIGHUP, signal.SIGTERM], before=nohup)[0] == 128 + signal.SIGTERM
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    with stopping.heeding():
+        assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from ftp_lightning import stopping\n"
+        "def work(queue):\n"
+        "    stopping.end_with_parent()\n"
+        "    queue.put(1)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    queue = context.Queue()\n"
+        "    worker = context.Process(target=work, args=(queue,))\n"
+        "    worker.start()\n"
+        "    queue.get()\n"
+        "    print(worker.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    import subprocess
+
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_stage_that_is_stopped_anywhere_comes_to_the_same_result(tmp_path, number):
+    kill._import_all()
+    (tmp_path / "base").mkdir()
+    for name in ("search", "train"):
+        took = kill.run(kill.arguments_of(name, tmp_path, tmp_path / "base" / name)).seconds
+        whole = kill.files(tmp_path / "base" / name, name)
+        for turn in range(10):
+            output = tmp_path / f"{name}-{turn}"
+            ended, left_in = kill.signalled(kill.arguments_of(name, tmp_path, output), number, took * (turn + 0.5) / 10)
+            assert ended.status in (0, 128 + number) and left_in < 5.5, ended
+            assert kill.run(kill.arguments_of(name, tmp_path, output)).status == 0
+            assert kill.differences(whole, kill.files(output, name)) == []
