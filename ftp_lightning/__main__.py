@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] == "ftp_lightning":
                 raise
-            return _say(f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.")
+            return _say(
+                f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`."
+            )
         except Stopped as stopped:
             return _say(f"\n{RESUME}", 128 + stopped.number)
         except KeyboardInterrupt:

@@ -15,16 +15,21 @@ PACKAGE = Path(__file__).resolve().parent
 PACKAGES = ("ftp-lightning", "torch", "transformers", "lightning", "deap", "datasets", "lm_eval", "numpy")
 PROVENANCE = "provenance.json"
 _WHOLE = 64 * 2**20
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 
 
-def hash_path(path: Path) -> str:
+def hash_path(path: Path, texts: str | None = None) -> str:
     """16 hex digits over a file's content, or the names and contents of a folder's files; the path does not count.
 
-    Of a file beyond 64 MiB its size, first and last 32 MiB count [ours]: weights of many GB are not read twice.
+    Of weights beyond 64 MiB their size, first and last 32 MiB count [ours]: many GB are not read twice.
+
+    Args:
+        texts: a pattern: of a folder these files alone count, and none of its folders.
     """
     if path.is_file():
         return digest(_content(path))
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != PROVENANCE)
+    found = path.rglob("*") if texts is None else path.glob(texts)
+    files = sorted(file for file in found if file.is_file() and file.name != PROVENANCE)
     return digest(*_named(path, files, _content))
 
 
@@ -36,11 +41,14 @@ def code_version() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package lies in; None where it is installed elsewhere."""
+    """The commit of the checkout this package lies in; None where it is installed elsewhere, or git cannot say."""
     if not (PACKAGE.parent / ".git").exists():
         return None
     command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return found.stdout.strip() or None
 
 
@@ -66,7 +74,7 @@ def digest(*parts: bytes) -> str:
 
 def _named(folder: Path, files: list[Path], read: Callable[[Path], bytes]) -> Iterator[bytes]:
     for file in files:
-        yield file.relative_to(folder).as_posix().encode()
+        yield os.fsencode(file.relative_to(folder).as_posix())
         yield read(file)
 
 
@@ -74,8 +82,8 @@ def _content(file: Path) -> bytes:
     """The sha256 of what counts of a file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        if size <= _WHOLE:
-            return hashlib.sha256(stream.read()).digest()
+        if size <= _WHOLE or file.suffix not in _WEIGHTS:
+            return hashlib.file_digest(stream, "sha256").digest()
         hashed = hashlib.sha256(size.to_bytes(8, "big") + stream.read(_WHOLE // 2))
         stream.seek(-_WHOLE // 2, os.SEEK_END)
         hashed.update(stream.read())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from ftp_lightning.artifact import read_provenance
-from ftp_lightning.disk.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, read_settings
+from ftp_lightning.cells import markdown_code, markdown_text, yaml_text
+from ftp_lightning.disk.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, read_settings, without_base
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
+from ftp_lightning.models.named import is_named
 from ftp_lightning.pruning.pruner import TokenPruner
+from ftp_lightning.schedule import kv_name
 
 FILES = (SETTINGS, WEIGHTS, COMPENSATION)
 """All that is ever sent or fetched: no code, no pickle, no name that a repository chooses."""
@@ -40,8 +44,10 @@ def push_to_hub(
     folder, api = Path(folder), api or _api()
     TokenPruner.load(folder)
     card = model_card(folder, results)
-    sent = {name: folder / name for name in FILES if (folder / name).exists()}
-    operations = [CommitOperationAdd(name, path.read_bytes()) for name, path in sent.items()]
+    sent = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+    if public_base(read_settings(folder).get("base")) is None:
+        sent[SETTINGS] = without_base(folder)
+    operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     _asked(repo, lambda: api.create_repo(repo, private=private, exist_ok=True, repo_type="model"))
     return str(_asked(repo, lambda: api.create_commit(repo, operations=operations, commit_message=message)).commit_url)
@@ -65,15 +71,15 @@ def fetched(name: str | Path, *, revision: str | None = None, api: Any = None) -
 def model_card(folder: str | Path, results: str | Path | None = None) -> str:
     """README.md of a pruner: what it is of and does, and where `results` are given what it was measured to lose."""
     record = read_settings(folder)
-    base, sparsity, router = record.get("base"), record["sparsity"], record["router"]
-    of_base = [f"base_model: {base}"] if base and "/" in base and not base.startswith((".", "/", "~")) else []
+    base, sparsity, router = public_base(record.get("base")), record["sparsity"], record["router"]
+    of_base = [f"base_model: {yaml_text(base)}"] if base and "/" in base else []
     head = ["---", "library_name: ftp_lightning", "tags: [token-pruning, ftp]", *of_base, "---"]
     settings = record["settings"]
-    kv = settings["kv"] if isinstance(settings["kv"], str) else "one per block"
+    kv = kv_name(settings["kv"])
     lines = [
-        f"# Token pruner for {base or 'a causal language model'}",
+        f"# Token pruner for {markdown_text(base) if base else 'a causal language model'}",
         f"A prompt's tokens skip blocks: {sum(sparsity) / len(sparsity):.1%} of them on average over {len(sparsity)} "
-        f"blocks. Router `{router['name']}`, keys and values `{kv}`, choice `{settings['choice']}`.",
+        f"blocks. Router {markdown_code(router['name'])}, keys and values `{kv}`, choice `{settings['choice']}`.",
         "| block | " + " | ".join(map(str, range(1, len(sparsity) + 1))) + " |",
         "|---" * (len(sparsity) + 1) + "|",
         "| tokens that skip, % | " + " | ".join(f"{100 * s:.0f}" for s in sparsity) + " |",
@@ -88,6 +94,15 @@ def model_card(folder: str | Path, results: str | Path | None = None) -> str:
         "```",
     ]
     return "\n".join([*head, "", *lines]) + "\n"
+
+
+def public_base(base: str | None) -> str | None:
+    """The name of a base model as others may be told it: a Hub name, or one that this package knows. None for a folder
+    or a file, whose path tells of this disk."""
+    if not base or base.lower().endswith(".gguf") or Path(base).expanduser().exists():
+        return None
+    known = base == "embedded" or is_named(base) or base.startswith("random:")
+    return base if known or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None
 
 
 def _measured(folder: Path, results: Path) -> list[str]:
@@ -111,7 +126,7 @@ def _measured(folder: Path, results: Path) -> list[str]:
             rows["answers kept"] = f"{100 * kept['share']:.1f} % ({ends}, {kept['items']} items)"
         for task, cell in ours["tasks"].items():
             if cell["acc"] is not None and task in found["dense"]["tasks"]:
-                rows[f"accuracy, {task}, dense and pruned"] = (
+                rows[f"accuracy, {markdown_text(task)}, dense and pruned"] = (
                     f"{found['dense']['tasks'][task]['acc']:.3f}, {cell['acc']:.3f}"
                 )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

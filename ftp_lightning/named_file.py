@@ -69,7 +69,7 @@ def parse_yaml(text: str, path: str) -> Any:
     import yaml
 
     try:
-        _check_events(yaml, text, path)
+        check_yaml(text, path)
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -77,8 +77,10 @@ def parse_yaml(text: str, path: str) -> Any:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}\nCorrect it.") from None
 
 
-def _check_events(yaml: Any, text: str, path: str) -> None:
-    """UserError for aliases and depth beyond the limits, before anything is built of them."""
+def check_yaml(text: str, path: str) -> None:
+    """UserError for aliases and depth beyond the limits, before anything is built of them; YAMLError where broken."""
+    import yaml
+
     depth = aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):

@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ftp_lightning.cli.flags import choices_of
 from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import LARGEST_YAML, check_yaml, read_named_text
 
 _KEY = re.compile(r"""(?:Parser key "|argument --)(\w+)""")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
@@ -82,11 +82,12 @@ def check_config_file(file: str, settings_class: type[Settings]) -> None:
     import yaml
 
     try:
-        text = file if file.startswith("{") else Path(file).expanduser().read_text(encoding="utf-8")
+        text = file if file.startswith("{") else read_named_text(file, LARGEST_YAML)
+        check_yaml(text, file)
         found = yaml.safe_load(text)
-    except OSError:
-        raise UserError(f"the config file {file} cannot be read\nGive --config the path of a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError as error:
+        raise UserError(f"config: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not a text file"

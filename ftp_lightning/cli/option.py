@@ -7,7 +7,10 @@ from dataclasses import field
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import named_path
 
+SMALLEST, LARGEST = 1e-9, 1e15
+"""What a number that is not 0 may be in size where its option says nothing narrower [ours]."""
 RESERVED = 2
 """Tokens of a prompt that are always kept where a block is pruned: the first and the last (method.md, section 2)."""
 
@@ -40,8 +43,11 @@ def option(
 
 
 def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:
-    """UserError where a value is out of the bounds that `option` was given."""
-    if value is None or not any(bound is not None for bound in bounds.values()):
+    """UserError where a value is out of the bounds that `option` was given, or no number that means anything."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            _check_size(name, number)
+    if value is None or isinstance(value, tuple) or not any(bound is not None for bound in bounds.values()):
         return
     least, most, below, above = (bounds[key] for key in ("least", "most", "below", "above"))
     fits = (
@@ -68,6 +74,24 @@ def _in_words(least: float | None, most: float | None, below: float | None, abov
 
 def _number(bound: float | None) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _check_size(name: str, number: float) -> None:
+    if number == 0 or SMALLEST <= abs(number) < LARGEST:  # false for nan as well
+        return
+    raise UserError(
+        f"{name} is {number:g}, must be 0, or from {SMALLEST:g} to {LARGEST:g} in size\n"
+        f"Change --{name} or the key {name} of the config file."
+        if isinstance(number, float)
+        else f"{name} is {str(number)[:30]}, must be at most {LARGEST:g}\nChange --{name}."
+    )
+
+
+def check_words(name: str, value: Any) -> None:
+    """UserError where a text, or one of a list, is empty or no text that a path or name could be."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str):
+            named_path(text, name)
 
 
 def check_reachable(budget: float, prompt_tokens: int) -> None:

@@ -13,6 +13,7 @@ from ftp_lightning.cli.help import stage_help
 from ftp_lightning.cli.messages import check_config_file, plain
 from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
+from ftp_lightning.stopping import Stopped
 
 Chosen = TypeVar("Chosen", bound=Settings)
 HELP = ("-h", "--help", "--help_all")
@@ -35,6 +36,8 @@ class Listed:
         self.item = item
 
     def __call__(self, given: Any) -> list:
+        if given is None or (isinstance(given, str) and not given.strip()):
+            raise ValueError("a list is empty or null: [] is the empty list")
         if isinstance(given, str):
             given = [part.strip(" '\"") for part in given.strip("[]()").split(",") if part.strip()]
         return [self.item(part) for part in (given if isinstance(given, list | tuple) else [given])]
@@ -47,7 +50,28 @@ class Listed:
 
 def words(given: Any) -> str | None:
     """Text as it is given: a comment, a number or `null` on the command line is text too."""
+    if isinstance(given, dict | list | tuple | set):
+        raise ValueError(f"one text is needed, not a {type(given).__name__}")
     return None if given is None else str(given)
+
+
+class Maybe:
+    """A number, or `null` in so many words: what YAML takes for null on the command line (`#3`) is an error."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
+
+    def __call__(self, given: Any) -> Any:
+        if given is None or (isinstance(given, str) and given.strip() == "null"):
+            return None
+        if isinstance(given, bool) or (self.kind is int and isinstance(given, float)):
+            raise ValueError(f"{given} is no {self.kind.__name__}")
+        return self.kind(given)
+
+    def __repr__(self) -> str:
+        return f"{self.kind.__name__} | null"
+
+    __name__ = property(__repr__)
 
 
 @cache
@@ -58,12 +82,20 @@ def parser_of(settings_class: type[Settings]) -> Parser:
     parser.add_argument("--config", action=ActionConfigFile)
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
-        kind, default = words if field.metadata["raw"] else hints[field.name], cast(Any, field.default)
+        kind = _kind(words if field.metadata["raw"] else hints[field.name])
+        default = cast(Any, field.default)
         if field.metadata["positional"]:
             parser.add_argument(field.name, nargs="*", type=str, default=list(default))
         else:
             _add(parser, field.name, kind, default)
     return parser
+
+
+def _kind(hint: Any) -> Any:
+    """What reads a value of this type: of texts and of numbers that may be null we read every word ourselves."""
+    if hint in (str, str | None):
+        return words
+    return next((Maybe(kind) for kind in (int, float) if hint == kind | None), hint)
 
 
 def _add(parser: Parser, name: str, kind: Any, default: Any) -> None:
@@ -107,12 +139,18 @@ def parse_settings(settings_class: type[Chosen], arguments: Sequence[str]) -> Ch
         check_config_file(file, settings_class)
     try:
         namespace = parser.parse_args(list(arguments))
+    except Stopped:
+        raise
     except SystemExit as finished:
         if finished.code:
             remedy = f"`ftp-lightning {settings_class.stage} --help_all` lists them."
             raise UserError(f"the arguments were not understood\n{remedy}") from None
         return None
     values = {field.name: namespace[field.name] for field in fields(settings_class)}
+    hints = get_type_hints(settings_class)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(hints[name]):
+            raise UserError(f"{name} is null\nGive --{name} a value, or leave it out.")
     return settings_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.cli.kv import AUTO, kv_option
-from ftp_lightning.cli.option import check_bounds, check_reachable, option
+from ftp_lightning.cli.option import check_bounds, check_reachable, check_words, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.device_map import read_device_map
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
 from ftp_lightning.schedule_family import LARGEST, is_family
@@ -38,6 +38,8 @@ class Settings(ABC):
             if read := item.metadata["read"]:
                 object.__setattr__(self, item.name, read(getattr(self, item.name)))
             check_bounds(item.name, getattr(self, item.name), item.metadata["bounds"])
+            if not item.metadata["raw"]:
+                check_words(item.name, getattr(self, item.name))
         self.check()
 
     def check(self) -> None:  # noqa: B027  a hook, empty where bounds say all
@@ -89,8 +91,10 @@ class ModelSettings(Settings):
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option(
         "csv", "where metrics are logged during the run", passive=True
     )
-    prompt_tokens: int = option(192, "tokens of a window that are routed; longer prompts are left out", least=4)
-    continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1)
+    prompt_tokens: int = option(
+        192, "tokens of a window that are routed; longer prompts are left out", least=4, most=10**7
+    )
+    continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1, most=10**7)
 
     def __post_init__(self) -> None:
         if self.model == ModelSettings.model and (base := _base_of(getattr(self, "pruned", None))) is not None:
@@ -152,7 +156,7 @@ class BudgetSettings(ModelSettings):
     budget_kind: Literal["tokens", "flops"] = option(
         "tokens", "--budget is a share of tokens, or of a prompt's FLOPs that is saved"
     )
-    budget_length: int = option(BUDGET_LENGTH, "with --budget_kind flops, tokens of that prompt", least=4)
+    budget_length: int = option(BUDGET_LENGTH, "with --budget_kind flops, tokens of that prompt", least=4, most=10**7)
 
     if TYPE_CHECKING:
 
@@ -277,16 +281,19 @@ def _base_of(pruned: str | None) -> str | None:
 
 def _as_argument(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "[]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _content(name: str, path: str | None) -> str | None:
     if path is None:
         return None
-    if not Path(path).expanduser().exists():
+    place = Path(path).expanduser()
+    if not place.exists():
         raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
-    return hash_path(Path(path).expanduser())
+    if not place.is_file() and not place.is_dir():
+        raise UserError(f"{name}: {path} is neither a file nor a folder\nGive --{name} what a stage has written.")
+    return hash_path(place)
 
 
 def _model_identity(name: str, revision: str | None) -> str:
@@ -299,10 +306,15 @@ def _model_identity(name: str, revision: str | None) -> str:
 
 def text_identity(source: str) -> str:
     """A text by its content where it lies on this disk, else by its name."""
-    return _source(source, ASSETS / "stories")
+    return _source(source, ASSETS / "stories", texts=True)
 
 
-def _source(name: str, embedded: Path) -> str:
+def _source(name: str, embedded: Path, texts: bool = False) -> str:
     """Text and models by content where they lie on this disk, else by name."""
     path = embedded if name == "embedded" else Path(name).expanduser()
-    return hash_path(path) if path.exists() else name
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{name} is neither a file nor a folder\nGive the path of one.")
+        return hash_path(path, texts="*.txt") if path.is_dir() and texts else hash_path(path) if path.exists() else name
+    except OSError as error:
+        raise file_error(error) or error from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ftp_lightning.data.template import rendered
 from ftp_lightning.errors import UserError
 
 
@@ -51,7 +52,7 @@ def chat_question(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
         raise UserError("this tokenizer has no chat template: give the span of the question yourself.")
     if not tokenizer.is_fast:
         raise UserError("this tokenizer does not say where its tokens stand: give the span of the question yourself.")
-    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    text = rendered(tokenizer, messages, add_generation_prompt=True)
     first = text.rfind(question)
     if first < 0:
         raise UserError("the chat template rewrites the question: give its span yourself.")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ftp_lightning.data.template import rendered
 from ftp_lightning.errors import UserError
 
 Item = dict[str, Any]
@@ -33,8 +34,8 @@ class PromptLength:
         if prefix:
             messages.append({"role": "assistant", "content": prefix})
         ending = {"continue_final_message": True} if prefix else {"add_generation_prompt": True}
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, **ending)
-        return len(self.tokenizer.encode(rendered, add_special_tokens=False, verbose=False))
+        text = rendered(self.tokenizer, messages, **ending)
+        return len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def after(self, text: str, mark: str, prefix: str, delimiter: str = " ") -> int:
         """Tokens of the prompt after the first `mark` in `text`."""

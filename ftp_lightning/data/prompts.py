@@ -19,6 +19,7 @@ from ftp_lightning.data.sources import (
     read_records,
     split_documents,
 )
+from ftp_lightning.data.template import rendered
 from ftp_lightning.data.text import leading_ids
 from ftp_lightning.data.windows import plain_windows
 from ftp_lightning.errors import UserError
@@ -216,13 +217,12 @@ def _by_template(
 
     ValueError where it refuses them, or rewrites the prompt when an answer follows.
     """
-    from jinja2 import TemplateError
-
     try:
-        prompt = tokenizer.apply_chat_template(list(messages[:turns]), tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the tokenizer's chat template refuses it ({error})") from None
+        prompt = rendered(tokenizer, messages[:turns], add_generation_prompt=True)
+        whole = rendered(tokenizer, messages)
+    except UserError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"the tokenizer's chat template refuses it ({reason})") from None
     if turns == len(messages):
         return valid_text(prompt), None
     if not whole.startswith(prompt):

@@ -1,9 +1,11 @@
 """Records of JSON, JSONL and Hub data sets, each made one document, or what else a function makes of it."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.json_file import parse_json, read_json
@@ -91,24 +93,42 @@ def _string(record: Mapping[str, Any], key: str) -> str:
 
 
 def chat_text(messages: Any) -> str:
-    """`role: content` per message, a blank line between; ValueError where these are no messages."""
+    """`role: content` per message, a blank line between; messages whose content is null, as that of a call of a tool,
+    are left out. ValueError where these are no messages, or their content is no text."""
     try:
-        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        turns = [(message["role"], message["content"]) for message in messages]
     except (TypeError, KeyError):
         raise ValueError("'messages' must be a list of objects with 'role' and 'content'") from None
+    turns = [(role, content) for role, content in turns if content is not None]
+    for role, content in turns:
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"'role' and 'content' of a message must be texts; this one has {str(content)[:40]!r}")
+    return "\n\n".join(f"{role}: {content}" for role, content in turns)
 
 
 def jsonl_records(path: Path, make: Callable[[Any], T]) -> list[T]:
     """What `make` makes of every line's record; blank lines are skipped. Where it raises ValueError, or the line is
     broken, a UserError names file and line."""
     made = []
-    with path.open("rb") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), 1):
             if len(line) > LONGEST_LINE:
                 raise UserError(f"{path}, line {number} has more than {LONGEST_LINE} bytes\nrepair or remove the line")
             if line.strip():
                 made.append(_line_record(path, number, line, make))
     return made
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of records, a regular one. UserError where it cannot be read."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is no file\nGive the path of a JSONL file.")
+        with path.open("rb") as lines:
+            yield lines
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}\nGive a file that can be.") from None
 
 
 def _line_record(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
@@ -124,6 +144,8 @@ def json_records(path: Path, make: Callable[[Any], T]) -> list[T]:
         records = read_json(path, LARGEST_ARRAY)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}\nfor one record per line name it .jsonl") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}\nGive a file that can be.") from None
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a JSON array of records, not {type(records).__name__}")
     return [_array_record(path, i, record, make) for i, record in enumerate(records, 1)]
@@ -142,6 +164,8 @@ def hub_records(name: str, make: Callable[[Any], T]) -> list[T]:
     from datasets.exceptions import DatasetGenerationError
 
     repository, _, config = name.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
+        raise UserError(f"data source {name}: no such file, and no name of a Hub data set\nGive a file or folder.")
     try:
         parts = load_dataset(repository, config or None)
     except hub_errors(OSError, ValueError, DatasetGenerationError) as error:

@@ -9,11 +9,13 @@ from ftp_lightning.data.records import hub_records, json_records, jsonl_records,
 from ftp_lightning.data.stories import SPLITS, load_stories
 from ftp_lightning.data.text import normalise_book, paragraphs_of
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import read_named_text
 
 SHARES = {"calibration": 0.30, "training": 0.40, "validation": 0.10, "test": 0.20}
 MANY_DOCUMENTS = 20
 MINIMUM_WORDS = 50
-_READERS = {".jsonl": jsonl_records, ".json": json_records}
+_READERS = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".json": json_records}
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".xml", ".html", ".pdf", ".zip", ".gz", ".xz", ".zst")
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ def load_documents(source: str, split: str) -> list[str]:
     * a text file: one document, or several with form feeds between them; see `text.normalise_book` for what is
       unwrapped;
     * a folder of `*.txt` files, read so in the order of their names;
-    * a `.jsonl` file: per line `text`, or chat `messages`, or `instruction`/`input`/`output` (see
+    * a `.jsonl` or `.ndjson` file: per line `text`, or chat `messages`, or `instruction`/`input`/`output` (see
       `records.record_text`);
     * a `.json` file: an array of such records, e.g. Stanford Alpaca's;
     * otherwise a Hub data set `NAME` or `NAME:CONFIG` (its `train` part, or the first).
@@ -39,12 +41,18 @@ def load_documents(source: str, split: str) -> list[str]:
         documents = [story.text for name in SPLITS if split in (name, "all") for story in load_stories(name)]
     else:
         documents = split_documents(list(dict.fromkeys(text for text in _read(source) if text.strip())), split)
-    words = sum(len(text.split()) for text in documents)
+    words = sum(map(word_count, documents))
     if words < MINIMUM_WORDS:
         raise UserError(
             f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\ngive it more text"
         )
     return documents
+
+
+def word_count(text: str) -> int:
+    """Words between white space; where a script writes none, as Chinese or Thai, 5 characters count as one [ours]."""
+    words = text.split()
+    return len(words) if text.isascii() else max(len(words), sum(map(len, words)) // 5)
 
 
 def check_split(split: str) -> None:
@@ -136,8 +144,7 @@ def _read_folder(folder: Path) -> list[str]:
 
 
 def _read_text(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})\nconvert it first, e.g. with iconv") from None
+    if path.suffix.lower() in _TABLES:
+        raise UserError(f'{path} is no plain text\nGive text, or its records as .jsonl: {{"text": ...}} per line.')
+    text = read_named_text(path)
     return [normalise_book(part) for part in text.split("\f")]

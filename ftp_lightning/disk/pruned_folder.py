@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftp_lightning.errors import UserError, unwritable
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.json_file import read_json
 from ftp_lightning.routing import router_class, stored_name
 from ftp_lightning.routing.base import Router
@@ -59,6 +59,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         UserError: a router that cannot be stored, a target that is something else than a pruner, an unwritable place.
     """
     folder = Path(folder)
+    folder = folder.resolve() if folder.is_symlink() else folder  # a link goes on to point at what is written
     router = _described_router(pruner.router)
     compensation = None if pruner.compensation is None else _described(_packing(pruner.compensation))
     record = {
@@ -79,7 +80,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         _write(partial, record, pruner)
         _swap(partial, folder)
     except OSError as error:
-        raise unwritable(error) or UserError(
+        raise file_error(error) or UserError(
             f"cannot write the pruner to {folder}: {error.strerror or error}"
         ) from None
     finally:
@@ -112,9 +113,15 @@ def _checksum(record: dict, folder: Path) -> str:
     """sha256 (hex) over what is said and the files of weights: a flipped bit is another pruner, and looks like one."""
     said = json.dumps({name: record[name] for name in sorted(record) if name != "sha256"}, sort_keys=True)
     hashed = hashlib.sha256(said.encode())
-    for path in (folder / WEIGHTS, folder / COMPENSATION):
-        hashed.update(path.read_bytes() if path.exists() else b"")
+    for name in (WEIGHTS, COMPENSATION) if record.get("compensation") else (WEIGHTS,):
+        hashed.update((folder / name).read_bytes())
     return hashed.hexdigest()
+
+
+def without_base(folder: Path) -> bytes:
+    """The settings of a stored pruner without the name of its base model, for others than this disk's owner."""
+    record = read_settings(folder) | {"base": None}
+    return (json.dumps(record | {"sha256": _checksum(record, folder)}, indent=1) + "\n").encode()
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -277,6 +284,8 @@ def _read(
 
     most = size + _HEADER + _HEADER_PER_TENSOR * len(wanted)
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is no file, the {what}'s weights should be.")
         if path.stat().st_size > most:
             raise UserError(f"{path} has {path.stat().st_size} bytes; the {what} it should hold has at most {most}.")
         state = load_file(path)

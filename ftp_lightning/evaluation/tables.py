@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftp_lightning.cells import csv_cell
 from ftp_lightning.evaluation import quoted
 from ftp_lightning.evaluation.harness.declared import PAPER
 
@@ -47,7 +48,8 @@ class Table:
         """Every field of the records; numbers in full, nothing where there is none."""
         import pandas
 
-        return pandas.DataFrame(list(self.records), dtype=object).to_csv(index=False, lineterminator="\n")
+        rows = [{name: csv_cell(value) for name, value in record.items()} for record in self.records]
+        return pandas.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
     def latex(self) -> str:
         """A booktabs table with caption and label."""
@@ -59,7 +61,7 @@ class Table:
 
 
 def _markdown_text(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split("\n"))
 
 
 def latex_text(text: str) -> str:

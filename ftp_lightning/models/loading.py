@@ -8,9 +8,11 @@ import torch
 
 from ftp_lightning.device_map import NONE, check_tied, quiet_hooks, read_device_map, spread
 from ftp_lightning.errors import UserError, hub_errors
+from ftp_lightning.models.folder_checks import check_folder
 from ftp_lightning.models.named import NAMED, is_named, locate
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 from ftp_lightning.models.random_weights import random_config, random_model
+from ftp_lightning.named_file import named_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -106,6 +108,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown device {name!r}\nchoose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device {name!r} is not there\nchoose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         found = torch.cuda.device_count()
         raise UserError(f"device {name!r} is not there: this machine shows {found} CUDA devices\nchoose auto or cpu")
@@ -114,7 +118,7 @@ def resolve_device(name: str) -> torch.device:
 
 def _checked(name: str, revision: str | None, weights: bool) -> str:
     """Where to load `name` from, after the checks that transformers words badly; a Hub name is returned as it is."""
-    path = EMBEDDED if name == "embedded" else Path(locate(name, revision)).expanduser()
+    path = EMBEDDED if name == "embedded" else named_path(locate(name, revision), "model")
     if not name or not path.is_dir():
         if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(
@@ -125,6 +129,7 @@ def _checked(name: str, revision: str | None, weights: bool) -> str:
         raise UserError(f"model folder {name} has no config.json\ngive a folder as `save_pretrained` writes it")
     if weights and not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
         raise UserError(f"model folder {name} has no weights (*.safetensors or pytorch_model*.bin)\ncopy them there")
+    check_folder(path, name, weights)
     return str(path)
 
 

@@ -46,6 +46,24 @@ def _key(found: str | tuple) -> str:
     return found if isinstance(found, str) else f"{found[0]} ({tuple(found[1])} instead of {tuple(found[2])})"
 
 
+@contextmanager
+def generation_told(model: Any) -> Iterator[None]:
+    """Inside, what a model's stored generation_config.json makes `generate` raise is a UserError with its cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        own = {"transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id"}
+        asked = sorted(model.generation_config.to_diff_dict().keys() - own)
+        if not asked:
+            raise
+        raise UserError(
+            f"the model's generation_config.json asks for {', '.join(asked[:4])}, which fails: {cause(error)}\n"
+            "Take it out of that file."
+        ) from error
+
+
 def _is_error(record: LogRecord) -> bool:
     return record.levelno >= ERROR
 

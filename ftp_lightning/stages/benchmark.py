@@ -46,7 +46,7 @@ class BenchmarkStage(PrunedSettings):
     attention: Literal["auto", "window", "exact"] = option(
         "auto", "queries that scores are averaged over; auto is --pruned's, or window"
     )
-    pairs: int = option(15, "pairs of a dense and a pruned prefill", least=2)
+    pairs: int = option(15, "pairs of a dense and a pruned prefill", least=2, most=10_000)
     decode_tokens: int = option(0, "greedy steps of decoding to time after the prefill; 0 is none", least=0)
     mixed: bool = option(False, "rows of a batch from a quarter of the length up to it, left padded")
 

@@ -50,14 +50,18 @@ class EvaluateStage(RowsSettings, PrunedSettings):
     threshold: float | None = option(
         None, "p_compute below which --decode threshold skips; else the pruner's, 0.5", least=0.0, most=1.0
     )
-    items: int = option(300, "items of a task that is made here", least=1)
-    limit: int | None = option(None, "items per task at most", least=1)
-    num_fewshot: int | None = option(None, "examples before each item of lm-eval's tasks; else as declared", least=0)
+    items: int = option(300, "items of a task that is made here", least=1, most=10**7)
+    limit: int | None = option(None, "items per task at most", least=1, most=10**7)
+    num_fewshot: int | None = option(
+        None, "examples before each item of lm-eval's tasks; else as declared", least=0, most=10_000
+    )
     apply_chat_template: bool = option(False, "put the items into the model's chat template")
-    windows: int | None = option(None, "rows of text at most; all of them by default", least=1)
-    batch_size: int = option(8, "rows or contexts per forward", least=1)
+    windows: int | None = option(None, "rows of text at most; all of them by default", least=1, most=10**7)
+    batch_size: int = option(8, "rows or contexts per forward", least=1, most=10**6)
     answers: str | None = option(None, "folder to keep answers in and take them from, for several runs", passive=True)
-    processes: int = option(1, "processes that share the items of tasks, on this machine", least=1, passive=True)
+    processes: int = option(
+        1, "processes that share the items of tasks, on this machine", least=1, most=1024, passive=True
+    )
 
     def check(self) -> None:
         super().check()

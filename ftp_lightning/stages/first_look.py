@@ -30,7 +30,7 @@ class TryStage(GenerateStage):
 
     words: tuple[str, ...] = option((), "the prompt; by default a built-in one", positional=True)
     model: str = option(AUTO_MODEL, f"any model; `auto` is {REAL} where it is installed, else {OWN}")
-    pairs: int = option(2, "timings of the first token, dense and pruned in turn", least=1)
+    pairs: int = option(2, "timings of the first token, dense and pruned in turn", least=1, most=10_000)
 
     def __post_init__(self) -> None:
         if self.model == AUTO_MODEL:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.option import option
-from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.progress import Progress, say
 from ftp_lightning.cli.settings import PrunedSettings
 from ftp_lightning.errors import UserError
 
@@ -53,8 +53,8 @@ class GenerateStage(PrunedSettings):
     repeats: ClassVar[bool] = True
 
     prompt: str | None = option(None, "text to continue; by default a story with facts and a question", raw=True)
-    max_new_tokens: int = option(24, "tokens to generate", least=1)
-    pairs: int = option(5, "timings of the first token, dense and pruned in turn", least=1)
+    max_new_tokens: int = option(24, "tokens to generate", least=1, most=10**6)
+    pairs: int = option(5, "timings of the first token, dense and pruned in turn", least=1, most=10_000)
     apply_chat_template: bool = option(False, "put the prompt into the model's chat template")
     least_tokens: str = option("auto", "shorter prompts are computed densely; auto: where skipping would cost more")
 
@@ -97,7 +97,7 @@ class GenerateStage(PrunedSettings):
 
     def show(self, found: Continued) -> None:
         """Print what was found."""
-        print(_shown(found))
+        say(_shown(found))
 
     def _least(self) -> Any:
         if self.least_tokens != "auto" and not self.least_tokens.isdecimal():
@@ -121,6 +121,7 @@ class GenerateStage(PrunedSettings):
         """(1, T) token ids; UserError where there is nothing, or no room to go on."""
         import torch
 
+        from ftp_lightning.data.template import rendered
         from ftp_lightning.data.text import prompt_ids
         from ftp_lightning.pruning.devices import home
         from ftp_lightning.stages.inputs import check_chat_template
@@ -128,7 +129,7 @@ class GenerateStage(PrunedSettings):
         if self.apply_chat_template:
             check_chat_template(self.model, tokenizer)
             turns = [{"role": "user", "content": prompt}]
-            templated = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            templated = rendered(tokenizer, turns, add_generation_prompt=True)
             ids = tokenizer.encode(templated, add_special_tokens=False)
         else:
             ids = prompt_ids(tokenizer, prompt)
@@ -151,9 +152,11 @@ def _generate(model: Any, ids: Any, tokens: int, pruner: Any) -> Any:
     """Greedy continuation, (T + new,) ids; pruned where there is a pruner."""
     import torch
 
-    with pruner(model) if pruner else nullcontext(), torch.no_grad():
-        mask = torch.ones_like(ids)
-        return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
+    from ftp_lightning.models.pretrained import generation_told
+
+    about: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": False}
+    with pruner(model) if pruner else nullcontext(), torch.no_grad(), generation_told(model):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **about)[0]
 
 
 def _first_token_ms(model: Any, ids: Any, pruner: Any, pairs: int) -> dict[str, float]:

@@ -55,9 +55,11 @@ class RunStage(BudgetSettings, RowsSettings):
         "train first under a uniform schedule with so many dense blocks; else the searched one",
         least=0,
     )
-    rounds: int = option(1, "how often router and schedule are adapted to each other, by train and finetune", least=1)
-    steps: int = option(200, "steps of router training", least=1)
-    batch_size: int = option(4, "windows per step of router training", least=1)
+    rounds: int = option(
+        1, "how often router and schedule are adapted to each other, by train and finetune", least=1, most=1000
+    )
+    steps: int = option(200, "steps of router training", least=1, most=10**8)
+    batch_size: int = option(4, "windows per step of router training", least=1, most=10**6)
     learning_rate: float = option(1e-2, "learning rate of router training", above=0.0, most=10.0)
     recall_share: float = option(0.5, "share of windows that hold facts to recall", least=0.0, most=1.0)
     train_data: str | None = option(None, "text to train the router on, where it is another than --data")

@@ -63,21 +63,21 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
         None, "multiple-choice task of lm-eval for --criterion accuracy; `evaluate` leaves out what is searched on"
     )
     task_data: str | None = option(None, "folder of TASK.jsonl, in the Hub's schema", is_file=True)
-    windows: int = option(32, "calibration rows to measure on, at most", least=1)
+    windows: int = option(32, "calibration rows to measure on, at most", least=1, most=10**7)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
-    batch_size: int = option(8, "rows per forward, at most the first of --stage_windows", least=1)
-    step: float = option(0.05, "difference of two levels, taken so that it divides the budget", above=0.0, most=1.0)
-    generations: int = option(15, "rounds of children", least=0)
-    offspring: int = option(8, "children per generation", least=1)
+    batch_size: int = option(8, "rows per forward, at most the first of --stage_windows", least=1, most=10**6)
+    step: float = option(0.05, "difference of two levels, taken so that it divides the budget", least=0.001, most=1.0)
+    generations: int = option(15, "rounds of children", least=0, most=10**5)
+    offspring: int = option(8, "children per generation", least=1, most=10**5)
     stage_windows: tuple[int, ...] = option(
         (), "windows that children are measured on, stage by stage, rising; default: a quarter and half of all"
     )
     survivors: tuple[int, ...] = option(
         (), "best children of each stage; the last are measured on all windows; default: a half, a quarter"
     )
-    parents: int = option(2, "schedules that go on", least=1)
-    tournament: int = option(1, "a child's parent is the best of so many random ones", least=1)
-    switches: int = option(2, "most level switches per child", least=1)
+    parents: int = option(2, "schedules that go on", least=1, most=10_000)
+    tournament: int = option(1, "a child's parent is the best of so many random ones", least=1, most=10_000)
+    switches: int = option(2, "most level switches per child", least=1, most=10_000)
     crossover: float = option(0.3, "probability that a child mixes two parents", least=0.0, most=1.0)
     proposed: float = option(
         0.75,
@@ -90,7 +90,9 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     max_seconds: float | None = option(None, "stop after so many seconds of search", above=0.0)
     min_sparsity: tuple[float, ...] = option((0.0,), "lowest sparsity of a block: one number, or one per block")
     max_sparsity: tuple[float, ...] = option((1.0,), "highest sparsity of a block: one number, or one per block")
-    processes: int = option(1, "processes that share the measurements, on this machine", least=1, passive=True)
+    processes: int = option(
+        1, "processes that share the measurements, on this machine", least=1, most=1024, passive=True
+    )
 
     def check(self) -> None:
         super().check()

@@ -37,9 +37,9 @@ class SensitivityStage(RowsSettings, StageSettings):
     levels: tuple[float, ...] = option((0.3, 0.6, 0.9), "sparsities at which each block is pruned alone, rising")
     thresholds: tuple[float, ...] = option((0.7, 0.8, 0.9), "cosines above which a token counts as redundant, rising")
     gradient: bool = option(True, "measure the gradient as well; it takes the memory of a backward pass")
-    windows: int = option(16, "calibration rows to measure on, at most", least=1)
+    windows: int = option(16, "calibration rows to measure on, at most", least=1, most=10**7)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
-    batch_size: int = option(8, "rows per forward", least=1)
+    batch_size: int = option(8, "rows per forward", least=1, most=10**6)
 
     def check(self) -> None:
         levels, thresholds = list(self.levels), list(self.thresholds)

@@ -54,12 +54,14 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     router: RouterName = option(
         "dynamic", "which router; `dynamic` is the global one of 450 parameters; static and untrained are not trained"
     )
-    width: int | None = option(None, "units of the router's hidden layer; default: the router's own", least=1)
+    width: int | None = option(
+        None, "units of the router's hidden layer; default: the router's own", least=1, most=4096
+    )
     factors: tuple[str, ...] = option((), "factors that the router sees; default: all it knows")
     choice: Literal["topk", "threshold"] = option("topk", "exactly the scheduled tokens, or those with p above 0.5")
-    steps: int = option(200, "optimiser steps", least=1)
-    batch_size: int = option(4, "rows per forward", least=1)
-    accumulate: int = option(1, "forwards per step", least=1)
+    steps: int = option(200, "optimiser steps", least=1, most=10**8)
+    batch_size: int = option(4, "rows per forward", least=1, most=10**6)
+    accumulate: int = option(1, "forwards per step", least=1, most=10**6)
     learning_rate: float = option(1e-2, "learning rate of Adam, which decays linearly", above=0.0, most=10.0)
     lambda_d: float = option(20.0, "weight of the distillation loss", least=0.0)
     lambda_s: float = option(1.0, "weight of the sparsity loss", least=0.0)
@@ -84,8 +86,8 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     skip: Literal["identity", "mean", "low-rank"] = option(
         "identity", "what a skipped token gets: nothing, the block's mean update, or a fitted linear map of its state"
     )
-    skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1)
-    skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1)
+    skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1, most=65_536)
+    skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1, most=10**7)
     distil_epochs: int = option(
         0,
         "then train mean or map on the KL of the continuation, so often over its rows; 0 leaves them as fitted",
@@ -94,11 +96,11 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     distil_windows: int = option(240, "rows of training text that they are trained on", least=1)
     distil_learning_rate: float = option(0.02, "of that training, in units of a typical entry", above=0.0)
     validations: int = option(
-        5, "times at most that the router is measured on validation rows, the last step included", least=1
+        5, "times at most that the router is measured on validation rows, the last step included", least=1, most=10**6
     )
-    validation_windows: int = option(16, "rows it is measured on, at most", least=1)
+    validation_windows: int = option(16, "rows it is measured on, at most", least=1, most=10**7)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
-    processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1)
+    processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1, most=1024)
     shard: bool = option(False, "every process holds a share of the model's blocks (FSDP)", passive=True)
 
     def check(self) -> None:

@@ -30,11 +30,13 @@ class TuneStage(StageSettings):
     keep: float = option(0.99, "share of the dense model's own answers to keep", above=0.0, most=1.0)
     minutes: float = option(30.0, "time after which no further cut is tried", above=0.0)
     cuts: tuple[float, ...] = option(CUTS, "cuts of the prefill's FLOPs to try, ascending")
-    limit: int | None = option(1000, "prompts at most", least=1)
-    batch_size: int = option(4, "prompts per forward", least=1)
+    limit: int | None = option(1000, "prompts at most", least=1, most=10**7)
+    batch_size: int = option(4, "prompts per forward", least=1, most=10**6)
     own_answers: str = option("runs/own_answers", "folder that keeps answers and measurements", passive=True)
-    prompt_tokens: int = option(192, "tokens of a prompt that is cut from text; those of records keep theirs", least=4)
-    continuation_tokens: int = option(32, "tokens of an answer, at most", least=1)
+    prompt_tokens: int = option(
+        192, "tokens of a prompt that is cut from text; those of records keep theirs", least=4, most=10**7
+    )
+    continuation_tokens: int = option(32, "tokens of an answer, at most", least=1, most=10**7)
 
     def check(self) -> None:
         if (self.data, self.split) != (ModelSettings.data, ModelSettings.split):
@@ -96,7 +98,7 @@ class TuneStage(StageSettings):
         tuned.pruner.save(folder.place("pruned"), base=self.model, model=model)
         folder.write_json("tune.json", found)
         folder.write_json("metrics.json", {"chosen": found["chosen"], "confirmed": found["confirmed"]})
-        print("\n".join(found["sentences"]))
+        say("\n".join(found["sentences"]))
         progress.done(f"{found['recipe']}: pruner in {folder.path / 'pruned'}")
 
     def _prompts(self, model: Any, tokenizer: Any) -> Rows:

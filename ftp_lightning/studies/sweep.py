@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ftp_lightning.cli.option import option
-from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.progress import Progress, say
 from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import LARGEST_YAML, read_named_text
 from ftp_lightning.studies.trial import STUDIES, TrialStage
 
 
@@ -26,13 +27,13 @@ class SweepStage(Settings):
     model: str | None = option(None, "model of all runs; by default what the study says, or embedded")
     data: str | None = option(None, "text of all runs; by default what the study says, or our stories")
     budget: float | None = option(None, "budget of all runs", least=0.0, below=1.0)
-    seeds: int | None = option(None, "how many seeds; by default those of the study", least=1)
-    seed: int = option(0, "the first of --seeds", least=0)
+    seeds: int | None = option(None, "how many seeds; by default those of the study", least=1, most=10_000)
+    seed: int = option(0, "the first of --seeds", least=0, below=2**32)
     output: str | None = option(None, f"folder to write; by default {STUDIES}/NAME", passive=True)
     device: str | None = option(None, "cpu, cuda; by default the best there is")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = option(None, "precision of the model")
     revision: str | None = option(None, "branch, tag or commit of a model from the Hub")
-    jobs: int | None = option(None, "runs at once; by default one per GPU, else one", least=1, passive=True)
+    jobs: int | None = option(None, "runs at once; by default one per GPU, else one", least=1, most=1024, passive=True)
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option("none", "where runs are logged", passive=True)
     overwrite: bool = option(False, "make runs again that other inputs or other code have made", passive=True)
 
@@ -59,14 +60,14 @@ class SweepStage(Settings):
             progress.say(f"{question} {len(left)} of {len(trials)} runs to do")
         failures = carry_out(left, self.chosen_jobs(len(left)), progress) if left else []
         write_study(self.folder, question, [trial for trial in trials if is_finished(trial)], self.pairs())
-        print((self.folder / TABLE).read_text(encoding="utf-8"), end="")
+        say((self.folder / TABLE).read_text(encoding="utf-8"), end="")
         if failures:
             raise UserError(f"{len(failures)} of {len(trials)} runs could not be done; the first: {failures[0]}")
         return self.folder
 
     def question(self) -> str:
         """The first line of the file."""
-        first = Path(self.study or "").expanduser().read_text(encoding="utf-8").splitlines()[0]
+        first = read_named_text(self.study or "", LARGEST_YAML).splitlines()[0]
         return first.removeprefix("#").strip() if first.startswith("#") else f"What does {self.name} change?"
 
     def trials(self) -> list[TrialStage]:

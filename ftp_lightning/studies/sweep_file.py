@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import read_yaml
 
 Run = dict[str, Any]
 """Parameter -> value."""
@@ -18,14 +18,10 @@ AGENT = "Run it with `wandb sweep {}`, then `wandb agent ID`."
 
 def read_sweep(path: str) -> dict[str, Any]:
     """The sweep in a YAML file. UserError where there is none, or one whose runs are not told beforehand."""
-    import yaml
-
     try:
-        sweep = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"study: {path} cannot be read: {error.strerror}\nGive --study sweeps/NAME.yaml.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"study: {path} is no YAML: {' '.join(str(error).split())}") from None
+        sweep = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"study: {error}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict):
         raise UserError(f"study: {path} has no parameters, so it is no sweep file\nGive --study sweeps/NAME.yaml.")
     _check_is_grid(sweep, path)
@@ -37,6 +33,8 @@ def _check_is_grid(sweep: dict[str, Any], path: str) -> None:
     agent = AGENT.format(path)
     if sweep.get("method") != "grid":
         raise UserError(f"study: the method of {path} is {sweep.get('method')}; alone only a grid is run\n{agent}")
+    if type(sweep.get("run_cap", 1)) is not int or sweep.get("run_cap", 1) < 1:
+        raise UserError(f"study: run_cap of {path} is {sweep['run_cap']!r}, must be a whole number from 1")
     if "early_terminate" in sweep:
         raise UserError(f"study: {path} stops runs early, for which they are compared as they go\n{agent}")
     for name, told in sweep["parameters"].items():

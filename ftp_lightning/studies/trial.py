@@ -60,7 +60,7 @@ class TrialStage(TrainStage):
         0, "generations of a search with the trained router; 0: none", least=0, most=10**5
     )
     calibration: str | None = option(None, "text to search on, where it is another than --data")
-    calibration_windows: int = option(16, "calibration windows to search on", least=1)
+    calibration_windows: int = option(16, "calibration windows to search on", least=1, most=10**7)
     calibration_recall_share: float = option(
         0.5, "share of the calibration windows that holds facts to recall", least=0.0, most=1.0
     )
@@ -70,8 +70,8 @@ class TrialStage(TrainStage):
     )
     test_data: str | None = option(None, "text to measure on, where it is another than --data")
     test_split: str = option("validation", "split of the text to measure on; `test` is for final tables")
-    test_windows: int = option(32, "windows to measure KL on, half of them with facts to recall", least=2)
-    items: int = option(120, "questions with facts to recall", least=1)
+    test_windows: int = option(32, "windows to measure KL on, half of them with facts to recall", least=2, most=10**7)
+    items: int = option(120, "questions with facts to recall", least=1, most=10**7)
 
     def check(self) -> None:
         super().check()

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ftp_lightning import models
+from ftp_lightning.data.template import checked, limited
 from ftp_lightning.disk.pruned_folder import check_base, read_settings
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.continuation import MODES
@@ -212,7 +213,8 @@ class FtpLM(Ranked, HFLM):
         The window is the prompt's last W queries. A template that ends in a long suffix would fill it with tokens that
         ask nothing; so W grows by the longest suffix seen, and at least W queries of the question's text speak.
         """
-        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        with limited():
+            text = checked(super().apply_chat_template(chat_history, add_generation_prompt))
         question = next((str(m["content"]).strip() for m in reversed(chat_history) if m["role"] == "user"), "")
         suffix = text.rpartition(question)[2] if question and question in text else ""
         if chat_history[-1]["role"] == "assistant":  # the answer's first words, which speak as they do without template

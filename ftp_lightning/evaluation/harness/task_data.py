@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ftp_lightning.data.records import LONE_SURROGATE
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import read_named_text
 
 SPLITS = ("train", "validation", "test", "dev")
 Files = dict[str, Path]
@@ -47,13 +49,9 @@ def _find(task: str, root: Path) -> Files:
 def read_rows(task: str, path: Path, keys: tuple[str, ...] = ()) -> list[dict]:
     """The rows of a JSONL file; UserError naming the line where one is no JSON object or lacks a key the task reads."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")  # a text may hold other ends of lines
-    except OSError as error:
-        raise UserError(
-            f"task {task}: cannot read {path}: {error.strerror}\nGive the path of its JSONL file."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"task {task}: {path} is not UTF-8 text (byte {error.start})\nConvert it first.") from None
+        lines = read_named_text(path).rstrip().split("\n")  # a text may hold other ends of lines
+    except UserError as error:
+        raise UserError(f"task {task}: {error}") from None
     if lines == [""]:
         raise UserError(f"task {task}: {path} has no rows")
     return [_row(task, path, number, line, keys) for number, line in enumerate(lines, start=1)]
@@ -80,7 +78,12 @@ def by_subject(files: Mapping[str, Path], folder: Path) -> dict[str, Files]:
     """
     parts: dict[str, dict[str, list[dict]]] = {}
     for split, path in files.items():
-        for row in read_rows("mmlu", Path(path), ("subject", "question", "choices", "answer")):
+        for number, row in enumerate(read_rows("mmlu", Path(path), ("subject", "question", "choices", "answer")), 1):
+            if not isinstance(row["subject"], str) or not re.fullmatch(r"[a-z0-9_]{1,80}", row["subject"]):
+                raise UserError(
+                    f"task mmlu: {path}, row {number}: {str(row['subject'])[:60]!r} is no subject\n"
+                    "A subject is written with small letters, digits and _, as abstract_algebra."
+                )
             parts.setdefault(row["subject"], {}).setdefault(split, []).append(row)
     return {subject: _write(folder / subject, splits) for subject, splits in sorted(parts.items())}
 
