@@ -9,7 +9,7 @@ TOGETHER = OMP_NUM_THREADS=$(PROCESSES) $(PYTHON) -m torch.distributed.run --sta
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo demo-real report docs pictures bench schedules-study reproduce test slurm-test faults check
+.PHONY: help setup models demo demo-real report docs pictures bench schedules-study reproduce test slurm-test faults attack drift check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,12 @@ slurm-test: $(SETUP)  ## search, training and evaluation on a real SLURM on this
 
 faults: $(SETUP)  ## do faults to every stage: kills, full disks, broken files (a quarter of an hour)
 	$(PYTHON) tests/faults/kill.py
+
+attack: $(SETUP)  ## try what docs/faults.md lists: hostile files, values, models, resumes, signals; at most 15 minutes
+	$(PYTHON) tests/faults/attack.py --minutes 15 $(ARGS)
+
+drift:  ## the quick tests with the newest versions of the libraries in pyproject's ranges, or LOWEST=1; ARGS: --tests FILE
+	python3 tests/drift.py $(if $(LOWEST),--lowest) $(ARGS)
 
 check: $(SETUP)  ## lint, format, types, docs build, tests
 	$(PYTHON) -m ruff check .

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.option import option
-from ftp_lightning.cli.progress import Progress, clock
+from ftp_lightning.cli.progress import Progress, clock, say
 from ftp_lightning.cli.settings import ModelSettings, StageSettings, text_identity
 from ftp_lightning.errors import UserError
 
