@@ -86,7 +86,7 @@ def check_config_file(file: str, settings_class: type[Settings]) -> None:
         check_yaml(text, file)
         found = yaml.safe_load(text)
     except UserError as error:
-        raise UserError(f"config: {error}") from None
+        raise UserError(f"the config file {error}") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -44,11 +44,14 @@ def option(
 
 def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:
     """UserError where a value is out of the bounds that `option` was given, or no number that means anything."""
+    if value is not None and not isinstance(value, tuple) and any(bound is not None for bound in bounds.values()):
+        _check_bounds(name, value, bounds)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):
             _check_size(name, number)
-    if value is None or isinstance(value, tuple) or not any(bound is not None for bound in bounds.values()):
-        return
+
+
+def _check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None:
     least, most, below, above = (bounds[key] for key in ("least", "most", "below", "above"))
     fits = (
         (least is None or value >= least)
@@ -57,7 +60,8 @@ def check_bounds(name: str, value: Any, bounds: dict[str, float | None]) -> None
         and (above is None or value > above)
     )
     if not fits:
-        wanted = _in_words(least, most, below, above)
+        small = isinstance(value, int) and least is not None and value < least  # then what is too large says nothing
+        wanted = _in_words(least, None, None, None) if small else _in_words(least, most, below, above)
         raise UserError(f"{name} is {value}, must be {wanted}\nChange --{name} or the key {name} of the config file.")
 
 
