@@ -274,7 +274,7 @@ def _base_of(pruned: str | None) -> str | None:
         return None
     try:
         base = read_json(Path(pruned).expanduser() / "pruner.json", LARGEST)["base"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # a home that nobody has is refused later
         return None
     return base if isinstance(base, str) else None
 

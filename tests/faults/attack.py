@@ -98,9 +98,9 @@ def of_files(work: Path, base: Path) -> Iterator[Attack]:
     """What is no file, for every flag that names one, and for every file of a pruner."""
     found = special(work / "special")
     for name, path in found.items():
-        for flag in ("pruned", "schedule", "config", "data", "model"):
-            if (flag, name) != ("data", "folder"):
-                yield Attack(f"--{flag} is {name}", [*GENERATE, f"--{flag}={path}", f"--output={work}/o"])
+        for flag in ("pruned", "schedule", "config", "model"):
+            yield Attack(f"--{flag} is {name}", [*GENERATE, f"--{flag}={path}", f"--output={work}/o"])
+        yield Attack(f"--data is {name}", [*arguments_of("search", base, work / "o"), f"--data={path}"])
         yield Attack(f"--study is {name}", ["sweep", f"--study={path}", f"--output={work}/o"])
         for part in ("pruner.json", "router.safetensors"):
             copy = work / f"{name}-{part}"
