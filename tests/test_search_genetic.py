@@ -56,6 +56,24 @@ def test_it_finds_a_better_schedule_of_the_same_budget():
     assert result.value < 0.25 * min(result.allocations.values())
 
 
+def test_a_step_of_one_searches_which_whole_blocks_are_skipped():
+    wanted = {1, 4, 6, 7}
+
+    class Cheap(MemoFitness):
+        """Skipping a block costs 1, those wanted nothing."""
+
+        def cost(self, schedule, chunk):
+            return 1
+
+        def measure(self, schedule, chunk):
+            return sum(s * (block not in wanted) for block, s in enumerate(schedule.sparsity))
+
+    about = settings(budget=0.5, step=1.0, generations=20)
+    result = genetic_search(Cheap(SIZES), BLOCKS, about, {"late": allocations.late(BLOCKS, 0.5)})
+    assert {block for block, s in enumerate(result.schedule.sparsity) if s} == wanted
+    assert set(result.schedule.sparsity) == {0.0, 1.0}
+
+
 def test_the_allocations_are_scored_as_they_were_given():
     result = genetic_search(Distance(), BLOCKS, settings(generations=0), seeds())
     assert result.allocations == {name: Distance()(schedule) for name, schedule in seeds().items()}

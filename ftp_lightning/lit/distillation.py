@@ -47,7 +47,7 @@ class DistillationSettings:
     """
 
     epochs: int = 4
-    learning_rate: float = 0.02
+    learning_rate: float = 0.004
     batch_size: int = 1
     accumulate: int = 4
     seed: int = 0
@@ -110,7 +110,7 @@ class Distillation(L.LightningModule):
         """(B,): KL(dense || pruned) per continuation token of each row."""
         pruner = self.pruner.changed(compensation=self.compensation())
         if lesson.keep is not None:
-            pruner = pruner.changed(router=FixedRouter(lesson.keep))
+            pruner = pruner.changed(router=FixedRouter(**lesson.keep))
         states = BlockStates([[] for _ in range(lesson.first)] + [[lesson.entering.to(home(self.model))]])
         with resume_from(self.model, lesson.first, states), pruner(self.model):
             logits = continuation_logits(self.model, **lesson.batch)

@@ -27,14 +27,15 @@ class Lesson:
         batch: token ids, prompt length and mask of its rows.
         first: the lowest block that the student runs.
         entering: (B, S, D), what enters that block.
-        keep: the router's decisions, (B, P) per block, where nothing that is trained can change them; else None.
+        keep: the arguments of a FixedRouter that takes the router's decisions, where nothing that is trained can change
+            them; else None.
         teacher: (B, C, V) float16, log-probabilities of the continuation.
     """
 
     batch: Batch
     first: int
     entering: Tensor
-    keep: list[Tensor] | None
+    keep: dict[str, list[Tensor]] | None
     teacher: Tensor
 
 
@@ -57,7 +58,7 @@ def lessons(model: nn.Module, pruner: TokenPruner, rows: Rows, batch_size: int =
         if replayed:
             with pruner(model):
                 model(**_prompt_of(batch), use_cache=False, logits_to_keep=1)
-            keep = [torch.ones_like(k) if s == 0.0 else k for k, s in zip(pruner.trace.keep, pruner.scheduled.sparsity)]
+            keep = _decided(pruner)
         found.append(Lesson(batch, first, entering.cpu(), keep, teacher))
     return found
 
@@ -75,11 +76,23 @@ def _first_needed(model: nn.Module, pruner: TokenPruner) -> int:
 
 
 def _decides_below(pruner: TokenPruner) -> bool:
-    """Whether all decisions are made from what blocks below the first routed one do, which nothing trained changes."""
+    """Whether all decisions are made from what blocks below the first routed one do, which nothing trained changes, and
+    a FixedRouter can say them: it addresses either blocks or parts."""
     needs = pruner.router.needs
-    if needs.hidden:
+    if needs.hidden or ("block" in pruner.addressed and pruner.parts != "block"):
         return False
     return not needs.attention or bool(needs.once) or pruner.attention_score.ends_by(first_routed(pruner))
+
+
+def _decided(pruner: TokenPruner) -> dict[str, list[Tensor]]:
+    """What the last prompt's tokens entered; blocks that are not routed are said to be entered by padding, too, as they
+    are when nobody decides."""
+    trace = pruner.trace
+    parts = ("keep",) if pruner.parts == "block" else ("keep_attention", "keep_mlp")
+    return {
+        part: [torch.ones_like(k) if s == 0.0 else k for k, s in zip(getattr(trace, part), pruner.scheduled.sparsity)]
+        for part in parts
+    }
 
 
 def _prompt_of(batch: Batch) -> dict[str, Tensor]:

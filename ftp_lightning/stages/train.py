@@ -94,7 +94,7 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
         least=0,
     )
     distil_windows: int = option(240, "rows of training text that they are trained on", least=1)
-    distil_learning_rate: float = option(0.02, "of that training, in units of a typical entry", above=0.0)
+    distil_learning_rate: float = option(0.004, "of that training, in units of a typical entry", above=0.0)
     validations: int = option(
         5, "times at most that the router is measured on validation rows, the last step included", least=1, most=10**6
     )
