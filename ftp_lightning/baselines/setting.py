@@ -45,7 +45,7 @@ class Setting:
     searched: Schedule | None = None
     rank: int = 0
     given: Compensation | None = None
-    given_parts: str = "block"
+    given_parts: str | tuple[str, ...] = "block"
     memo: dict = field(default_factory=dict)
 
     @property

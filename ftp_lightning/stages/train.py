@@ -193,16 +193,17 @@ def carry_out(
     return folder.files
 
 
-def _trained(settings, about, rows, place, logger, tell, folder, processes) -> dict[str, Any]:
-    """Train the router in place; the stage's metrics."""
+def _trained(settings, about, text, place, logger, tell, folder, processes) -> dict[str, Any]:
+    """Train the router in place; the stage's metrics. about: model, pruner, family. text: rows, and those held out."""
     from ftp_lightning.data.module import RowsData
     from ftp_lightning.lit.fitting import fit
     from ftp_lightning.lit.router_training import RouterTraining
     from ftp_lightning.lit.training_settings import TrainingSettings
 
-    (model, pruner, family), (lowest, highest) = about, settings.budgets or (0.0, 0.0)
+    (model, pruner, family), (rows, held_out) = about, text
+    lowest, highest = settings.budgets or (0.0, 0.0)
     system = RouterTraining(model, pruner, picked(TrainingSettings, settings), family, (lowest, highest))
-    data = RowsData(*rows, settings.batch_size, settings.seed, _random_prompt(settings))
+    data = RowsData(rows, held_out, settings.batch_size, settings.seed, _random_prompt(settings))
     return fit(system, data, place, logger, tell, folder.fingerprint, processes)
 
 
