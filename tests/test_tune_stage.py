@@ -7,13 +7,14 @@ from html import unescape
 import pytest
 from test_cli import TINY, files, refused
 
-from ftp_lightning import Schedule, TokenPruner, load_pruned
+from ftp_lightning import Schedule, StaticRouter, TokenPruner, load_pruned
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation import own_answers
 from ftp_lightning.tuning import measured, parts, recipes
 from ftp_lightning.tuning.parts import LEAST, repeats, split_rows
-from ftp_lightning.tuning.recipes import RECIPES
+from ftp_lightning.tuning.recipes import RECIPES, given
 
 SMALL = [*TINY, "--prompts", "embedded", "--prompt_tokens", 32, "--continuation_tokens", 5, "--limit", 44]
 QUICK = [*SMALL, "--keep", 0.5, "--cuts", "0.02,0.1,0.5", "--output", "out"]
@@ -195,6 +196,21 @@ def test_every_recipe_makes_a_family_that_can_be_stored(recipe, tmp_path, embedd
     assert again.family == family and again.at(schedules[0.1].budget).schedule == schedules[0.1]
 
 
+def test_a_pruner_that_is_given_is_tried_from_its_last_block_down(embedded_ground):
+    form = Schedule([0.0] * 6 + [0.8, 0.0, 0.8, 1.0, 1.0, 1.0], kv="keep")
+    recipe = given(TokenPruner(StaticRouter(), form, least_tokens=99))
+    pruner = recipe.fit(embedded_ground)
+    assert pruner.least_tokens == 0
+    schedules = recipe.schedules(embedded_ground, pruner, (0.05, 0.2, 0.3, 0.9))
+    assert list(schedules) == [0.05, 0.2, 0.3]
+    for cut, schedule in schedules.items():
+        found = planned_cut(embedded_ground.model, pruner.with_schedule(schedule), embedded_ground.length)
+        assert found == pytest.approx(cut, abs=5e-3)
+        pruned = [block for block, s in enumerate(schedule.sparsity) if s]
+        routed = [6, 8, 9, 10, 11]
+        assert pruned == routed[-len(pruned) :] and schedule.kv == form.kv
+
+
 def recipes_family(schedules):
     from ftp_lightning import ScheduleFamily
 
@@ -209,4 +225,4 @@ def embedded_ground():
 
     model, tokenizer = load("embedded")
     ids = [prompt_ids(tokenizer, text)[:40] for text in PROMPTS[:4]]
-    return Ground(model, Rows([Row(one, [1], "plain", place) for place, one in enumerate(ids)]), 256)
+    return Ground(model, Rows([Row(one, [7, 9], "plain", place) for place, one in enumerate(ids)]), 256)

@@ -30,6 +30,7 @@ class TuneStage(StageSettings):
     keep: float = option(0.99, "share of the dense model's own answers to keep", above=0.0, most=1.0)
     minutes: float = option(30.0, "time after which no further cut is tried", above=0.0)
     cuts: tuple[float, ...] = option(CUTS, "cuts of the prefill's FLOPs to try, ascending")
+    pruned: str | None = option(None, "a pruner to try as well, from its last block down", is_file=True)
     limit: int | None = option(1000, "prompts at most", least=1, most=10**7)
     batch_size: int = option(4, "prompts per forward", least=1, most=10**6)
     own_answers: str = option("runs/own_answers", "folder that keeps answers and measurements", passive=True)
@@ -59,11 +60,11 @@ class TuneStage(StageSettings):
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.evaluation.own_answers import own_answers
-        from ftp_lightning.stages.inputs import load_model, num_blocks
+        from ftp_lightning.stages.inputs import load_model, load_pruner, num_blocks
         from ftp_lightning.tuning.measured import Measured
         from ftp_lightning.tuning.outcome import outcome
         from ftp_lightning.tuning.parts import check_answers, check_enough, split_rows
-        from ftp_lightning.tuning.recipes import RECIPES
+        from ftp_lightning.tuning.recipes import RECIPES, given
         from ftp_lightning.tuning.tuner import Allowance, Tuner
 
         model, tokenizer = load_model(self)
@@ -79,20 +80,19 @@ class TuneStage(StageSettings):
         rows = own_answers(model, prompts, self.continuation_tokens, place)
         check_enough(str(self.prompts), rows.rows, rows.left_out, _longest(self, model))
         check_answers(rows)
+        parts = split_rows(rows, self.seed)
+        self._check_reachable(parts)  # prompts that are answered by nothing are gone
 
         def tell(what: str) -> None:
             progress.step(allowance.spent, allowance.seconds, what)  # what is left is left at most
 
-        parts = split_rows(rows, self.seed)
-        about = (
-            Measured(model, place / "measured", self.batch_size),
-            parts,
-            self.keep,
-            self.cuts,
-            allowance,
-            self.seed,
-        )
-        tuned = Tuner(*about, tell, lambda: folder.save_state({"seconds": allowance.spent})).run(RECIPES)
+        def note() -> None:
+            folder.save_state({"seconds": allowance.spent})
+
+        measured = Measured(model, place / "measured", self.batch_size)
+        tuner = Tuner(measured, parts, self.keep, self.cuts, allowance, self.seed, tell, note)
+        recipes = [] if self.pruned is None else [given(load_pruner(self.pruned, model))]
+        tuned = tuner.run([*recipes, *RECIPES])
         counts = rows.counts() | {part: len(found) for part, found in parts.items()}
         found = outcome(tuned, self.keep, counts)
         tuned.pruner.save(folder.place("pruned"), base=self.model, model=model)

@@ -48,8 +48,8 @@ class Measured:
         known = {key: answer.value for key in keys if (answer := book.get(key)) is not None}
         missing = [place for place, key in enumerate(keys) if key not in known]
         lacking = rows.subset(missing)
-        for numbers, _ in lacking.batches(self.batch_size):
-            tell(len(rows) - len(missing) + len(numbers), len(rows))
+        for done, (numbers, _) in enumerate(lacking.batches(self.batch_size)):
+            tell(len(rows) - len(missing) + done * self.batch_size, len(rows))
             chunk, asked = lacking.subset(numbers), [keys[missing[number]] for number in numbers]
             scores = evaluate_rows(self.model, chunk, pruner, "prompt", len(chunk), self._dense(chunk, asked))
             found = dict(zip(asked, scores.items(), strict=True))

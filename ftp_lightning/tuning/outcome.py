@@ -33,7 +33,12 @@ def outcome(tuned: Tuned, keep: float, prompts: dict[str, Any]) -> dict[str, Any
 
 def rung_record(rung: Rung) -> dict[str, Any]:
     """A row of the curve."""
-    told = {"cut": rung.cut, "flops_cut": rung.flops_cut, "budget": rung.budget, "items": rung.kept.items}
+    told: dict[str, Any] = {
+        "cut": rung.cut,
+        "flops_cut": rung.flops_cut,
+        "budget": rung.budget,
+        "items": rung.kept.items,
+    }
     told |= _ends("kept", rung.kept) | _ends("first", rung.first) | {"kl": rung.kl}
     return told | ({} if rung.speed is None else _ends("speed", rung.speed))
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ftp_lightning.attention_score import AttentionScore
 from ftp_lightning.costs.budget import OutOfReach, default_with_cut, late_with_cut, stages_with_cut
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.data.rows import Rows
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.family import find_decoder
@@ -19,8 +23,12 @@ from ftp_lightning.routing import Router, StaticRouter, UntrainedRouter
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.training.compensation import Compensation, fit_compensation
 
-RANK = 32
-"""Rank of a fitted compensation [ours]: 4.5 MB for 30 blocks of 576."""
+RANK = 64
+"""Rank of a fitted compensation [ours]: 4.5 MB for 30 blocks of 576, stored in bfloat16."""
+DISTILLED_CUT = 0.3
+"""The cut for which a compensation is distilled [ours], or the largest smaller one: all cuts of a family share it."""
+CHECKED = 3
+"""Of so many fit prompts one chooses the best epoch of a distillation [ours]."""
 STAGE = 0.9
 """Share of the tokens that skip the second stage [ours]."""
 
@@ -34,6 +42,7 @@ class Ground:
         rows: the fit prompts with the dense model's own answers.
         length: tokens of a typical prompt, for which cuts are planned.
         seed: of everything random.
+        folder: where a recipe may keep what it has trained, to go on after a kill; None keeps nothing.
         memo: what several recipes share, found once.
     """
 
@@ -41,6 +50,7 @@ class Ground:
     rows: Rows
     length: int
     seed: int = 0
+    folder: Path | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -112,8 +122,43 @@ def fitted(ground: Ground, rank: int) -> Compensation:
     """The ridge regression of this rank on the ground's rows, fitted once."""
     if ("ridge", rank) not in ground.memo:
         width = ground.model.config.get_text_config().hidden_size
-        ground.memo["ridge", rank] = fit_compensation(ground.model, ground.rows, min(rank, width))
+        ground.memo["ridge", rank] = fit_compensation(ground.model, ground.rows, min(rank, width)).rounded()
     return ground.memo["ridge", rank]
+
+
+def distilled(ground: Ground) -> TokenPruner:
+    """Late blocks whose fitted compensation is trained on the KL of the answers (`lit.distillation`)."""
+    from ftp_lightning.lit.distillation import DistillationSettings, distil_compensation
+
+    pruner = _pruner(StaticRouter, RANK)(ground)
+    tried = each(late_schedule)(ground, pruner, [share * DISTILLED_CUT for share in (0.25, 0.5, 0.75, 1.0)])
+    if not tried:
+        return pruner
+    pruner = pruner.changed(schedule=list(tried.values())[-1])
+    places = range(len(ground.rows))
+    teaching = ground.rows.subset(place for place in places if (place + 1) % CHECKED)
+    checking = ground.rows.subset(place for place in places if not (place + 1) % CHECKED)
+    settings = DistillationSettings(seed=ground.seed)
+    found = distil_compensation(ground.model, pruner, teaching, checking, settings, ground.folder)
+    return pruner.changed(compensation=found.rounded())
+
+
+def given(pruner: TokenPruner) -> Recipe:
+    """The family of a pruner that was found before: its blocks from the last one down, as far as the cut asks for."""
+    form = pruner.scheduled
+    routed = [block for block in reversed(range(form.num_blocks)) if form.sparsity[block] > 0.0]
+
+    def member(amount: float) -> Schedule:
+        """The last `amount` of the routed blocks as they were, the others dense; in between a part."""
+        share = {block: min(1.0, max(0.0, amount - place)) for place, block in enumerate(routed)}
+        return Schedule([s * share.get(block, 0.0) for block, s in enumerate(form.sparsity)], pruner.kv, form.seen)
+
+    def schedules(ground: Ground, _: TokenPruner, cuts: Sequence[float]) -> dict[float, Schedule]:
+        amounts = list(range(len(routed) + 1))
+        saved = [planned_cut(ground.model, pruner.with_schedule(member(amount)), ground.length) for amount in amounts]
+        return {cut: member(float(np.interp(cut, saved, amounts))) for cut in cuts if cut <= saved[-1]}
+
+    return Recipe("given", lambda ground: pruner.changed(least_tokens=0), schedules)
 
 
 def _by_attention() -> UntrainedRouter:
@@ -124,6 +169,7 @@ _LAST_EIGHT = AttentionScore(window=8, pooling="average", kernel_size=7)
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("late blocks, fitted", _pruner(StaticRouter, RANK), each(late_schedule)),
+    Recipe("late blocks, distilled", distilled, each(late_schedule)),
     Recipe("stages, fitted", _pruner(_by_attention, RANK, attention=_LAST_EIGHT), each(stage_schedule)),
     Recipe("default", _pruner(StaticRouter, 0), each(default_schedule)),
     Recipe("late blocks", _pruner(StaticRouter, 0), each(late_schedule)),

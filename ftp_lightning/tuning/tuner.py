@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,7 +225,7 @@ class Tuner:
         key = digest(*(str(part).encode() for part in (*about, recipe.name, self.seed, code_version())))
         place = Path(self.measured.folder) / f"recipe-{key}"
         if not place.exists():
-            recipe.fit(self.ground).save(place)
+            recipe.fit(replace(self.ground, folder=place.with_suffix(".training"))).save(place)
             self.note()
         return TokenPruner.load(place)
 
