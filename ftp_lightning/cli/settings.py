@@ -13,6 +13,7 @@ from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_bounds, check_reachable, check_words, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.device_map import read_device_map
+from ftp_lightning.disk.ready import pruner_folder
 from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
@@ -220,7 +221,7 @@ class PrunedSettings(BudgetSettings, StageSettings):
 
     default_split: ClassVar[str] = "test"
 
-    pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it", is_file=True)
+    pruned: str | None = option(None, "folder of a pruner, or the name of a ready-made one", is_file=True)
     schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
     budget: float | None = option(
         None, "budget of the default schedule, or of a pruner or file that holds a family", least=0.0, below=1.0
@@ -257,7 +258,7 @@ def holds_family(path: str) -> bool:
 def carries_family(folder: str) -> bool:
     """Whether a pruner's folder holds schedules of several budgets; where it cannot be read, others tell that."""
     try:
-        record = read_json(Path(folder).expanduser() / "pruner.json", LARGEST)
+        record = read_json(pruner_folder(folder) / "pruner.json", LARGEST)
     except (OSError, ValueError):
         return True
     return isinstance(record, dict) and bool(record.get("family"))
@@ -288,7 +289,7 @@ def _as_argument(value: Any) -> str:
 def _content(name: str, path: str | None) -> str | None:
     if path is None:
         return None
-    place = Path(path).expanduser()
+    place = pruner_folder(path) if name == "pruned" else Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
     if not place.is_file() and not place.is_dir():

@@ -17,7 +17,8 @@ from ftp_lightning.data.rows import Rows
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.data.windows import calibration_windows
-from ftp_lightning.disk.pruned_folder import check_base, read_settings
+from ftp_lightning.disk import ready
+from ftp_lightning.disk.pruned_folder import check_base
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
 from ftp_lightning.pruning import TokenPruner
@@ -245,11 +246,10 @@ def check_budget_length(settings: BudgetSettings, config: Any) -> None:
 
 
 def load_pruner(folder: str, model: PreTrainedModel) -> TokenPruner:
-    """The pruner in a folder; UserError where it was made for another model."""
-    path = Path(folder).expanduser()
-    pruner = TokenPruner.load(path)
+    """The pruner in a folder, or a ready-made one by its name; UserError where it was made for another model."""
+    pruner = ready.load_pruner(folder)
     check_blocks(pruner.scheduled, folder, num_blocks(model))
-    check_base(read_settings(path), model)
+    check_base(pruner._base or {}, model)
     return pruner
 
 
