@@ -36,7 +36,7 @@ def logging_to(
             failed = sys.exc_info()[0] is not None
             if logger:
                 logger.finalize("failed" if failed else "success")
-            if kind == "wandb":
+            if kind == "wandb" and logger:
                 logger.experiment.finish(exit_code=int(failed))
 
 
@@ -44,18 +44,24 @@ def make_logger(kind: str, folder: Path, config: dict[str, Any], job_type: str, 
     """A Lightning logger that writes under `folder`, or False for `none`, as `lightning.Trainer(logger=...)` takes it.
 
     `csv`: folder/logs/metrics.csv. `tensorboard`: folder/logs. `wandb`: online where wandb finds a key that the user
-    has configured, unless WANDB_MODE says otherwise; else offline, under folder/wandb. A key is never asked for and
-    never written. Runs are grouped by `group`, by default the folder that `folder` lies in: the chain's. A stage that
-    resumes with the same settings continues its log: what was logged from the resumed step on is replaced. A run of
-    `wandb agent` is the one that the agent has named. ValueError for another kind.
+    has configured, unless WANDB_MODE says otherwise; else offline, under folder/wandb; False if it says `disabled`. A
+    key is never asked for and never written. Runs are grouped by `group`, by default the folder that `folder` lies in:
+    the chain's. A stage that resumes with the same settings continues its log: what was logged from the resumed step on
+    is replaced. A run of `wandb agent` is the one that the agent has named. ValueError for another kind.
     """
-    if kind == "none":
+    if kind == "none" or (kind == "wandb" and os.environ.get("WANDB_MODE") == "disabled"):
         return False
     if kind not in KINDS:
         raise ValueError(f"tracking is {kind!r}, must be one of {', '.join(KINDS)}")
     run = _run_id(folder, config)
     if kind == "wandb":
-        return _wandb(folder, config, job_type, group or folder.resolve().parent.name, run)
+        try:
+            return _wandb(folder, config, job_type, group or folder.resolve().parent.name, run)
+        except (OSError, RuntimeError, ValueError) as error:  # no home, the home of somebody else, an odd run id
+            raise UserError(
+                f"tracking is wandb, which cannot start: {' '.join(str(error).split())[:160]}\n"
+                "Set HOME or WANDB_RUN_ID to what it can use, or give --tracking csv."
+            ) from error
     return _csv(folder) if kind == "csv" else _tensorboard(folder)
 
 

@@ -92,10 +92,17 @@ def test_text_on_the_command_line_is_taken_as_it_is(value):
         assert parse("search", ["--output", value]).output == value
 
 
-@pytest.mark.parametrize("flag", ["limit=#3", "limit=", "limit=&x", "threshold=#3", "threshold=yes", "compare="])
+@pytest.mark.parametrize("flag", ["limit=#3", "limit=", "limit=&x", "threshold=#3", "threshold=yes", "limit=1.5"])
 def test_a_number_or_list_that_is_none_is_refused(flag):
     with pytest.raises(UserError, match=flag.partition("=")[0]):
         parse("evaluate", [f"--{flag}"])
+
+
+def test_an_empty_list_is_one_only_where_it_says_something():
+    assert parse("evaluate", ["--tasks="]).tasks == parse("evaluate", ["--tasks", "[]"]).tasks == ()
+    for stage, name in (("search", "budgets"), ("train", "factors")):
+        with pytest.raises(UserError, match=name):
+            parse(stage, [f"--{name}="])
 
 
 def test_null_says_that_there_is_no_number_and_settings_are_read_back(tmp_path):

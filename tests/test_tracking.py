@@ -8,6 +8,7 @@ import pytest
 from wandb_log import read_run
 
 from ftp_lightning.__main__ import parse
+from ftp_lightning.errors import UserError
 from ftp_lightning.report.tracked import gates_png, schedule_png
 from ftp_lightning.tracking import log_outcome, logging_to, make_logger
 
@@ -214,3 +215,18 @@ def test_every_stage_tells_wandb_what_it_found(tmp_path, wandb_home, monkeypatch
     assert any(kind == "pruner" for _, kind, _ in runs["train"]["artifacts"])
     assert {"sensitivity", "blocks"} <= logged["sensitivity"]
     assert {"methods", "gates", "realised", "kl"} <= logged["evaluate"]
+
+
+def test_wandb_that_is_disabled_records_nothing_and_one_that_cannot_start_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with logging_to("wandb", tmp_path, {}, "search") as logger:
+        assert logger is False
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("ftp_lightning.tracking._wandb", homeless)
+    with pytest.raises(UserError, match="wandb, which cannot start: Could not determine home"):
+        make_logger("wandb", tmp_path, {}, "search")

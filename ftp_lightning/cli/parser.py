@@ -30,13 +30,16 @@ class Parser(ArgumentParser):
 
 
 class Listed:
-    """Reads a list of `item` from `A,B`, `[A, B]`, a YAML list or a single value."""
+    """Reads a list of `item` from `A,B`, `[A, B]`, a YAML list or a single value.
 
-    def __init__(self, item: type):
-        self.item = item
+    An empty text is the empty list where `default` is another one; else it would be taken as not given.
+    """
+
+    def __init__(self, item: type, default: Sequence[Any] = ()):
+        self.item, self.default = item, default
 
     def __call__(self, given: Any) -> list:
-        if given is None or (isinstance(given, str) and not given.strip()):
+        if given is None or (isinstance(given, str) and not given.strip() and not self.default):
             raise ValueError("a list is empty or null: [] is the empty list")
         if isinstance(given, str):
             given = [part.strip(" '\"") for part in given.strip("[]()").split(",") if part.strip()]
@@ -103,7 +106,7 @@ def _add(parser: Parser, name: str, kind: Any, default: Any) -> None:
         yes_no = ActionYesNo(yes_prefix="", no_prefix="no_")
         parser.add_argument(f"--{name}", action=yes_no, nargs="?", default=default)
     elif get_origin(kind) is tuple:
-        parser.add_argument(f"--{name}", type=Listed(get_args(kind)[0]), default=list(default))
+        parser.add_argument(f"--{name}", type=Listed(get_args(kind)[0], default), default=list(default))
     else:
         parser.add_argument(f"--{name}", type=kind, default=default)
 
