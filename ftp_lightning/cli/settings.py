@@ -12,6 +12,7 @@ from ftp_lightning.artifact import StageFolder, read_provenance
 from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_bounds, check_reachable, check_words, option
 from ftp_lightning.cli.progress import Progress
+from ftp_lightning.data.stories import SPLITS
 from ftp_lightning.device_map import read_device_map
 from ftp_lightning.disk.ready import pruner_folder
 from ftp_lightning.errors import UserError, file_error
@@ -101,6 +102,8 @@ class ModelSettings(Settings):
         if self.model == ModelSettings.model and (base := _base_of(getattr(self, "pruned", None))) is not None:
             object.__setattr__(self, "model", base)
         super().__post_init__()
+        if self.split not in (known := ("auto", *SPLITS, "all")):
+            raise UserError(f"unknown split {self.split!r}\nGive --split one of {', '.join(known)}.")
         self._check_device_map()
 
     def _check_device_map(self) -> None:
