@@ -12,9 +12,11 @@ from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation import own_answers
+from ftp_lightning.evaluation.statistics import Interval
 from ftp_lightning.tuning import measured, parts, recipes
 from ftp_lightning.tuning.parts import LEAST, repeats, split_rows
 from ftp_lightning.tuning.recipes import RECIPES, given
+from ftp_lightning.tuning.tuner import Candidate, Rung, Tuned
 
 SMALL = [*TINY, "--prompts", "embedded", "--prompt_tokens", 32, "--continuation_tokens", 5, "--limit", 44]
 QUICK = [*SMALL, "--keep", 0.5, "--cuts", "0.02,0.1,0.5", "--output", "out"]
@@ -226,3 +228,15 @@ def embedded_ground():
     model, tokenizer = load("embedded")
     ids = [prompt_ids(tokenizer, text)[:40] for text in PROMPTS[:4]]
     return Ground(model, Rows([Row(one, [7, 9], "plain", place) for place, one in enumerate(ids)]), 256)
+
+
+def test_what_no_schedule_needs_is_not_stored(embedded_ground):
+    recipe = next(one for one in RECIPES if one.name == "late blocks, fitted")
+    pruner = recipe.fit(embedded_ground)
+    schedules = recipe.schedules(embedded_ground, pruner, (0.1, 0.2))
+    found = Candidate("", pruner, schedules, [])
+    rung = Rung(0.2, 0.2, 0.2, *[Interval(1.0, 1.0, 1.0, 9, 9)] * 2, 0.0)
+    tuned = Tuned(found, [], [], [rung], 1, [rung], 1, False).pruner
+    assert tuned.schedule == schedules[0.2] and tuned.family == found.at(0.1).family
+    zero = [not bool(one.any()) for one in tuned.compensation.tensors["block.bias"]]
+    assert zero == [s == 0.0 for s in schedules[0.2].sparsity]

@@ -121,8 +121,12 @@ class Tuned:
 
     @property
     def pruner(self) -> TokenPruner:
-        """The pruner of the largest cut that holds."""
-        return self.chosen.at(self.rungs[self.left - 1].cut)
+        """The pruner of the largest cut that holds. Its compensation is for blocks that some schedule prunes."""
+        found = self.chosen.at(self.rungs[self.left - 1].cut)
+        if found.compensation is None or found.family is None:
+            return found
+        pruned = {block for one in found.family.schedules for block, s in enumerate(one.sparsity) if s > 0.0}
+        return found.changed(compensation=found.compensation.only(sorted(pruned)), family=found.family)
 
 
 class Tuner:
