@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="timings, dense and pruned in turn")
     settings = TryStage(model=REAL, pairs=parser.parse_args().pairs)
     console = Console(record=True, width=118, force_terminal=True, color_system="truecolor", highlight=False)
-    print_continued(settings.continued(*load_model(settings)), REAL, console)
+    print_continued(settings.continued(*load_model(settings)), REAL, settings._pruner_name(), console)
     svg = console.export_svg(title=f"ftp-lightning try --model {REAL}")
     width, height = (round(float(size)) for size in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     with tempfile.TemporaryDirectory() as folder:

@@ -9,9 +9,9 @@ from rich.console import Console
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
 from ftp_lightning.__main__ import parse
 from ftp_lightning.cli.coloured import SCALE, coloured, legend, print_continued, style_of
+from ftp_lightning.disk.ready import READY
 from ftp_lightning.models import load_model
-from ftp_lightning.stages import first_look
-from ftp_lightning.stages.first_look import OWN, REAL, SMALL_BUDGET, default_model, ready_made
+from ftp_lightning.stages.first_look import OWN, REAL, SMALL_BUDGET, default_model
 from ftp_lightning.stages.generate import Continued
 
 TINY = ["--model", "random:tiny", "--max_new_tokens", "2", "--pairs", "1"]
@@ -27,7 +27,7 @@ def made_up(short: bool = False) -> Continued:
 
 def shown(found: Continued, **about) -> str:
     console = Console(width=100, highlight=False, file=io.StringIO(), **about)
-    print_continued(found, "m", console)
+    print_continued(found, "m", "p", console)
     return console.file.getvalue()
 
 
@@ -75,15 +75,19 @@ def test_times_answers_and_limit_are_printed():
     assert "too short" in shown(made_up(short=True))
 
 
-def test_a_ready_made_pruner_is_preferred(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_look, "ASSETS", tmp_path)
+def test_a_ready_made_pruner_is_preferred():
+    def chosen(*flags):
+        settings = parse("try", ["--model", "embedded", *flags])
+        return settings.chosen(load_model("embedded")), settings._pruner_name()
+
+    own, name = chosen()
+    assert own.schedule.budget == pytest.approx(TokenPruner.load(READY / "embedded").schedule.budget)
+    assert name == "ready-made for this model"
+    asked, name = chosen("--budget", "0.1")
+    assert asked.schedule.budget == pytest.approx(0.1) and name == "the default schedule, budget 0.1"
     settings = parse("try", TINY)
-    model = load_model("random:tiny")
-    assert ready_made("random:tiny") is None
-    assert settings.chosen(model).schedule.budget == pytest.approx(SMALL_BUDGET)
-    TokenPruner(StaticRouter(), Schedule.default(3, 0.4)).save(tmp_path / "ready" / "random:tiny", model=model)
-    assert settings.chosen(model).schedule.budget == pytest.approx(0.4)
-    assert parse("try", [*TINY, "--budget", "0.1"]).chosen(model).schedule.budget == pytest.approx(0.1)
+    assert settings.chosen(load_model("random:tiny")).schedule.budget == pytest.approx(SMALL_BUDGET)
+    assert settings._pruner_name() == f"the default schedule, budget {SMALL_BUDGET}"
 
 
 def test_a_pruner_brings_its_model(tmp_path):

@@ -41,7 +41,7 @@ def legend(found: Continued) -> Text:
     return text
 
 
-def print_continued(found: Continued, model: str, console: Console | None = None) -> None:
+def print_continued(found: Continued, model: str, pruner: str, console: Console | None = None) -> None:
     """Print prompt, answers, tokens skipped, and times."""
     from rich.console import Console
     from rich.table import Table
@@ -62,6 +62,7 @@ def print_continued(found: Continued, model: str, console: Console | None = None
         ("first token", f"dense {dense:,.0f} ms, pruned {pruned:,.0f} ms: {dense / pruned:.2f} times as fast"),
         ("limit by FLOPs", f"{found.flops_limit:.2f} times as fast"),
         ("model", model),
+        ("pruner", pruner),
     ):
         table.add_row(Text(left, "bold"), Text(right))
     say(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ftp_lightning.cli.option import option
@@ -49,6 +48,7 @@ class TryStage(GenerateStage):
 
     def chosen(self, model: Any) -> Any:
         """What the flags ask for, else the ready-made pruner of this model, else the default schedule."""
+        from ftp_lightning.disk.ready import is_ready
         from ftp_lightning.pruning import TokenPruner
         from ftp_lightning.routing import StaticRouter
         from ftp_lightning.schedule import Schedule
@@ -56,8 +56,8 @@ class TryStage(GenerateStage):
 
         if self.pruned or self.schedule or self.budget is not None:
             return super().chosen(model)
-        if (ready := ready_made(self.model)) is not None:
-            return load_pruner(str(ready), model)
+        if is_ready(self.model):
+            return load_pruner(self.model, model)
         return TokenPruner(StaticRouter(), Schedule.default(num_blocks(model), SMALL_BUDGET))
 
     def _question(self, tokenizer: Any) -> str:
@@ -68,7 +68,16 @@ class TryStage(GenerateStage):
     def show(self, found: Continued) -> None:
         from ftp_lightning.cli.coloured import print_continued
 
-        print_continued(found, self.model)
+        print_continued(found, self.model, self._pruner_name())
+
+    def _pruner_name(self) -> str:
+        from ftp_lightning.disk.ready import is_ready
+
+        if self.pruned or self.schedule:
+            return str(self.pruned or self.schedule)
+        if self.budget is None and is_ready(self.model):
+            return "ready-made for this model"
+        return f"the default schedule, budget {SMALL_BUDGET if self.budget is None else self.budget:g}"
 
 
 def default_model() -> str:
@@ -80,9 +89,3 @@ def default_model() -> str:
     except UserError:
         return OWN
     return REAL
-
-
-def ready_made(model: str) -> Path | None:
-    """The folder of the ready-made pruner of a model; None where there is none."""
-    folder = ASSETS / "ready" / model
-    return folder if folder.is_dir() else None
