@@ -82,6 +82,11 @@ def test_a_seed_draws_what_generate_draws(asked, settings):
     assert complete(asked, text(1, 30), **{"temperature": 1.0} | settings, seed=5)["choices"][0]["text"] == wanted
 
 
+def test_a_temperature_of_nearly_nothing_is_greedy(asked):
+    wanted = complete(asked, text(1, 30), max_tokens=4)["choices"][0]["text"]
+    assert complete(asked, text(1, 30), max_tokens=4, temperature=1e-40)["choices"][0]["text"] == wanted
+
+
 def test_usage_and_the_first_token_are_told(asked):
     prompt = text(3, 60)
     tokens = len(prompt_ids(embedded()[1], prompt))

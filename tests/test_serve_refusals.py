@@ -167,6 +167,13 @@ def test_a_chat_needs_a_template():
     assert answer.status_code == 400 and "--chat_template" in answer.json()["error"]["message"]
 
 
+def test_a_prompt_of_no_tokens_is_refused(monkeypatch):
+    with inside(working=False) as server:
+        monkeypatch.setattr("ftp_lightning.serving.prompts.prompt_ids", lambda *_: [])
+        answer = TestClient(server.app).post(TEXT, json={"prompt": "\u200b"})
+    assert answer.status_code == 400 and "empty" in answer.json()["error"]["message"]
+
+
 def test_prompts_above_the_servers_own_limit_are_refused():
     with inside(working=False, max_prompt_tokens=5) as server:
         answer = TestClient(server.app).post(TEXT, json={"prompt": "one two three four five six seven eight"})

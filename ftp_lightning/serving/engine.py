@@ -20,6 +20,8 @@ from ftp_lightning.serving.stops import Text
 
 POLL = 0.1
 """Seconds between two looks at which clients have gone [ours]."""
+COLD = 1e-4
+"""Temperatures below are greedy [ours]: scores divided by them are no numbers any more."""
 Tell = Callable[[str, str, Any], None]
 """(request, "text" or "end", what): how a row tells of itself."""
 Gone = Callable[[], Collection[str]]
@@ -87,7 +89,7 @@ class Sampler(LogitsProcessor):
 
     @staticmethod
     def _draw(ask: Ask, device: torch.device) -> Callable[[Tensor], int] | None:
-        if ask.temperature == 0:
+        if ask.temperature < COLD:
             return None
         generator = torch.Generator(device)
         generator.manual_seed(ask.seed) if ask.seed is not None else generator.seed()

@@ -59,6 +59,8 @@ class Prompts:
         else:
             assert isinstance(fields, Completion)
             ids, structured = self._ids(fields.prompt)
+        if not ids:
+            raise Refused(400, "the prompt is empty: it has no tokens")
         return Ask(
             ids=ids,
             max_tokens=self._room(len(ids), wanted),
