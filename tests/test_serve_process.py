@@ -88,7 +88,7 @@ def test_a_killed_worker_is_started_again_and_a_stop_ends_every_request(tmp_path
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as stream:
             for line in stream.iter_lines():
                 half += [line] * bool(line)
-                if len(half) == 3:
+                if line and len(half) == 3:
                     waits.start()
                     until(lambda: "ftp_requests_in_flight 2.0" in httpx.get(f"{server.url}/metrics").text)
                     server.process.send_signal(signal.SIGTERM)
