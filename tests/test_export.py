@@ -104,6 +104,15 @@ def test_weights_are_linked_where_that_is_asked_for(exported, command, tmp_path)
     assert not (tmp_path / "hf/model.safetensors").is_symlink()
 
 
+def test_a_ready_made_pruner_is_exported_by_its_name(command, tmp_path):
+    from ftp_lightning.disk.ready import load_pruner
+
+    status, out, err = command("export", "--pruned", "embedded", "--output", "hf", "--link")
+    assert status == 0, err
+    stored, ready = TokenPruner.load(tmp_path / "hf"), load_pruner("embedded")
+    assert stored.schedule == ready.schedule and stored.family == ready.family
+
+
 def test_what_cannot_be_exported_is_said(exported, command, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("x")

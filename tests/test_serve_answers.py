@@ -147,6 +147,14 @@ def test_a_pruner_with_a_family_serves_all_its_budgets(tmp_path):
         pass
 
 
+def test_a_ready_made_pruner_serves_by_its_name():
+    from ftp_lightning.disk.ready import load_pruner
+
+    with client(pruned="embedded", mode="always") as one:
+        budget = complete(one, text(5, 50), max_tokens=1)["ftp"]["budget"]
+    assert budget == pytest.approx(load_pruner("embedded").schedule.budget)
+
+
 def test_stop_strings_end_an_answer_and_are_not_told(asked):
     said = generated(text(2, 30), new=12)
     stop = said[8:12]

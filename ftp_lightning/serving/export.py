@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning import models
-from ftp_lightning.disk.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, check_base, read_settings
-from ftp_lightning.errors import UserError, unwritable
+from ftp_lightning.disk.pruned_folder import check_base, read_settings
+from ftp_lightning.disk.ready import load_pruner, pruner_folder
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.hub import model_card
 from ftp_lightning.models.loading import WEIGHTS as MODEL_WEIGHTS
 from ftp_lightning.pruning import TokenPruner
@@ -60,7 +61,7 @@ def export(pruned: str, folder: str, name: str | None = None, link: bool = False
     """Write model, tokenizer, pruner, card and `custom_generate` to `folder`, whole or not at all.
 
     Args:
-        pruned: folder of a pruner.
+        pruned: folder of a pruner, or the name of a ready-made one.
         name: its base model; None: the one that it names.
         link: symbolic links to the weights of a base in a local folder, in place of a copy.
         again: replace an earlier export.
@@ -68,14 +69,14 @@ def export(pruned: str, folder: str, name: str | None = None, link: bool = False
     Raises:
         UserError: no base is named, it is another model than the pruner's, or the folder holds something else.
     """
-    source, target = Path(pruned).expanduser(), Path(folder).expanduser().absolute()
-    pruner, record = TokenPruner.load(source), read_settings(source)
-    name = name or record.get("base")
+    target = Path(folder).expanduser().absolute()
+    pruner = load_pruner(pruned)
+    name = name or read_settings(pruner_folder(pruned)).get("base")
     if not name:
         raise UserError(f"{pruned} names no base model\nGive it by --model.")
     _check_target(target, again)
     model = models.load_model(name, dtype=_stored_dtype(name))
-    check_base(record, model)
+    check_base(pruner._base or {}, model)
     if len(pruner.kv) != model.config.get_text_config().num_hidden_layers:
         raise UserError(
             f"{pruned} is made for {len(pruner.kv)} blocks, {name} has others\nGive the base of the pruner."
@@ -84,18 +85,18 @@ def export(pruned: str, folder: str, name: str | None = None, link: bool = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        _write(partial, model, name, source, target, link)
+        _write(partial, model, name, pruner, target, link)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except OSError as error:
-        raise unwritable(error) or UserError(f"cannot write {target}: {error.strerror or error}") from None
+        raise file_error(error) or UserError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
         if partial != target:
             shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _write(folder: Path, model: Any, name: str, pruned: Path, target: Path, link: bool) -> None:
+def _write(folder: Path, model: Any, name: str, pruner: TokenPruner, target: Path, link: bool) -> None:
     if link:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
@@ -104,13 +105,16 @@ def _write(folder: Path, model: Any, name: str, pruned: Path, target: Path, link
     else:
         model.save_pretrained(folder)
     models.load_tokenizer(name).save_pretrained(folder)
-    for part in (SETTINGS, WEIGHTS, COMPENSATION):
-        if (pruned / part).exists():
-            shutil.copy(pruned / part, folder / part)
+    own = folder / "pruner"  # with the identity of this very model
+    pruner.save(own, base=name, model=model)
+    card = model_card(own)
+    for part in own.iterdir():
+        part.rename(folder / part.name)
+    own.rmdir()
     (folder / CUSTOM).mkdir()
     (folder / CUSTOM / "generate.py").write_text(GENERATE.format(folder=str(target)), encoding="utf-8")
     (folder / CUSTOM / "requirements.txt").write_text("ftp-lightning\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(pruned) + CARD, encoding="utf-8")
+    (folder / "README.md").write_text(card + CARD, encoding="utf-8")
     os.chmod(folder, 0o755)
 
 

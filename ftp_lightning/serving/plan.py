@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.costs.least_tokens import least_tokens
+from ftp_lightning.disk.ready import load_pruner
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import read_json
 from ftp_lightning.pruning import TokenPruner
@@ -40,7 +41,7 @@ class Plan:
     def of(cls, served: Served, blocks: int) -> Plan:
         """UserError where the pruner or the schedule is for another number of blocks, cannot be read, or does not reach
         the budget."""
-        pruner = TokenPruner.load(Path(served.pruned).expanduser()) if served.pruned else None
+        pruner = load_pruner(served.pruned) if served.pruned else None
         family, budget = None, served.budget
         if served.schedule:
             family = _family(served.schedule)

@@ -73,7 +73,7 @@ class PrunedAPI(LitAPI):
         import torch
 
         from ftp_lightning import models
-        from ftp_lightning.disk.pruned_folder import check_base, read_settings
+        from ftp_lightning.disk.pruned_folder import check_base
         from ftp_lightning.pruning.family import find_blocks
 
         served = self.served
@@ -83,8 +83,8 @@ class PrunedAPI(LitAPI):
             served.model, dtype=served.dtype, device=device, revision=served.revision
         )
         plan = Plan.of(served, len(find_blocks(self.model)))
-        if served.pruned:
-            check_base(read_settings(served.pruned), self.model)
+        if plan.pruner is not None:
+            check_base(plan.pruner._base or {}, self.model)
         self.pruners = Pruners(plan, served, self.model)
 
     def end_manager(self) -> None:

@@ -20,7 +20,7 @@ class ExportStage(Settings):
 
     stage: ClassVar[str] = "export"
 
-    pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it")
+    pruned: str | None = option(None, "folder of a pruner, or the name of a ready-made one (docs/models.md)")
     output: str | None = option(None, "folder to write")
     model: str | None = option(None, "its base model; by default the one that it names")
     link: bool = option(False, "link to the base's weights on this disk in place of copying them")

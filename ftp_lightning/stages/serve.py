@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,7 +22,7 @@ class ServeStage(Settings):
     stage: ClassVar[str] = "serve"
 
     model: str | None = option(None, "as everywhere; by default that of --pruned, or `embedded`")
-    pruned: str | None = option(None, "folder of a pruner, as `train` and `search` write it")
+    pruned: str | None = option(None, "folder of a pruner, or the name of a ready-made one (docs/models.md)")
     schedule: str | None = option(None, "schedule.json or schedules.json; replaces that of --pruned")
     budget: float | None = option(None, "budget of requests that give none", least=0.0, below=1.0)
     ftp_mode: Literal["off", "auto", "always"] | None = option(
@@ -63,12 +64,15 @@ class ServeStage(Settings):
         return Path()
 
     def _model(self) -> str:
-        """The model that is served."""
+        """The model that is served; of a ready-made pruner a line says where it was made from other weights."""
         if self.model is not None or self.pruned is None:
             return self.model or "embedded"
         from ftp_lightning.disk.pruned_folder import read_settings
+        from ftp_lightning.disk.ready import is_ready, other_weights, pruner_folder
 
-        base = read_settings(Path(self.pruned).expanduser()).get("base")
+        base = read_settings(pruner_folder(self.pruned)).get("base")
+        if is_ready(self.pruned) and (told := other_weights(self.pruned)):
+            print(told, file=sys.stderr)
         if not base:
             raise UserError(f"{self.pruned} names no base model\nGive it by --model.")
         return str(base)
