@@ -4,7 +4,6 @@ python experiments/serve_load.py --clients 1,4,16 --seconds 60
 """
 
 import argparse
-import contextlib
 import os
 import random
 import subprocess
@@ -36,7 +35,7 @@ def memory(pid: int) -> float:
 
 def alone(prompt: list[int], mode: str) -> str:
     one = torch.tensor([prompt])
-    with PRUNER(MODEL) if mode == "always" else contextlib.nullcontext():
+    with PRUNER.changed(schedule=Schedule.default(12, 0.3 if mode == "always" else 0.0))(MODEL):
         said = MODEL.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=8, do_sample=False)
     return TOKENIZER.decode(said[0, len(prompt) :], skip_special_tokens=True)
 
@@ -71,8 +70,9 @@ def main() -> None:
         for name in ("time_to_first_token_ms", "prefill_ms"):
             ratio = torch.tensor([dense["ftp"][name] / pruned["ftp"][name] for _, dense, pruned in found])
             print(f"  dense / pruned {name}: {median_interval(ratio, draw)}, FLOPs limit {limit:.3f}", flush=True)
-    turns = [lambda how=how: seconds(lambda: how(PROMPTS[2], "off"), torch.device("cpu")) for how in (ask, alone)]
-    print(f"served / bare, 1,024 tokens: {median_interval(torch.divide(*interleaved(*turns, 15, warmup=2).T), draw)}")
+    one, other = (lambda how=how: seconds(lambda: how(PROMPTS[2], "off"), MODEL.device) for how in (ask, alone))
+    times = interleaved(one, other, 15, warmup=2)
+    print(f"served / bare, 1,024 tokens: {median_interval(times[:, 0] / times[:, 1], draw)}")
     server.terminate()
 
 
