@@ -120,10 +120,14 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
             raise UserError("distil_epochs trains what skipped tokens get, and they get nothing\nAdd --skip low-rank.")
         if self.distil_epochs and (self.processes > 1 or self.budgets):
             raise UserError("distil_epochs is for one process and one schedule\nLeave --processes and --budgets out.")
-        if self.router in UNTRAINED and not (self.distil_epochs or self.skip != "identity" or self.pruned):
-            raise UserError(f"a {self.router} router has nothing to train\nGive another --router, or --skip low-rank.")
+        self.check_trains()
         if self.rows != "windows" and self.random_prompt:
             raise UserError(f"rows are {self.rows}, which have lengths of their own\nLeave --random_prompt out.")
+
+    def check_trains(self) -> None:
+        """UserError where there is nothing to train."""
+        if self.router in UNTRAINED and not (self.distil_epochs or self.skip != "identity" or self.pruned):
+            raise UserError(f"a {self.router} router has nothing to train\nGive another --router, or --skip low-rank.")
 
     def _check_pruned(self) -> None:
         """UserError where something is asked of the router or pruner that the folder says already."""

@@ -27,8 +27,15 @@ MEASURED = ("block_influence", "gradient", "sensitivity")
 SENSITIVITY_WINDOWS = 8
 
 
+class _Untrained(TrainStage):
+    """The settings of a pruner that is made and not trained."""
+
+    def check_trains(self) -> None:
+        pass
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrialStage(TrainStage):
+class TrialStage(_Untrained):
     """One run of a study: find a schedule, train a router, measure KL and answers kept. Writes results.json.
 
     What runs have in common (sensitivity, schedule, router) is found once and lies in --shared_folder, named by all
@@ -182,7 +189,7 @@ class TrialStage(TrainStage):
         from ftp_lightning.stages.inputs import load_model
         from ftp_lightning.stages.train import new_pruner
 
-        settings = replace(picked(TrainStage, self), schedule=str(schedule), budget=None)
+        settings = replace(picked(_Untrained, self), schedule=str(schedule), budget=None)
         pruner = new_pruner(settings, *load_model(self))
         changes = {"router": RandomRouter(self.seed)} if self.router == "random" else {}
         return pruner.changed(decode=self.decode, threshold=self.threshold, **changes)
