@@ -5,7 +5,7 @@ SETUP := $(VENV)/.installed
 RUN ?= runs/demo
 PROCESSES ?= 2
 # One stage by PROCESSES processes that are started once and share the work.
-TOGETHER = OMP_NUM_THREADS=$(PROCESSES) $(PYTHON) -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node $(PROCESSES) -m ftp_lightning
+TOGETHER = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node $(PROCESSES) -m ftp_lightning
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
