@@ -68,5 +68,7 @@ def print_continued(found: Continued, model: str, pruner: str, console: Console 
     say(table)
     if found.too_short:
         say("The prompt is too short to gain anything, so all its tokens were computed. --least_tokens 0 prunes it.")
-    elif model == "embedded":
+    elif pruner.startswith("ready-made"):
+        say("The ready-made pruner is careful. --budget 0.2 skips more tokens, and keeps fewer answers.")
+    if model == "embedded":
         say("This model is too small to gain time. `make models` installs SmolLM2, a real one.")
