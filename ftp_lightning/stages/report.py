@@ -33,7 +33,9 @@ class ReportStage(Settings):
             if self.run is not None:
                 raise UserError("--run cannot be combined with several folders\nName all folders without a flag.")
         elif len([given for given in (*self.runs, self.run, self.output) if given is not None]) != 1:
-            raise UserError("report needs the folder of a run, or of several\nGive one, as runs/demo, or several.")
+            raise UserError(
+                "report needs the folder of a run, or of several\nGive one, as --run runs/demo, or several."
+            )
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_comparison, build_report
