@@ -475,5 +475,5 @@ def test_evaluate_asks_for_what_a_method_needs():
     for name in NEEDS_SENSITIVITY:
         with pytest.raises(UserError, match="sensitivity FILE"):
             EvaluateStage(compare=(name,), output="nowhere")
-    with pytest.raises(UserError, match="none of random"):
+    with pytest.raises(UserError, match="must be among random"):
         EvaluateStage(compare=("nonesuch",), output="nowhere")

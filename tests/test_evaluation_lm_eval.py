@@ -250,7 +250,7 @@ def test_broken_rows_are_named(recall):
     recall.write_text("[1]\nnonsense\n")
     with pytest.raises(UserError, match="line 1 is not a JSON object"):
         made.made_task("story_recall", recall)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         made.made_task("story_recall", recall.with_name("absent"))
     with pytest.raises(UserError, match="Did you mean story_recall"):
         made.made_task("story_recal", recall)

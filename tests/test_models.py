@@ -93,7 +93,7 @@ def test_progress_bars_are_as_before(folder):
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a/b/c", ""])
 def test_missing_folder(name):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist" if name else "model is empty"):
         load_model(name)
 
 
@@ -104,7 +104,7 @@ def test_folders_that_are_no_models(folder, tmp_path_factory):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(str(folder))
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="its weights have 6 bytes"):
         load_model(str(folder))
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights"):
@@ -238,7 +238,7 @@ def no_list_of_shards(folder):
         (a_field_of_another_type, "num_hidden_layers"),
         (an_unknown_model_type, "fancy"),
         (an_unknown_rope, "spiral"),
-        (no_list_of_shards, "KeyError"),
+        (no_list_of_shards, "model.safetensors.index.json"),
     ],
 )
 def test_folders_that_do_not_load_are_told_in_a_sentence(folder, damage, said, caplog):

@@ -58,6 +58,11 @@ def words(given: Any) -> str | None:
     return None if given is None else str(given)
 
 
+def as_given(given: Any) -> Any:
+    """What the option reads itself, such as a list of kv modes in YAML."""
+    return given
+
+
 class Maybe:
     """A number, or `null` in so many words: what YAML takes for null on the command line (`#3`) is an error."""
 
@@ -85,7 +90,8 @@ def parser_of(settings_class: type[Settings]) -> Parser:
     parser.add_argument("--config", action=ActionConfigFile)
     hints = get_type_hints(settings_class)
     for field in fields(settings_class):
-        kind = _kind(words if field.metadata["raw"] else hints[field.name])
+        raw = as_given if field.metadata["read"] else words
+        kind = _kind(raw if field.metadata["raw"] else hints[field.name])
         default = cast(Any, field.default)
         if field.metadata["positional"]:
             parser.add_argument(field.name, nargs="*", type=str, default=list(default))

@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import UserError, file_error
+from ftp_lightning.errors import Interrupted, UserError, file_error
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 
 CACHE = "FTP_LIGHTNING_CACHE"
@@ -65,10 +65,10 @@ def converted(name: str, parts: Sequence[Path], sha256: str | None = None) -> Pa
             if not folder.is_dir():
                 print(f"{name}: converted once into {folder}", file=sys.stderr)
                 _convert(name, parts, folder)
-    except OSError as error:
-        raise file_error(error) or UserError(
-            f"model {name} cannot be converted into {folder}: {error.strerror or error}\n"
-            f"Set {CACHE} to a folder that can be written."
+    except (OSError, Interrupted) as error:
+        why, *_ = str(file_error(error) or error).splitlines()
+        raise Interrupted(
+            f"model {name} cannot be converted: {why}\nSet {CACHE} to a folder that can be written and has room."
         ) from error
     return folder
 
