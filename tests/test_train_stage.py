@@ -109,7 +109,7 @@ def test_it_goes_on_from_a_pruner(tmp_path):
     assert second.schedule == first.schedule and second.kv == first.kv
     for one, two in zip(first.router.parameters(), second.router.parameters()):
         assert torch.allclose(one, two, atol=1e-6)
-    with pytest.raises(UserError, match="router is given"):
+    with pytest.raises(UserError, match="--router cannot be combined"):
         train(tmp_path / "third", pruned=str(tmp_path / "first" / "pruned"), router="local")
 
 

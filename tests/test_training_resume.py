@@ -117,8 +117,16 @@ def test_a_checkpoint_is_not_written_by_way_of_another_disk(tmp_path, monkeypatc
     assert {LAST, BEST, HISTORY} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
 
 
+@pytest.fixture
+def heard():
+    """SIGINT is heard: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_handlers_of_signals_are_put_back_after_a_training(tmp_path, number):
+def test_handlers_of_signals_are_put_back_after_a_training(tmp_path, number, heard):
     before = [signal.getsignal(one) for one in stopping.SIGNALS]
     with pytest.raises(SystemExit) as left:
         train(tmp_path, 3, number)

@@ -166,6 +166,10 @@ def carry_out(
     model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
     family, (rows, held_out) = _family(settings), _rows(settings, model, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
+    if settings.pruned and not pruner.router.parameter_count and not settings.distil_epochs:
+        raise UserError(
+            f"a {type(pruner.router).__name__} has nothing to train\nGive a --pruned whose router has weights."
+        )
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
     def tell(step: int, steps: int) -> None:
