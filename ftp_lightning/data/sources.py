@@ -1,7 +1,7 @@
 """Where text comes from: embedded stories, files of several formats, a Hub data set; always documents per split."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,14 +89,14 @@ def documents_hash(documents: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def split_at(fraction: float) -> str:
-    """The split whose stretch of [0, 1) holds `fraction`."""
+def split_at(fraction: float, shares: Mapping[str, float] = SHARES) -> str:
+    """The split whose stretch of [0, 1) holds `fraction`: stretches as long as the shares, one after the other."""
     bound = 0.0
-    for name, share in SHARES.items():
+    for name, share in shares.items():
         bound += share
         if fraction < bound:
             return name
-    return SPLITS[-1]
+    return name
 
 
 def _paragraph_splits(text: str) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.data.prompts import load_prompts, text_windows
 from ftp_lightning.data.rows import Row, Rows
-from ftp_lightning.data.sources import MANY_DOCUMENTS, has_records, read_records
+from ftp_lightning.data.sources import MANY_DOCUMENTS, has_records, read_records, split_at
 from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,21 +96,12 @@ def split_rows(rows: Rows, seed: int) -> dict[str, Rows]:
     random.Random(f"{seed}/tune").shuffle(order)
     part_of, before = {}, 0.0
     for document in order:
-        part_of[document] = _part_at((before + sizes[document] / 2) / len(rows))
+        part_of[document] = split_at((before + sizes[document] / 2) / len(rows), SHARES)
         before += sizes[document]
     places: dict[str, list[int]] = {name: [] for name in SHARES}
     for place, row in enumerate(rows.rows):
         places[part_of[row.document]].append(place)
     return {name: rows.subset(found) for name, found in places.items()}
-
-
-def _part_at(fraction: float) -> str:
-    bound = 0.0
-    for name, share in SHARES.items():
-        bound += share
-        if fraction < bound:
-            return name
-    return name
 
 
 def check_answers(rows: Rows) -> None:
