@@ -196,6 +196,13 @@ def test_a_server_that_stops_takes_nothing_new():
     assert answer.status_code == 503 and "stopping" in answer.json()["error"]["message"]
 
 
+def test_a_chat_template_that_makes_a_giant_is_refused(tmp_path):
+    (tmp_path / "giant.jinja").write_text("{{ (messages[0].content * 200000000) | length }}")
+    with inside(working=False, chat_template=str(tmp_path / "giant.jinja")) as server:
+        answer = TestClient(server.app).post(CHAT, json=chat())
+    assert answer.status_code == 400 and "more than" in answer.json()["error"]["message"]
+
+
 def test_a_template_or_a_schedule_that_is_none_is_refused_at_the_start(tmp_path):
     from dataclasses import replace
 

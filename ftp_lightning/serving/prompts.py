@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ftp_lightning.data.template import rendered
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.errors import UserError
 from ftp_lightning.serving.answers import Refused
@@ -98,14 +99,13 @@ class Prompts:
             raise Refused(400, "this model's chat template knows no tools", param="tools")
         turns, more = [message.turn() for message in chat.messages], {"tools": chat.tools} if chat.tools else {}
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=True, **more
-            )
-        except Exception as error:  # a template raises what it likes
-            raise Refused(400, f"the chat template refuses these messages: {str(error)[:200]}", "messages") from None
+            text = rendered(self.tokenizer, turns, chat_template=self.template, add_generation_prompt=True, **more)
+        except UserError as error:
+            said = str(error.__cause__ or error)[:200]
+            raise Refused(400, f"the chat template refuses these messages: {said}", "messages") from None
         if not text.strip():
             raise Refused(400, "messages are empty", param="messages")
-        return str(text)
+        return text
 
     def _room(self, tokens: int, wanted: int | None) -> int:
         """How many tokens the answer may have."""
