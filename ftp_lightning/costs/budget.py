@@ -75,7 +75,7 @@ def stages_with_cut(model: nn.Module, reduction: float, length: int, level: floa
     """
     blocks, most = len(block_costs(model)), 0.0
     for first in range(blocks - 1, -1, -1):
-        stages = Schedule([0.0] * first + [level] * (blocks - first))
+        stages = Schedule.stages(blocks, [(first, level)])
         most = flops_reduction(model, stages, length, "keep")
         if most >= reduction:
             return solve_budget(model, reduction, length, "keep", stages).under("keep")
@@ -122,10 +122,13 @@ def _with_cut(
     costs, head = block_costs(model), head_flops(model)
 
     def spent(amount: float) -> float:
-        return prompt_flops(costs, rule(amount), length, rule(amount).kv or (), head)
+        schedule = rule(amount)
+        return prompt_flops(costs, schedule, length, schedule.kv or (), head)
+
+    dense = spent(0.0)
 
     def saved(amount: float) -> float:
-        return 1.0 - spent(amount) / spent(0.0)
+        return 1.0 - spent(amount) / dense
 
     if reduction > saved(top):
         raise _out_of_reach(reduction, length, saved(top))
@@ -143,10 +146,10 @@ def budget_with_cut(model: nn.Module, pruner, reduction: float, length: int) -> 
     """
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
-    top = pruner.family.budgets[-1]
+    top, costs = pruner.family.budgets[-1], block_costs(model, pruner.skip_rank)
 
     def saved(budget: float) -> float:
-        return planned_cut(model, pruner.at(budget), length)
+        return planned_cut(model, pruner.at(budget), length, costs=costs)
 
     if reduction > saved(top):
         raise _out_of_reach(reduction, length, saved(top))

@@ -20,7 +20,7 @@ from ftp_lightning.costs.flops import (
     row_flops,
     stored_tokens,
 )
-from ftp_lightning.costs.per_block import block_costs, remaining_costs
+from ftp_lightning.costs.per_block import BlockCost, block_costs, remaining_costs
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Scout
 from ftp_lightning.schedule import Schedule
@@ -36,12 +36,15 @@ def scout_flops(model: nn.Module, scout: Scout | None, tokens: int) -> float:
     return prompt_flops(costs, Schedule.uniform(len(costs), 0.0), tokens, "evict", head) if costs else 0.0
 
 
-def planned_cut(model: nn.Module, pruner, tokens: int, new_tokens: int = 0) -> float:
+def planned_cut(
+    model: nn.Module, pruner, tokens: int, new_tokens: int = 0, costs: list[BlockCost] | None = None
+) -> float:
     """Share of the FLOPs of a prompt of `tokens` and `new_tokens` decoding steps that the pruner saves, for planning.
 
-    Negative where looking costs more than skipping saves.
+    Negative where looking costs more than skipping saves. costs: `block_costs` at the pruner's skip rank, if at hand.
     """
-    costs, head, schedule = block_costs(model, pruner.skip_rank), head_flops(model), pruner.schedule
+    costs = block_costs(model, pruner.skip_rank) if costs is None else costs
+    head, schedule = head_flops(model), pruner.schedule
     even = Schedule.uniform(len(costs), 0.0)
     left = remaining_costs(costs, pruner.removed)
     stored = stored_tokens(schedule, tokens, pruner.kv, pruner.parts)

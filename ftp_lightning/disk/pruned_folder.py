@@ -104,7 +104,7 @@ def _write(folder: Path, record: dict, pruner) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.router.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(state))
     if pruner.compensation is not None:
-        (folder / COMPENSATION).write_bytes(save(_packed(pruner.compensation, _packing(pruner.compensation))))
+        (folder / COMPENSATION).write_bytes(save(_packed(pruner.compensation, record["compensation"])))
     record = record | {"sha256": _checksum(record, folder)}
     (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
