@@ -63,7 +63,7 @@ def _remove_history(place: Path) -> None:
 def _sound_or_aside(path: Path) -> dict | None:
     """The checkpoint in a file; None where it is proven broken, and then it is set aside."""
     try:
-        return _sound(path)
+        return sound(path)
     except OSError as error:
         if told := file_error(error):
             raise told from error
@@ -84,7 +84,7 @@ def _digest_of(path: Path, done: int) -> str | None:
         return None
 
 
-def _sound(path: Path) -> dict:
+def sound(path: Path) -> dict:
     """The checkpoint in a file whose checksums are right: torch writes them and does not look at them."""
     with zipfile.ZipFile(path) as parts:
         if parts.testzip() is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +27,7 @@ from ftp_lightning import losses
 from ftp_lightning.data.rows import Rows, scored_tokens
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
+from ftp_lightning.lit.checkpoints import WholeCheckpoints, sound
 from ftp_lightning.lit.lessons import Lesson, lessons
 from ftp_lightning.lit.trainer_device import trainer_device
 from ftp_lightning.pruning import TokenPruner
@@ -108,9 +110,8 @@ class Distillation(L.LightningModule):
 
     def kl(self, lesson: Lesson) -> Tensor:
         """(B,): KL(dense || pruned) per continuation token of each row."""
-        pruner = self.pruner.changed(compensation=self.compensation())
-        if lesson.keep is not None:
-            pruner = pruner.changed(router=FixedRouter(**lesson.keep))
+        replayed = {} if lesson.keep is None else {"router": FixedRouter(**lesson.keep)}
+        pruner = self.pruner.changed(compensation=self.compensation(), **replayed)
         states = BlockStates([[] for _ in range(lesson.first)] + [[lesson.entering.to(home(self.model))]])
         with resume_from(self.model, lesson.first, states), pruner(self.model):
             logits = continuation_logits(self.model, **lesson.batch)
@@ -209,6 +210,7 @@ def fit_distillation(
         gradient_clip_val=None,
         logger=False,
         callbacks=callbacks,
+        plugins=[LightningEnvironment(), WholeCheckpoints()],  # alone, also inside of a SLURM job
         enable_checkpointing=last is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -257,7 +259,7 @@ def distil_compensation(
 def _is_of(checkpoint: Path, fingerprint: str) -> bool:
     """Whether a file holds a whole checkpoint of the training with this fingerprint."""
     try:
-        return torch.load(checkpoint, weights_only=True)["fingerprint"] == fingerprint
+        return sound(checkpoint)["fingerprint"] == fingerprint
     except Exception:  # torch and zipfile raise a dozen kinds for a missing or broken file
         return False
 
