@@ -112,3 +112,11 @@ def _modes_between(low: Schedule, high: Schedule, t: float) -> list[str] | None:
 def is_family(record: object) -> bool:
     """Whether a JSON value is what `ScheduleFamily.save` writes."""
     return isinstance(record, dict) and record.get("format") == FORMAT
+
+
+def holds_family(path: str) -> bool:
+    """Whether a file is a schedules.json, which needs a budget to say which; False where it cannot be read."""
+    try:
+        return is_family(read_json(Path(path).expanduser(), LARGEST))
+    except (OSError, ValueError):
+        return False

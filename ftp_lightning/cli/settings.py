@@ -18,7 +18,7 @@ from ftp_lightning.disk.ready import pruner_folder
 from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
-from ftp_lightning.schedule_family import LARGEST, is_family
+from ftp_lightning.schedule_family import LARGEST, holds_family
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUDGET_LENGTH = 1024
@@ -248,14 +248,6 @@ class PrunedSettings(BudgetSettings, StageSettings):
                 "Remove one of them."
             )
         super().check()
-
-
-def holds_family(path: str) -> bool:
-    """Whether a file is a schedules.json, which needs a budget to say which; False where it cannot be read."""
-    try:
-        return is_family(read_json(Path(path).expanduser(), LARGEST))
-    except (OSError, ValueError):
-        return False
 
 
 def carries_family(folder: str) -> bool:

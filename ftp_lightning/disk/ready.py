@@ -70,6 +70,16 @@ def _shape(identity: dict[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (identity or {}).items() if not key.startswith("weights")}
 
 
+def base_of(pruned: str | Path) -> str:
+    """The base model that a pruner names. UserError where it names none."""
+    from ftp_lightning.disk.pruned_folder import read_settings
+
+    base = read_settings(pruner_folder(pruned)).get("base")
+    if not base:
+        raise UserError(f"{pruned} names no base model\nGive it by --model.")
+    return str(base)
+
+
 def other_weights(name: str) -> str | None:
     """A sentence where the model that `name` loads here has other weights than its ready-made pruner was made from."""
     from ftp_lightning.models import title

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from ftp_lightning.costs.request import row_costs
+from ftp_lightning.costs.request import RowCosts, row_costs
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.serving.options import Ask
@@ -120,11 +121,16 @@ def answer(model: Any, tokenizer: Any, rows: Sequence[Row], pruner: TokenPruner 
     ids, mask = padded([row.ask.ids for row in rows], padding, home(model))
     start = time.monotonic()
 
+    @functools.cache
+    def costs() -> RowCosts:
+        assert pruner is not None  # nobody asks for the costs of a dense batch
+        return row_costs(model, pruner, pruner.trace.routed)
+
     def told(row: Row, piece: str) -> None:
         if piece and row.ask.stream and row.reason != "gone":
             tell(row.uid, "text", piece)
         if row.reason:
-            tell(row.uid, "end", _end(model, tokenizer, rows, row, pruner, start))
+            tell(row.uid, "end", _end(model, tokenizer, rows, row, pruner, start, costs))
 
     ends = _ends(model)
     sampler = Sampler(rows, home(model))
@@ -161,7 +167,13 @@ def _padding(model: Any) -> int:
 
 
 def _end(
-    model: Any, tokenizer: Any, rows: Sequence[Row], row: Row, pruner: TokenPruner | None, start: float
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    row: Row,
+    pruner: TokenPruner | None,
+    start: float,
+    costs: Callable[[], RowCosts],
 ) -> dict[str, Any]:
     """What an answer ends with: its text, usage, and what was skipped (`usage`, `ftp` of docs/serve.md)."""
     tokens, index = len(row.ask.ids), rows.index(row)
@@ -169,10 +181,8 @@ def _end(
     waited = 1e3 * ((row.first or time.monotonic()) - row.since)
     share, cut = 0.0, 0.0
     if pruner is not None:
-        trace = pruner.trace.routed
-        share = float(trace.row_sparsity[index])
-        costs = row_costs(model, pruner, trace)
-        cut = 1.0 - costs.flops[index] / costs.dense_flops[index]
+        share = float(pruner.trace.routed.row_sparsity[index])
+        cut = 1.0 - costs().flops[index] / costs().dense_flops[index]
     ftp: dict[str, Any] = {
         "pruned": pruner is not None,
         "dense_because": row.why or None,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning import models
-from ftp_lightning.disk.pruned_folder import check_base, read_settings
-from ftp_lightning.disk.ready import load_pruner, pruner_folder
+from ftp_lightning.disk.pruned_folder import check_base
+from ftp_lightning.disk.ready import base_of, load_pruner
 from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.hub import model_card
 from ftp_lightning.models.loading import WEIGHTS as MODEL_WEIGHTS
@@ -71,9 +71,7 @@ def export(pruned: str, folder: str, name: str | None = None, link: bool = False
     """
     target = Path(folder).expanduser().absolute()
     pruner = load_pruner(pruned)
-    name = name or read_settings(pruner_folder(pruned)).get("base")
-    if not name:
-        raise UserError(f"{pruned} names no base model\nGive it by --model.")
+    name = name or base_of(pruned)
     _check_target(target, again)
     model = models.load_model(name, dtype=_stored_dtype(name))
     check_base(pruner._base or {}, model)

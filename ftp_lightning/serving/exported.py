@@ -48,8 +48,8 @@ def _pruner(folder: str, model: Any, budget: float | None) -> TokenPruner:
     """The pruner of a budget; of each model the identity is checked once."""
     made = _known.setdefault(model, {})
     if budget not in made:
-        own = TokenPruner.load(_home(folder, model)) if None not in made else made[None]
         if budget is None:
+            own = TokenPruner.load(_home(folder, model))
             with own(model):  # checks that it is the model's
                 own._base = None
             made[budget] = own

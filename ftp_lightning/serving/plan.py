@@ -9,11 +9,10 @@ from typing import Any
 from ftp_lightning.costs.least_tokens import least_tokens
 from ftp_lightning.disk.ready import load_pruner
 from ftp_lightning.errors import UserError
-from ftp_lightning.json_file import read_json
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import StaticRouter
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.schedule_family import LARGEST, ScheduleFamily, is_family
+from ftp_lightning.schedule_family import ScheduleFamily, holds_family
 from ftp_lightning.serving.options import Ask, Served
 
 DEFAULT_BUDGET = 0.3
@@ -80,11 +79,7 @@ class Plan:
 def _family(path: str) -> ScheduleFamily:
     """The schedules of a file, which may hold a single one."""
     file = Path(path).expanduser()
-    try:
-        several = is_family(read_json(file, LARGEST))
-    except (OSError, ValueError):
-        several = False
-    return ScheduleFamily.load(file) if several else ScheduleFamily([Schedule.load(file)])
+    return ScheduleFamily.load(file) if holds_family(path) else ScheduleFamily([Schedule.load(file)])
 
 
 class Pruners:

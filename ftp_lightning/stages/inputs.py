@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ftp_lightning import models
 from ftp_lightning.cli.kv import AUTO, check_kv_blocks, given_modes
 from ftp_lightning.cli.option import check_reachable
-from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings, holds_family
+from ftp_lightning.cli.settings import BudgetSettings, ModelSettings, PrunedSettings, RowsSettings
 from ftp_lightning.costs.budget import budget_with_cut, default_with_cut, solve_budget
 from ftp_lightning.data.prompts import sampled_prompts
 from ftp_lightning.data.rows import Rows
@@ -25,7 +25,7 @@ from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.routing import Router, StaticRouter
 from ftp_lightning.schedule import Schedule
-from ftp_lightning.schedule_family import LARGEST, ScheduleFamily
+from ftp_lightning.schedule_family import LARGEST, ScheduleFamily, holds_family
 
 if TYPE_CHECKING:
     import torch

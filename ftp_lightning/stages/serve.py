@@ -67,15 +67,11 @@ class ServeStage(Settings):
         """The model that is served; of a ready-made pruner a line says where it was made from other weights."""
         if self.model is not None or self.pruned is None:
             return self.model or "embedded"
-        from ftp_lightning.disk.pruned_folder import read_settings
-        from ftp_lightning.disk.ready import is_ready, other_weights, pruner_folder
+        from ftp_lightning.disk.ready import base_of, is_ready, other_weights
 
-        base = read_settings(pruner_folder(self.pruned)).get("base")
         if is_ready(self.pruned) and (told := other_weights(self.pruned)):
             print(told, file=sys.stderr)
-        if not base:
-            raise UserError(f"{self.pruned} names no base model\nGive it by --model.")
-        return str(base)
+        return base_of(self.pruned)
 
     def _mode(self) -> str:
         asked = self.pruned or self.schedule or self.budget is not None

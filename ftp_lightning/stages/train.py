@@ -11,9 +11,10 @@ from ftp_lightning.cli.attention import AttentionSettings
 from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
-from ftp_lightning.cli.settings import RowsSettings, StageSettings, holds_family, picked
+from ftp_lightning.cli.settings import RowsSettings, StageSettings, picked
 from ftp_lightning.device_map import NONE
 from ftp_lightning.errors import UserError
+from ftp_lightning.schedule_family import holds_family
 
 if TYPE_CHECKING:
     import torch
