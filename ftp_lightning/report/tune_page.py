@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftp_lightning.products import read_provenance
 from ftp_lightning.report.figures import top_legend, whiskers
-from ftp_lightning.report.reading import read_config, read_json
+from ftp_lightning.report.reading import read_config
 from ftp_lightning.report.sections import Plot
 from ftp_lightning.report.series import Rows
 from ftp_lightning.report.style import BLUE, INK, ORANGE, PALE, VERMILLION, canvas
@@ -61,7 +62,7 @@ CURVE = Plot("tune", "Answers kept against FLOPs saved", "Dashed: the share to k
 
 def tuned_context(folder: Path, found: dict[str, Any], plots: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything the template tune.html names."""
-    provenance = read_json(folder / "provenance.json") or {}
+    provenance = read_provenance(folder) or {}
     settings = read_config(folder)
     facts = [f"{name} {settings[name]}" for name in ("model", "prompts", "keep", "seed") if name in settings]
     rows = [row for row in curve_rows(found) if row["part"] != "choice"]

@@ -69,6 +69,7 @@ class TuneStage(StageSettings):
 
         model, tokenizer = load_model(self)
         num_blocks(model)
+        recipes = [] if self.pruned is None else [given(load_pruner(self.pruned, model))]
         prompts = self._prompts(model, tokenizer)
         planned = self._check_reachable(split_rows(prompts, self.seed))
         former = folder.load_state() or {}
@@ -91,7 +92,6 @@ class TuneStage(StageSettings):
 
         measured = Measured(model, place / "measured", self.batch_size)
         tuner = Tuner(measured, parts, self.keep, self.cuts, allowance, self.seed, tell, note)
-        recipes = [] if self.pruned is None else [given(load_pruner(self.pruned, model))]
         tuned = tuner.run([*recipes, *RECIPES])
         counts = rows.counts() | {part: len(found) for part, found in parts.items()}
         found = outcome(tuned, self.keep, counts)

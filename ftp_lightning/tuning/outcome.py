@@ -70,7 +70,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
         told.append("Time was out before a cut failed: more --minutes may find a larger one.")
     elif found["curve"][-1]["holds"]:
         told.append("No cut that was tried fails: larger --cuts may hold as well.")
-    return told  # fmt: skip
+    return told
 
 
 def share(row: dict[str, Any]) -> str:

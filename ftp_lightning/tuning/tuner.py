@@ -199,7 +199,7 @@ class Tuner:
     def validated(self, candidate: Candidate) -> tuple[list[Rung], int, bool]:
         """The candidate's cuts on validation prompts, from the smallest up; how many hold; whether time ended it."""
         rungs: list[Rung] = []
-        cuts, took, timed_out = list(candidate.schedules), [0.0], [False]
+        cuts, took = list(candidate.schedules), [0.0]
 
         def measure(number: int) -> Interval:
             started = time.monotonic()
@@ -209,10 +209,10 @@ class Tuner:
 
         def go_on() -> bool:
             confirming = max(took) * len(self.parts["held_out"]) / len(self.parts["validation"])
-            timed_out[0] = self.allowance.left < max(took) + confirming
-            return not timed_out[0]
+            return self.allowance.left >= max(took) + confirming
 
-        return rungs, climb(measure, len(cuts), self.keep, go_on), timed_out[0]
+        passed = climb(measure, len(cuts), self.keep, go_on)
+        return rungs, passed, len(rungs) == passed < len(cuts)
 
     def rung(self, candidate: Candidate, cut: float, part: str, timed: bool = False) -> Rung:
         """One cut of a candidate on one part of the prompts."""
