@@ -54,10 +54,11 @@ def git_commit() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter, without importing them; None where one is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package, without importing it; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

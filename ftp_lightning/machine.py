@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+from ftp_lightning.fingerprint import version_of
+
 REQUIRED = ("torch", "transformers", "lightning", "accelerate", "safetensors", "huggingface_hub", "datasets", "lm_eval")
 """Packages that are shown with their versions; the others of pyproject.toml are shown where something is wrong."""
 OPTIONAL = {
@@ -84,15 +86,8 @@ def _gflops(size: int = 768, times: int = 4) -> float:
     return round(2e-9 * size**3 / best, 1)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _packages() -> dict[str, str | None]:
-    return {name: _version(name) for name in ("ftp-lightning", *REQUIRED, *OPTIONAL)}
+    return {name: version_of(name) for name in ("ftp-lightning", *REQUIRED, *OPTIONAL)}
 
 
 def _wrong_packages(packages: dict[str, str | None]) -> list[dict[str, str]]:
@@ -107,7 +102,7 @@ def _wrong_packages(packages: dict[str, str | None]) -> list[dict[str, str]]:
     for one in wanted:
         if one.marker is not None and not one.marker.evaluate({"extra": ""}):
             continue
-        version = _version(one.name)
+        version = version_of(one.name)
         if version is None:
             found.append(_problem(f"{one.name} is not installed", f"pip install '{one.name}{one.specifier}'"))
         elif not one.specifier.contains(version, prereleases=True):
@@ -140,7 +135,7 @@ def _missing_models(models: dict[str, str | None], packages: dict[str, str | Non
 
 def _tracking() -> dict[str, Any]:
     mode = os.environ.get("WANDB_MODE", "online")
-    return {"wandb": _version("wandb"), "mode": mode, "tensorboard": _version("tensorboard")}
+    return {"wandb": version_of("wandb"), "mode": mode, "tensorboard": version_of("tensorboard")}
 
 
 def _small(machine: dict[str, Any]) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ def test_what_is_missing_is_told_with_its_remedy(command, monkeypatch):
 
     versions = {"torch": "2.1.0", "wandb": None, "gguf": "0.19"}
     monkeypatch.setattr("ftp_lightning.models.title", missing)
-    monkeypatch.setattr(machine, "_version", lambda name: versions.get(name, "4.9"))
+    monkeypatch.setattr(machine, "version_of", lambda name: versions.get(name, "4.9"))
     monkeypatch.setattr(
         machine.metadata, "requires", lambda name: ["torch>=2.6", "wandb>=0.19", 'peft>=9; extra == "x"']
     )

@@ -26,8 +26,7 @@ def clock(seconds: float) -> str:
 
 def say(text: str, end: str = "\n") -> None:
     """Print a result. Letters that the terminal cannot show are replaced: what was found is on disk already."""
-    coding = sys.stdout.encoding or "utf-8"
-    print(text.encode(coding, "replace").decode(coding), end=end, flush=True)
+    print(_shown(text, sys.stdout), end=end, flush=True)
 
 
 def _shown(text: str, stream: TextIO) -> str:

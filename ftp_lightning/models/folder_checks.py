@@ -69,17 +69,14 @@ def _check_index(folder: Path, name: str) -> None:
     if not path.exists():
         return
     listed = _object(path, _LARGEST_INDEX).get("weight_map")
-    files = set(listed.values()) if isinstance(listed, dict) and all(map(_is_text, listed.values())) else {""}
+    named: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+    files = set(named) if all(isinstance(file, str) for file in named) else {""}
     for file in files:
         if not file or Path(file).name != file or not (folder / file).is_file():
             raise UserError(
                 f"{path.name} of {name} names {file[:60]!r}, which is no file of that folder\n"
                 "Give the complete files of one model."
             )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _check_against_weights(folder: Path, config: dict[str, Any], name: str) -> None:

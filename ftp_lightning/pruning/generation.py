@@ -73,9 +73,11 @@ class Generation:
 
     def guesses_in(self, past: int, arguments: dict) -> bool:
         """Whether a forward of the decoder brings the end of the prompt and guesses behind it."""
+        if not (self.guesses and past < self.prompt_end):
+            return False
         tokens = arguments.get("input_ids")
         new = (arguments["inputs_embeds"] if tokens is None else tokens).shape[1]
-        return self.guesses and past < self.prompt_end < past + new
+        return self.prompt_end < past + new
 
 
 def _prompt_length(given: dict) -> int:

@@ -164,7 +164,7 @@ def received_attention(
 
 
 def pooled_scores(scores: Tensor, seen: Tensor, keys: Tokens, row: Tokens, pooling: str, kernel_size: int) -> Tensor:
-    """Scores pooled over the `kernel_size` tokens around each key: "max" or "average" of those that are seen; "none".
+    """Scores pooled over the `kernel_size` tokens around each key: "max" or "average" of those that are seen.
 
     Neighbours are neighbours among the row's real tokens, so that padding changes nothing; a token that is no key here
     has no score.
@@ -172,8 +172,6 @@ def pooled_scores(scores: Tensor, seen: Tensor, keys: Tokens, row: Tokens, pooli
     Args: scores, seen (..., S) of the keys, with one dimension more than keys.slots or none; row (B, span), all tokens
     seen so far, valid = real. Returns (..., S) float32, meaningless where `seen` is False.
     """
-    if pooling == "none":
-        return scores
     places = keys.slots
     if not row.all_valid:
         places = (row.valid.to(torch.int64).cumsum(1) - 1).clamp(min=0).gather(1, places)

@@ -86,7 +86,6 @@ class EvaluateStage(RowsSettings, PrunedSettings):
 
 
 ANSWERS = "answers"
-MODES = ("prompt", "sequence")
 
 
 def carry_out(
@@ -148,6 +147,8 @@ def bench_of(
 
 def _score_texts(settings: EvaluateStage, bench: Bench, methods: Methods, processes: Processes) -> None:
     """Score the text under every method and mode, shared among the processes; `bench` keeps what all have found."""
+    from ftp_lightning.evaluation.continuation import MODES
+
     jobs = [(name, pruner, text, mode) for name, pruner in methods for text in bench.texts for mode in MODES]
     found = processes.map(lambda job: bench.score(*job), jobs)
     bench.scores |= {(name, text, mode): one for (name, _, text, mode), one in zip(jobs, found, strict=True)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ftp_lightning.stages.benchmark import LENGTHS
+
 TRAINED = 3.5
 """Forwards that a training step costs per token: the teacher's, the student's, and its gradients [ours, measured]."""
 CHILD = 0.35
@@ -60,7 +62,7 @@ def _items(settings: Any) -> int:
 
 
 def _benchmark(settings: Any, blocks: int) -> float:
-    return 2 * (settings.pairs + 1) * sum(settings.lengths or (512, 1024, 2048))
+    return 2 * (settings.pairs + 1) * sum(settings.lengths or LENGTHS)
 
 
 WORK: dict[str, Callable[[Any, int], float]] = {
