@@ -13,9 +13,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import write_text
 from ftp_lightning.evaluation.statistics import clustered, paired
 from ftp_lightning.studies.study_table import MEASURES, changes, interval_text, sentence
+from ftp_lightning.whole_files import write_text
 
 SCALE = {"kl": 1.0, "kept": 100.0}
 

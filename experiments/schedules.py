@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
-from ftp_lightning.artifact import locked
+from ftp_lightning.lock import locked
 from ftp_lightning.studies.recall_study import Seeded, calibration, recall_study, searched
 
 SEARCHED = "searched"

@@ -16,14 +16,9 @@ from typing import Any
 from ftp_lightning.errors import Interrupted, UserError, file_error
 from ftp_lightning.fingerprint import PROVENANCE, code_version, digest, git_commit, versions
 from ftp_lightning.json_file import read_json
-from ftp_lightning.lock import Lock, locked
+from ftp_lightning.lock import Lock
 from ftp_lightning.products import changed_products, hashes, read_provenance
-from ftp_lightning.whole_files import inside, make_folder, remove, remove_created, set_aside, write_bytes, write_text
-
-__all__ = [
-    "LOCK", "STATE", "Lock", "StageFolder", "inside", "locked", "make_folder", "read_provenance", "write_bytes",
-    "write_text",
-]  # fmt: skip
+from ftp_lightning.whole_files import inside, make_folder, remove, remove_created, set_aside, write_text
 
 STATE, UNFINISHED, LOCK, CONFIG = "state.json", "unfinished.json", ".lock", "config.yaml"
 KEPT = (STATE, "checkpoints")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.schedule import first_routed
 
 DEFAULT_WINDOW = 32
 _ALLOWED = {"heads": ("mean", "max"), "blocks": ("latest", "max"), "pooling": ("none", "max", "average")}
@@ -97,8 +98,8 @@ class AttentionScore:
         first, end = self.blocks
         if end > len(sparsity):
             raise UserError(f"the attention of blocks {first} to {end - 1} is read, and there are {len(sparsity)}.")
-        routed = next((block for block, s in enumerate(sparsity) if s > 0.0), len(sparsity))
-        if routed <= first:
+        routed = first_routed(sparsity)
+        if routed is not None and routed <= first:
             raise UserError(
                 f"block {routed} is pruned before the blocks {first} to {end - 1}, whose attention decides, have run.\n"
                 f"Prune from block {first + 1} on, or read the attention of earlier blocks."

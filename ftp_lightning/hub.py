@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import read_provenance
 from ftp_lightning.cells import markdown_code, markdown_text, yaml_text
 from ftp_lightning.disk.pruned_folder import COMPENSATION, SETTINGS, WEIGHTS, read_settings, without_base
 from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
 from ftp_lightning.models.named import is_named
+from ftp_lightning.products import read_provenance
 from ftp_lightning.pruning.pruner import TokenPruner
 from ftp_lightning.schedule import kv_name
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ftp_lightning.errors import UserError, file_error
-from ftp_lightning.whole_files import make_folder
 
 
 class Lock:
@@ -72,7 +71,10 @@ class Lock:
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
     """One process at a time at work on `place`, machine-wide; others wait, and a process that dies lets go."""
-    make_folder(place.parent)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise file_error(error) or error from None
     lock = Lock(place.parent / f".{place.name}.lock")
     lock.take(wait=True)
     try:

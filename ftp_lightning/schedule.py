@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
+from ftp_lightning.whole_files import write_text
 
 KV = ("evict", "keep")
 """What skipped tokens leave in a block: no keys and values, or their own (`TokenPruner`)."""
@@ -225,14 +226,14 @@ def kv_text(modes: Sequence[str]) -> str:
     return modes[0] if len(set(modes)) == 1 else ", ".join(modes)
 
 
+def first_routed(sparsity: Iterable[float]) -> int | None:
+    """The lowest block that tokens skip; None where every block is dense."""
+    return next((block for block, share in enumerate(sparsity) if share > 0.0), None)
+
+
 def write_record(path: Path, record: dict) -> None:
     """Write JSON whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def _filled(num_blocks: int, budget: float, steps: Iterable[tuple[Sequence[int], float]]) -> list[float]:

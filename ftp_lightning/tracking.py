@@ -15,9 +15,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import write_text
 from ftp_lightning.errors import UserError
 from ftp_lightning.fingerprint import digest
+from ftp_lightning.whole_files import write_text
 
 KINDS = ("csv", "tensorboard", "wandb", "none")
 LOGS, RUN = "logs", "run.json"

@@ -24,10 +24,11 @@ CORE = (
     "errors",
     "json_file",
     "named_file",
+    "whole_files",
 )
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (
     "processes", "launcher", "started", "estimate", "baselines", "device_map", "sharding", "machine", "tuning",
-    "serving", "cells", "lock", "products", "whole_files", "stopping",
+    "serving", "cells", "lock", "products", "stopping",
 )  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "deap", "lm_eval", "wandb", "datasets", "matplotlib", "jinja2"}
 HEAVY |= {"litserve", "fastapi", "uvicorn", "prometheus_client", "pydantic"}

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ftp_lightning.artifact import LOCK, STATE, Lock, StageFolder, make_folder
+from ftp_lightning.artifact import LOCK, STATE, StageFolder
 from ftp_lightning.errors import Interrupted, UserError
 from ftp_lightning.fingerprint import hash_path
+from ftp_lightning.lock import Lock
+from ftp_lightning.whole_files import make_folder
 
 CONFIG = {"budget": 0.3, "output": "somewhere", "seed": 7}
 

@@ -12,12 +12,13 @@ from test_cli import refused
 
 from ftp_lightning import DynamicRouter, Schedule, ScheduleFamily, TokenPruner, UserError
 from ftp_lightning.__main__ import STAGES, main, parse
-from ftp_lightning.artifact import StageFolder, inside
+from ftp_lightning.artifact import StageFolder
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.disk.pruned_folder import read_settings
 from ftp_lightning.disk.pruned_model import load_pruned
 from ftp_lightning.models import load_model
 from ftp_lightning.stages.inputs import load_sensitivity
+from ftp_lightning.whole_files import inside
 
 some = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

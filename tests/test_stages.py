@@ -8,11 +8,11 @@ import pytest
 
 from ftp_lightning import Schedule, TokenPruner, UserError, load_pruned
 from ftp_lightning.__main__ import main, parse
-from ftp_lightning.artifact import read_provenance
 from ftp_lightning.evaluation import record as of
 from ftp_lightning.evaluation.outcome import counted_tasks, retention
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.models import load_model
+from ftp_lightning.products import read_provenance
 from ftp_lightning.stages.run import RunStage, gains
 from ftp_lightning.stages.run_work import WORK, shares
 from ftp_lightning.stages.search import starting_pruner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ftp_lightning.baselines.peer import Peer
 from ftp_lightning.baselines.setting import Profile, Setting
-from ftp_lightning.costs.budget import OutOfReach
+from ftp_lightning.costs.budget import OutOfReach, late_blocks
 from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.routing import StaticRouter
@@ -25,9 +25,7 @@ class LateBlocks(Peer):
         self, setting: Setting, cut: float, profile: Profile, form: Schedule | None, kv: str | None
     ) -> TokenPruner:
         def pruner(skipped: float) -> TokenPruner:
-            """`skipped` blocks' worth of tokens skip: whole blocks from the last one down, then a part of one."""
-            sparsity = [min(1.0, max(0.0, skipped - (setting.blocks - 1 - block))) for block in range(setting.blocks)]
-            return self.pruner(setting, StaticRouter(), Schedule(sparsity), kv)
+            return self.pruner(setting, StaticRouter(), Schedule(late_blocks(setting.blocks, skipped)), kv)
 
         def reached(skipped: float) -> float:
             return planned_cut(setting.model, pruner(skipped), profile.prompt_tokens, profile.new_tokens)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder, read_provenance
+from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import check_bounds, check_reachable, check_words, option
 from ftp_lightning.cli.progress import Progress
@@ -18,6 +18,7 @@ from ftp_lightning.disk.ready import pruner_folder
 from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.fingerprint import hash_path
 from ftp_lightning.json_file import read_json
+from ftp_lightning.products import read_provenance
 from ftp_lightning.schedule_family import LARGEST, holds_family
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -95,6 +95,11 @@ def default_with_cut(model: nn.Module, reduction: float, length: int, kv: str | 
     return _with_cut(model, reduction, length, lambda budget: Schedule.default(blocks, budget, kv), 1.0)
 
 
+def late_blocks(num_blocks: int, skipped: float) -> list[float]:
+    """Sparsity where `skipped` blocks' worth of tokens skip: whole blocks from the last one down, then part of one."""
+    return [min(1.0, max(0.0, skipped - (num_blocks - 1 - block))) for block in range(num_blocks)]
+
+
 def late_with_cut(model: nn.Module, reduction: float, length: int) -> Schedule:
     """The schedule under `keep` whose last blocks are skipped by all tokens but the first and the last of a prompt.
 
@@ -107,7 +112,7 @@ def late_with_cut(model: nn.Module, reduction: float, length: int) -> Schedule:
     blocks = len(block_costs(model))
 
     def late(skipped: float) -> Schedule:
-        return Schedule([min(1.0, max(0.0, skipped - (blocks - 1 - block))) for block in range(blocks)], "keep")
+        return Schedule(late_blocks(blocks, skipped), "keep")
 
     return _with_cut(model, reduction, length, late, blocks - 1.0)
 

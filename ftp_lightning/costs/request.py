@@ -102,11 +102,6 @@ def realised_cut(model: nn.Module, pruner, trace: Trace, new_tokens: int = 0) ->
     return row_costs(model, pruner, trace, new_tokens).cut
 
 
-def kept_bytes(model: nn.Module, pruner, trace: Trace) -> float:
-    """Bytes of keys and values that the prompts of a trace leave in the cache, per row; dense: `trace.real` of all."""
-    return math.fsum(row_costs(model, pruner, trace).kv_bytes) / len(trace.real)
-
-
 def _instead(costs, pruner, tokens: int) -> float:
     """FLOPs of what tokens get in place of removed parts (compensation): once for a block, else by part."""
     times = {block: len(pruner.removed_parts(block)) for block, _ in pruner.removed}

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ftp_lightning.artifact import locked
 from ftp_lightning.data.rows import Batch, Rows, moved
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.harness.accounts import Answer
 from ftp_lightning.evaluation.harness.answers import AnswerBook, request_key
 from ftp_lightning.fingerprint import digest
+from ftp_lightning.lock import locked
 from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.kept import padding_arguments

@@ -16,6 +16,7 @@ from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.kept import padding_arguments
+from ftp_lightning.schedule import first_routed
 from ftp_lightning.training.resume import capture, first_needed_block
 
 
@@ -50,7 +51,7 @@ def lessons(model: nn.Module, pruner: TokenPruner, rows: Rows, batch_size: int =
     for _, batch in rows.batches(batch_size):
         batch = moved(batch, home(model))
         replayed = _decides_below(pruner)
-        first = first_routed(pruner) if replayed else _first_needed(model, pruner)
+        first = distilled_from(pruner) if replayed else _first_needed(model, pruner)
         with capture(model, only=first) as states:
             teacher = continuation_logits(model, **batch).log_softmax(-1).half().cpu()
         entering = states.entering(first)
@@ -63,16 +64,16 @@ def lessons(model: nn.Module, pruner: TokenPruner, rows: Rows, batch_size: int =
     return found
 
 
-def first_routed(pruner: TokenPruner) -> int:
+def distilled_from(pruner: TokenPruner) -> int:
     """The lowest block that tokens skip. UserError where there is none."""
-    found = next((block for block, s in enumerate(pruner.scheduled.sparsity) if s > 0.0), None)
+    found = first_routed(pruner.scheduled.sparsity)
     if found is None:
         raise UserError("no token skips a block under this schedule: there is nothing to distil.\nGive another budget.")
     return found
 
 
 def _first_needed(model: nn.Module, pruner: TokenPruner) -> int:
-    return first_needed_block(model, first_routed(pruner), pruner.router.needs, pruner.reads_from)
+    return first_needed_block(model, distilled_from(pruner), pruner.router.needs, pruner.reads_from)
 
 
 def _decides_below(pruner: TokenPruner) -> bool:
@@ -81,7 +82,7 @@ def _decides_below(pruner: TokenPruner) -> bool:
     needs = pruner.router.needs
     if needs.hidden or ("block" in pruner.addressed and pruner.parts != "block"):
         return False
-    return not needs.attention or bool(needs.once) or pruner.attention_score.ends_by(first_routed(pruner))
+    return not needs.attention or bool(needs.once) or pruner.attention_score.ends_by(distilled_from(pruner))
 
 
 def _decided(pruner: TokenPruner) -> dict[str, list[Tensor]]:

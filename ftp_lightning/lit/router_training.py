@@ -21,7 +21,7 @@ from ftp_lightning.pruning.decide import choose_topk
 from ftp_lightning.pruning.family import find_decoder
 from ftp_lightning.pruning.kept import padding_arguments
 from ftp_lightning.routing import StaticRouter
-from ftp_lightning.schedule import Schedule
+from ftp_lightning.schedule import Schedule, first_routed
 from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.training.listening import listening, needed_later
 from ftp_lightning.training.resume import capture, first_needed_block, resume_from
@@ -120,7 +120,7 @@ class RouterTraining(L.LightningModule):
 
     def _first_needed(self, pruner: TokenPruner) -> int:
         """The lowest block that the student must run: what enters it the teacher has computed."""
-        routed = next((block for block, s in enumerate(pruner.scheduled.sparsity) if s > 0.0), 0)
+        routed = first_routed(pruner.scheduled.sparsity) or 0
         return first_needed_block(self.model, routed, pruner.router.needs, pruner.reads_from)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import Interrupted, UserError, file_error
+from ftp_lightning.lock import locked
 from ftp_lightning.models.pretrained import COMPLETE, cause, check_complete, quiet
 
 CACHE = "FTP_LIGHTNING_CACHE"
@@ -61,8 +62,10 @@ def converted(name: str, parts: Sequence[Path], sha256: str | None = None) -> Pa
     if util.find_spec("gguf") is None:
         raise UserError(f"model {name} is a GGUF file, which needs the package gguf\nRun `pip install gguf`.")
     try:
-        with _locked(folder):
+        with locked(folder):
             if not folder.is_dir():
+                for partial in folder.parent.glob(f".{folder.name}.*.partial"):  # what a killed process began
+                    shutil.rmtree(partial, ignore_errors=True)
                 print(f"{name}: converted once into {folder}", file=sys.stderr)
                 _convert(name, parts, folder)
     except (OSError, Interrupted) as error:
@@ -90,22 +93,6 @@ def _file_hash(parts: tuple[tuple[str, int, int], ...]) -> str:
             while piece := file.read(_PIECE):
                 hashed.update(piece)
     return hashed.hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Alone with the making of `folder`; what a killed process began is removed first, and the lock afterwards."""
-    from filelock import FileLock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with FileLock(lock):
-        for partial in folder.parent.glob(f".{folder.name}.*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _convert(name: str, parts: Sequence[Path], folder: Path) -> None:

@@ -1,12 +1,11 @@
 """Writes the report's files: each is replaced whole, and only files that a report makes are ever touched."""
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import file_error
+from ftp_lightning.whole_files import write_bytes
 
 KINDS = ("png", "csv")
 
@@ -21,12 +20,9 @@ def write_report(folder: Path, page: str, drawn: dict[str, dict[str, Any]], name
     try:
         write_figures(folder / "report", drawn)
         remove_figures(folder / "report", set(names) - set(drawn))
-        write_whole(folder / "report.html", page.encode())
+        write_bytes(folder / "report.html", page.encode())
     except OSError as error:
-        raise UserError(
-            f"The report cannot be written into {folder}: {error.strerror}.\n"
-            "report.html must be a file, report a folder, and both writable."
-        ) from error
+        raise file_error(error) or error from error
     return folder / "report.html"
 
 
@@ -35,7 +31,7 @@ def write_figures(folder: Path, drawn: dict[str, dict[str, Any]]) -> None:
     folder.mkdir(exist_ok=True)
     for name, files in drawn.items():
         for kind in KINDS:
-            write_whole(folder / f"{name}.{kind}", files[kind])
+            write_bytes(folder / f"{name}.{kind}", files[kind])
 
 
 def remove_figures(folder: Path, names: Iterable[str]) -> None:
@@ -43,23 +39,3 @@ def remove_figures(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         for kind in KINDS:
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """What the user forbids others; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces `path` at once: a reader sees the old file or the new one."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise

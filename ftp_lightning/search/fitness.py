@@ -16,7 +16,7 @@ from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.devices import home
 from ftp_lightning.pruning.family import find_blocks
 from ftp_lightning.pruning.pruner import TokenPruner
-from ftp_lightning.schedule import Schedule
+from ftp_lightning.schedule import Schedule, first_routed
 from ftp_lightning.search.criteria import Criterion, KLDivergence, entering_head
 from ftp_lightning.training.resume import BlockStates, capture, first_needed_block, resume_from
 
@@ -199,9 +199,10 @@ class ContinuationFitness(MemoFitness):
 
     def _start(self, schedule: Schedule) -> int:
         """The first block that runs: no later than a router needs, and one whose input is kept."""
-        pruned = next((block for block, s in enumerate(schedule.sparsity) if s > 0), schedule.num_blocks - 1)
+        routed = first_routed(schedule.sparsity)
         pruner = self.make_pruner(schedule)
-        needed = first_needed_block(self.model, pruned, pruner.router.needs, pruner.reads_from)
+        first = schedule.num_blocks - 1 if routed is None else routed
+        needed = first_needed_block(self.model, first, pruner.router.needs, pruner.reads_from)
         return max((block for block in self._boundaries if block <= needed), default=0)
 
     def _dense_states(self, chunk: int, block: int) -> BlockStates:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.artifact import write_text
 from ftp_lightning.cli.kv import AUTO, kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress, say
@@ -21,6 +20,7 @@ from ftp_lightning.stages.evaluate import OUR_TASKS, EvaluateStage
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import BOTH, SensitivityStage
 from ftp_lightning.stages.train import RouterName, TrainStage
+from ftp_lightning.whole_files import write_text
 
 ROUND = ("train", "finetune")
 COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")

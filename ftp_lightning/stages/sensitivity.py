@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder, write_bytes
+from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.kv import kv_option, modes_of
 from ftp_lightning.cli.option import check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import RowsSettings, StageSettings
 from ftp_lightning.errors import UserError
 from ftp_lightning.schedule import kv_name
+from ftp_lightning.whole_files import write_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import locked, write_text
 from ftp_lightning.baselines.block_pruner import BlockPruner
 from ftp_lightning.baselines.setting import Setting
+from ftp_lightning.lock import locked
 from ftp_lightning.products import read_product
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.stages.inputs import measured_rows
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage
 from ftp_lightning.studies.runner import is_finished
+from ftp_lightning.whole_files import write_text
 
 ORDER = "block_pruner.json"
 

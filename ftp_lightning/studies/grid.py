@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ftp_lightning.artifact import Lock, make_folder, write_bytes, write_text
 from ftp_lightning.errors import UserError
+from ftp_lightning.lock import Lock
+from ftp_lightning.whole_files import make_folder, write_bytes, write_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame

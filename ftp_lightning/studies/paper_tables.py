@@ -49,7 +49,7 @@ def middle_of(budgets: Sequence[float]) -> float:
 def carry_out(args: argparse.Namespace, stages: Mapping[str, StageSettings]) -> None:
     """Say what the stages take, or run them and write the tables. Leaves with status 2 on a UserError."""
     from ftp_lightning.__main__ import hush
-    from ftp_lightning.artifact import write_text
+    from ftp_lightning.whole_files import write_text
 
     hush()
     try:

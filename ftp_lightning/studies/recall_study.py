@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.artifact import locked
+from ftp_lightning.lock import locked
 from ftp_lightning.studies.grid import Cell, arguments, finished, sentences
 from ftp_lightning.studies.method_table import kept_table
 

@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.artifact import StageFolder, read_provenance
+from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
-from ftp_lightning.products import changed_products
+from ftp_lightning.products import changed_products, read_provenance
 from ftp_lightning.stopping import Stopped, end_with_parent, stop_workers, unhurried
 
 if TYPE_CHECKING:

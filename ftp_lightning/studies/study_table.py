@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.artifact import write_bytes, write_text
 from ftp_lightning.products import read_product
 from ftp_lightning.report.study import is_sure
 from ftp_lightning.report.wording import number, percent, signed
+from ftp_lightning.whole_files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -46,9 +46,9 @@ class SweepStage(Settings):
         return Path(self.output or f"{STUDIES}/{self.name}").expanduser()
 
     def execute(self, progress: Progress | None = None) -> Path:
-        from ftp_lightning.artifact import make_folder
         from ftp_lightning.studies.runner import carry_out, is_finished, to_do
         from ftp_lightning.studies.study_table import TABLE, write_study
+        from ftp_lightning.whole_files import make_folder
 
         progress = progress or Progress(f"study {self.name}")
         trials, question = self.trials(), self.question()

@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ftp_lightning.artifact import StageFolder, locked
+from ftp_lightning.artifact import StageFolder
 from ftp_lightning.cli.kv import kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import StageSettings, picked, text_identity
 from ftp_lightning.errors import UserError
+from ftp_lightning.lock import locked
 from ftp_lightning.products import read_product
 from ftp_lightning.stages.search import SearchStage
 from ftp_lightning.stages.sensitivity import SensitivityStage

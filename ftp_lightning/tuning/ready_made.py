@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.artifact import read_provenance
 from ftp_lightning.disk import ready
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import read_json
 from ftp_lightning.models import title
+from ftp_lightning.products import read_provenance
 from ftp_lightning.pruning import TokenPruner
 
 LARGEST = 5_000_000
