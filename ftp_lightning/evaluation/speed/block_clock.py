@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of the prompt, K of them kept, H heads, d their size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ftp_lightning.evaluation.speed.prompts import Prompts
-from ftp_lightning.evaluation.speed.timing import interleaved, seconds
+from ftp_lightning.evaluation.speed.timing import Clock, interleaved, seconds
 from ftp_lightning.pruning.family import cache_name, find_attention, find_blocks
 
 WARMUP = 2
@@ -28,11 +29,11 @@ class BlockClock:
 
     The block is called just as the stock model calls it on a prompt of n tokens, without a cache: positions, mask and
     whatever else its family hands it are caught on the way. Every n is timed in turn with the whole prompt, `repeats`
-    times.
+    times. `clock` should be the one that the prefills are timed with.
     """
 
-    def __init__(self, model, prompts: Prompts, repeats: int = 7):
-        self.model, self.prompts, self.repeats = model, prompts, repeats
+    def __init__(self, model, prompts: Prompts, repeats: int = 7, clock: Clock = time.perf_counter):
+        self.model, self.prompts, self.repeats, self.clock = model, prompts, repeats, clock
         blocks = find_blocks(model)
         self.block = blocks[len(blocks) // 2]
         self.whole = prompts.shape[1]
@@ -79,7 +80,7 @@ class BlockClock:
         return lambda: self.block(*args, **kwargs)
 
     def _timer(self, run: Callable[[], Any]) -> Callable[[], float]:
-        return lambda: seconds(run, self.model.device)
+        return lambda: seconds(run, self.model.device, self.clock)
 
     def _alone(self, run: Callable[[], Any]) -> float:
         timer = self._timer(run)
