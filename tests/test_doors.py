@@ -3,6 +3,7 @@ traceback, and none is waited for."""
 
 import json
 import os
+from datetime import datetime
 
 import pytest
 from tiny import random_llama
@@ -197,12 +198,22 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_chat_template_ends_in_time_or_is_a_sentence(monkeypatch, name):
-    monkeypatch.setattr("ftp_lightning.data.template.limited", lambda: limited(0.3))
+    monkeypatch.setattr("ftp_lightning.data.template.limited", lambda today: limited(0.3))
     with pytest.raises(UserError, match="chat template"):
         rendered(Tokenizer(TEMPLATES[name]), [{"role": "user", "content": "hello"}])
     with pytest.raises(UserError, match="chat template"):
         checked("\ud800")
     assert rendered(Tokenizer("{{ messages[0].content }}!"), [{"role": "user", "content": "hello"}]) == "hello!"
+
+
+DATED = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+
+
+def test_a_chat_template_is_told_the_same_day_every_day():
+    """What a stage finds must not depend on the day; a server's answers may."""
+    turns, day = [{"role": "user", "content": "hello"}], "26 Jul 2024"
+    assert rendered(Tokenizer(DATED), turns) == f"{day} hello"
+    assert rendered(Tokenizer(DATED), turns, today=True) == f"{datetime.now():%d %b %Y} hello"
 
 
 CONFIGS = {

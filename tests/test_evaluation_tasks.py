@@ -387,6 +387,15 @@ def test_the_first_words_of_an_answer_do_not_widen_the_attention_window(ftp, tok
     assert lm.pruner.window == 8 + len(lm.tok_encode(after, add_special_tokens=False))
 
 
+def test_a_chat_template_is_told_the_same_day_every_day(ftp, tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    try:
+        templated = ftp().apply_chat_template([{"role": "user", "content": "hello"}])
+    finally:
+        tokenizer.chat_template = None
+    assert templated == "26 Jul 2024 hello"
+
+
 @pytest.mark.parametrize(("mode", "leaks"), [("prompt", False), ("sequence", True)])
 def test_later_tokens_move_earlier_ones_in_sequence_but_not_in_prompt(model, mode, leaks):
     """The leak: the same pruner and context, and choices that begin alike; what follows moves their first token."""

@@ -12,7 +12,7 @@ from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.routing import Router
 from ftp_lightning.routing.base import Needs, RoutingContext, check_made_for
 from ftp_lightning.routing.hidden import unit_scale
-from ftp_lightning.routing.learned import LearnedRouter
+from ftp_lightning.routing.learned import FLOAT32, LearnedRouter
 from ftp_lightning.schedule import Schedule
 
 
@@ -25,7 +25,10 @@ class SkipGPTRouter(LearnedRouter):
         super().__init__(1, None)
         self.num_blocks, self.hidden_size = num_blocks, hidden_size
         self.maps = nn.ModuleDict(
-            {part: nn.ModuleList(nn.Linear(hidden_size, 2) for _ in range(num_blocks)) for part in ("attention", "mlp")}
+            {
+                part: nn.ModuleList(nn.Linear(hidden_size, 2, **FLOAT32) for _ in range(num_blocks))
+                for part in ("attention", "mlp")
+            }
         )
 
     def logits(self, context: RoutingContext) -> Tensor:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
     folder = folder.resolve() if folder.is_symlink() else folder  # a link goes on to point at what is written
     router = _described_router(pruner.router)
     compensation = None if pruner.compensation is None else _described(_packing(pruner.compensation))
+    _check_finite({} if pruner.compensation is None else pruner.compensation.tensors, "this compensation's numbers")
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -232,7 +234,16 @@ def _described_router(router: Router) -> dict:
         raise UserError(f"{own}: its config() builds one with other weights, or has an argument called name.")
     if any(tensor.dtype != torch.float32 for tensor in state.values()):
         raise UserError(f"{own}: its weights and buffers must be float32.")
+    _check_finite(state, f"{own}: its weights")
     return {"name": name, **given}
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], whose: str) -> None:
+    """UserError for numbers that a stored pruner may not have."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(
+            f"{whose} are not finite.\nTrain or fit it anew; a training that diverges needs a smaller rate."
+        )
 
 
 def _shapes(router: Router) -> dict[str, tuple[int, ...]]:
@@ -361,7 +372,8 @@ def _load_compensation(described: dict | None, path: Path) -> Compensation | Non
     state = _read(path, "compensation", _stored_shapes(packing), size, _dtype(packing))
     state = {name: tensor.float() for name, tensor in state.items()}
     if (blocks := packing.get("blocks")) is not None:
-        whole = {name: torch.zeros(shape) for name, shape in shapes(**{n: packing[n] for n in _SIZES}).items()}
+        sizes = {n: packing[n] for n in _SIZES}
+        whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes(**sizes).items()}
         state = {
             name: whole[name].index_copy(0, torch.tensor(blocks, dtype=torch.int64), state[name]) for name in whole
         }

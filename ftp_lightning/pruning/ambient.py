@@ -27,6 +27,13 @@ class Training:
     recompute: bool = False
 
 
+@dataclass
+class Latest:
+    """(thread, trace, what the router said if it was a training one) of the last forward in any thread."""
+
+    told: tuple[int, Trace, list[Routing]]
+
+
 class Ambient(threading.local):
     """Each thread has one of its own, and so has each copy.
 

@@ -82,8 +82,10 @@ class Attached:
         )
 
     def __deepcopy__(self, memo: dict) -> Attached:
+        """Of a model that is copied: its pruner's copy is attached to it."""
         memo[id(self)] = other = Attached.__new__(Attached)
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        other.pruner.is_attached(other)
         return other
 
     # ---------------------------------------------------------------- in and out
@@ -186,7 +188,7 @@ class Attached:
             ambient.forward = outer
         forward.trace.prompt = forward.trace if forward.routed is not None else pruner.trace.prompt
         ambient.last = forward.trace, forward.routings
-        pruner.latest = threading.get_ident(), forward.trace, forward.routings
+        pruner.latest.told = threading.get_ident(), forward.trace, forward.routings
         return output
 
     # ---------------------------------------------------------------- a block's forward, and what is in it

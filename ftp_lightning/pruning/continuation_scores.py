@@ -35,7 +35,7 @@ class ContinuationTable:
         everyone = torch.cat([before, real], 1)
         slots = torch.arange(self.span, device=real.device)
         self.counts = everyone[:, None] & (slots <= slots[past:, None])  # (B, T, S): the real tokens up to each one
-        self.values = torch.ones(batch, new, self.span, device=real.device)
+        self.values = torch.ones(batch, new, self.span, dtype=torch.float32, device=real.device)
         self.known = torch.zeros_like(self.values, dtype=torch.bool) if greatest else None
 
     def go_to(self, place: torch.device) -> None:

@@ -228,7 +228,7 @@ def prompt_table(attached: Attached, forward: Forward, adds_up: bool = False) ->
     score, ambient, routed = attached.pruner.attention_score, attached.ambient, forward.routed
     assert routed is not None  # a continuation has another table
     tokens = routed.real.shape[1]
-    own = torch.full(routed.real.shape, 0.0 if adds_up else 1.0, device=forward.real.device)
+    own = torch.full(routed.real.shape, 0.0 if adds_up else 1.0, dtype=torch.float32, device=forward.real.device)
     known = torch.zeros_like(own, dtype=torch.bool) if attached.plan.greatest else None
     table = PromptTable(own, adds_up, known)
     if isinstance(score.window, int) and not score.window_end:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from torch import nn
 
 from ftp_lightning.attention_score import DEFAULT_WINDOW, AttentionScore, checked_spans
 from ftp_lightning.errors import UserError
-from ftp_lightning.pruning.ambient import Ambient, Training
+from ftp_lightning.pruning.ambient import Ambient, Latest, Training
 from ftp_lightning.pruning.attached import Attached
 from ftp_lightning.pruning.policies import DECODE
 from ftp_lightning.pruning.trace import Routing, Trace
@@ -68,7 +70,10 @@ class TokenPruner:
 
     Attributes:
         ambient: what each thread is doing with the pruner: several may use one model.
-        latest: the thread of the last forward, its trace, and what the router said in it if it was a training one.
+        latest: the last forward in any thread.
+
+    Assigning a setting (`pruner.schedule = ...`) makes this pruner what `changed` would give; see there. UserError
+    while it is attached. A copy is attached to nothing, unless its model is copied with it.
     """
 
     def __init__(
@@ -131,7 +136,7 @@ class TokenPruner:
         self.least_tokens = least_tokens
         self.threshold = float(threshold)
         self.ambient = Ambient()
-        self.latest = threading.get_ident(), Trace(), list[Routing]()
+        self.latest = Latest((threading.get_ident(), Trace(), list[Routing]()))
         self._attached: Attached | None = None
         self._base: dict | None = None  # what a pruned folder says of its base model: checked by `attach`
         self._model: Callable[[], nn.Module | None] = _no_model
@@ -139,6 +144,27 @@ class TokenPruner:
     def __getstate__(self) -> dict:
         """A pruner that is copied or pickled leaves the model behind that it was attached to."""
         return self.__dict__ | {"_model": _no_model}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS and "_model" in self.__dict__:  # it is made
+            if self._attached is not None:
+                raise UserError(
+                    f"{name} is set while the pruner is attached, and would not take effect.\n"
+                    f"Detach it first, or attach another one: pruner.changed({name}=...)."
+                )
+            own = ("ambient", "latest")
+            self.__dict__.update({k: v for k, v in vars(self.changed(**{name: value})).items() if k not in own})
+        else:
+            super().__setattr__(name, value)
+
+    def __copy__(self) -> TokenPruner:
+        return self.changed()
+
+    def __deepcopy__(self, memo: dict) -> TokenPruner:
+        memo[id(self)] = other = type(self).__new__(type(self))
+        alone = {"_attached": None, "_model": _no_model}
+        other.__dict__.update(copy.deepcopy(self.__dict__ | alone, memo))
+        return other
 
     @property
     def trace(self) -> Trace:
@@ -151,7 +177,7 @@ class TokenPruner:
         return self._last()[1]
 
     def _last(self) -> tuple[Trace, list[Routing]]:
-        own, (thread, trace, routings) = self.ambient.last, self.latest
+        own, (thread, trace, routings) = self.ambient.last, self.latest.told
         ended = thread not in (threading.get_ident(), *(other.ident for other in threading.enumerate()))
         return (trace, routings) if own is None or ended else own
 
@@ -219,9 +245,13 @@ class TokenPruner:
         if self._base is not None:
             check_base(self._base, model)
         self.router.to(home(model))
-        self._attached = Attached(self, model, decoder, blocks)
-        self._model = weakref.ref(model)  # it is named, not kept
+        self.is_attached(Attached(self, model, decoder, blocks))
         return self
+
+    def is_attached(self, attached: Attached) -> None:
+        """Note where this pruner is in force."""
+        self._attached = attached
+        self._model = weakref.ref(attached.model)  # it is named, not kept
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`; calls of other threads are waited for."""
@@ -379,6 +409,7 @@ def _check_score(score: AttentionScore, router: Router) -> None:
         raise UserError(f"a {name} {how}: leave out blocks={score.blocks!r}.")
 
 
+_SETTINGS = frozenset(inspect.signature(TokenPruner).parameters)
 _NOTHING: frozenset[str] = frozenset()
 _OF_ONE_FAMILY = {"schedule", "decode", "threshold", "least_tokens", "family"}
 """What may change in a pruner whose family stays the same."""

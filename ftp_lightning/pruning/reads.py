@@ -50,7 +50,9 @@ def attention_rank(
     Returns (B, S) float32 and bool (valid). Each iteration is one more pass of Q K^T, in chunks.
     """
     valid = keys.valid.float()
-    base = torch.zeros(len(valid), span, device=valid.device).scatter_reduce(1, keys.slots, valid, "amax")
+    base = torch.zeros(len(valid), span, dtype=torch.float32, device=valid.device).scatter_reduce(
+        1, keys.slots, valid, "amax"
+    )
     base = base / base.sum(1, keepdim=True).clamp(min=1)
     rank = even = base
     for _ in range(iterations):

@@ -12,6 +12,8 @@ from ftp_lightning.routing.base import Needs, Router, RoutingContext
 FACTORS = ("position", "attention", "rank", "sparsity")
 TIE = 1e-6
 """Scores closer than this share a rank, so that rounding noise does not decide."""
+FLOAT32 = {"dtype": torch.float32}
+"""Of a router's weights, whatever `torch.set_default_dtype` says."""
 
 
 class LearnedRouter(Router):
@@ -53,7 +55,7 @@ class LearnedRouter(Router):
 
 def two_layers(inputs: int, width: int) -> nn.Sequential:
     """MLP inputs -> width -> 2 with ReLU: (inputs + 1) * width + 2 * width + 2 parameters."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 2))
+    return nn.Sequential(nn.Linear(inputs, width, **FLOAT32), nn.ReLU(), nn.Linear(width, 2, **FLOAT32))
 
 
 def factors(context: RoutingContext, names: tuple[str, ...] = FACTORS) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.routing.base import Needs, RoutingContext, check_made_for
-from ftp_lightning.routing.learned import FACTORS, LearnedRouter, at_least_one, factors
+from ftp_lightning.routing.learned import FACTORS, FLOAT32, LearnedRouter, at_least_one, factors
 from ftp_lightning.schedule import Schedule
 
 
@@ -27,8 +27,8 @@ class OnePassRouter(LearnedRouter):
     def __init__(self, num_blocks: int, width: int = 64, names: tuple[str, ...] = FACTORS):
         super().__init__(width, names)
         self.num_blocks = at_least_one("num_blocks", num_blocks)
-        self.shared = nn.Linear(len(self.names), self.width)
-        self.heads = nn.Linear(self.width, 2 * self.num_blocks)
+        self.shared = nn.Linear(len(self.names), self.width, **FLOAT32)
+        self.heads = nn.Linear(self.width, 2 * self.num_blocks, **FLOAT32)
 
     def score(self, context: RoutingContext) -> Tensor:
         """(B, T) p_compute of this block, read from the memo of the forward."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ftp_lightning.routing.base import RoutingContext
 from ftp_lightning.routing.hidden import HiddenRouter, unit_scale
-from ftp_lightning.routing.learned import FACTORS, LearnedRouter, at_least_one, factors, two_layers
+from ftp_lightning.routing.learned import FACTORS, FLOAT32, LearnedRouter, at_least_one, factors, two_layers
 
 
 class ProjectedRouter(HiddenRouter):
@@ -25,7 +25,7 @@ class ProjectedRouter(HiddenRouter):
     def __init__(self, hidden_size: int, rank: int = 12, width: int = 64, names: tuple[str, ...] = FACTORS):
         LearnedRouter.__init__(self, width, names)
         self.hidden_size, self.rank = at_least_one("hidden_size", hidden_size), at_least_one("rank", rank)
-        self.directions = nn.Linear(self.hidden_size, self.rank, bias=False)
+        self.directions = nn.Linear(self.hidden_size, self.rank, bias=False, **FLOAT32)
         self.mlp = two_layers(self.rank + len(self.names), self.width)
 
     def logits(self, context: RoutingContext) -> Tensor:

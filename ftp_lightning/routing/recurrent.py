@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ftp_lightning.routing.base import RoutingContext
-from ftp_lightning.routing.learned import FACTORS, LearnedRouter, factors
+from ftp_lightning.routing.learned import FACTORS, FLOAT32, LearnedRouter, factors
 
 
 class RecurrentRouter(LearnedRouter):
@@ -21,8 +21,8 @@ class RecurrentRouter(LearnedRouter):
 
     def __init__(self, width: int = 16, names: tuple[str, ...] = FACTORS):
         super().__init__(width, names)
-        self.cell = nn.GRUCell(len(self.names), self.width)
-        self.head = nn.Linear(self.width, 2)
+        self.cell = nn.GRUCell(len(self.names), self.width, **FLOAT32)
+        self.head = nn.Linear(self.width, 2, **FLOAT32)
 
     def logits(self, context: RoutingContext) -> Tensor:
         # The inputs are kept, not only the states: a call with gradient finds its own chain of states, with gradient,

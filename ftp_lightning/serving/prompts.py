@@ -99,7 +99,8 @@ class Prompts:
             raise Refused(400, "this model's chat template knows no tools", param="tools")
         turns, more = [message.turn() for message in chat.messages], {"tools": chat.tools} if chat.tools else {}
         try:
-            text = rendered(self.tokenizer, turns, chat_template=self.template, add_generation_prompt=True, **more)
+            more |= {"chat_template": self.template, "add_generation_prompt": True}
+            text = rendered(self.tokenizer, turns, today=True, **more)
         except UserError as error:
             said = str(error.__cause__ or error)[:200]
             raise Refused(400, f"the chat template refuses these messages: {said}", "messages") from None

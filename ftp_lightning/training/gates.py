@@ -49,7 +49,7 @@ class Gumbel(StraightThrough):
     generator: torch.Generator
 
     def relax(self, probability: Tensor) -> Tensor:
-        uniform = torch.rand(probability.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+        uniform = torch.rand(probability.shape, generator=self.generator, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         noise = torch.logit(uniform).to(probability.device)
         return torch.sigmoid((torch.logit(probability.clamp(1e-6, 1 - 1e-6)) + noise) / self.temperature)
 
