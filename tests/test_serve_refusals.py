@@ -1,12 +1,18 @@
 """Requests that cannot be answered: each gets a status in 4xx and a sentence in OpenAI's shape."""
 
+import asyncio
 import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
-from served import SERVED, inside
+from served import SERVED, address, inside
 
 from ftp_lightning.serving import server as servers
+from ftp_lightning.serving.fields import Completion, read
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 TURN = [{"role": "user", "content": "hello"}]
@@ -68,6 +74,11 @@ REQUESTS = [
     (TEXT, bad(top_p=1.1), 400, "top_p"),
     (TEXT, bad(seed="x"), 400, "seed"),
     (TEXT, bad(seed=2**63), 400, "seed"),
+    (TEXT, b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", 400, "not JSON"),
+    (TEXT, b'{"prompt": "a", "temperature": 1e400}', 400, "finite"),
+    (TEXT, bad(top_k=5), 400, "no field 'top_k'"),
+    (TEXT, "\ufeff{}".encode(), 400, "not JSON"),
+    (TEXT, '{"prompt": "a"}'.encode("utf-16"), 400, "not JSON"),
     (TEXT, bad(stop=["a"] * 5), 400, "stop"),
     (TEXT, bad(stop=""), 400, "stop"),
     (TEXT, bad(stop=[1]), 400, "stop"),
@@ -81,6 +92,7 @@ REQUESTS = [
     (TEXT, bad(echo=True), 400, "echo"),
     (TEXT, bad(suffix="end"), 400, "suffix"),
     (TEXT, bad(presence_penalty=0.5), 400, "presence_penalty"),
+    (TEXT, bad(presence_penalty=False), 400, "presence_penalty"),
     (TEXT, bad(frequency_penalty=1), 400, "frequency_penalty"),
     (TEXT, bad(logit_bias={"5": 10}), 400, "logit_bias"),
     (TEXT, bad(cache_implementation="static"), 400, "dynamic"),
@@ -97,14 +109,17 @@ REQUESTS = [
     (TEXT, bad(metadata={"ftp_budget": "a"}), 400, "ftp_budget"),
     (TEXT, bad(ftp_budget=0.1, metadata={"ftp_budget": "0.2"}), 400, "given twice"),
     (TEXT, {"prompt": "word " * 3000}, 400, "the model sees 2048"),
-    (TEXT, {"prompt": "a" * 300_000}, 413, "large"),
+    (TEXT, {"prompt": "a" * 300_000}, 413, "larger than 200000 bytes"),
     (CHAT, {}, 400, "messages is missing"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": "hello"}, 400, "messages"),
     (CHAT, {"messages": [{"content": "a"}]}, 400, "role is missing"),
     (CHAT, {"messages": [{"role": "king", "content": "a"}]}, 400, "role"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "content"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "'image_url'"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "content.0.text is missing"),
+    (CHAT, {"messages": [{"role": "user", "content": ["a"]}]}, 400, "messages.0.content.0: input should be"),
+    (CHAT, {"messages": [7]}, 400, "messages.0: input should be a valid object"),
     (CHAT, {"messages": [{"role": "user", "content": ""}]}, 400, "messages are empty"),
     (CHAT, chat(logprobs=True), 400, "log-probabilities"),
     (CHAT, chat(response_format={"type": "json_object"}), 400, "no grammar"),
@@ -132,11 +147,26 @@ def test_a_bad_request_gets_a_sentence(asked, path, body, status, words):
     ("method", "path", "status"),
     [("GET", TEXT, 405), ("PUT", CHAT, 405), ("POST", "/v1/models", 405), ("GET", "/v1/engines", 404),
      ("POST", "/v1/embeddings", 404), ("GET", "/v1/models/gpt-4", 404), ("GET", "/../etc/passwd", 404),
-     ("GET", "/info", 404), ("GET", "/docs", 404)],
+     ("GET", "/info", 404), ("GET", "/docs", 404), ("POST", f"{TEXT}/", 404), ("OPTIONS", TEXT, 405),
+     ("POST", "/V1/completions", 404), ("GET", "//v1/models", 404), ("GET", "/%2e%2e/passwd", 404)],
 )  # fmt: skip
 def test_a_path_that_is_not_there_says_so(asked, method, path, status):
-    answer = asked.request(method, path)
-    assert answer.status_code == status and answer.json()["error"]["message"]
+    answer = asked.request(method, path, follow_redirects=False)
+    said = answer.json()["error"]["message"]
+    assert answer.status_code == status and (said.startswith("there is no") or f"{method} {path}" in said)
+    assert (status == 405) == ("allow" in answer.headers)
+
+
+def test_the_zero_of_a_number_is_its_neutral_value_as_a_float_too():
+    fields = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1.0, "logprobs": None, "stop": None}
+    assert read(json.dumps(bad(**fields)).encode(), Completion).stop == []
+
+
+def test_the_log_has_one_line_for_a_request_that_brings_lines_of_its_own(asked, caplog):
+    with caplog.at_level("INFO", "ftp_lightning.serving"):
+        asked.post(TEXT, json=bad(metadata={"a\nb\x1b[31m": 1}))
+        asked.get("/a%0ab%1b")
+    assert len(caplog.messages) == 2 and all(message.isprintable() for message in caplog.messages)
 
 
 def test_a_key_is_asked_for_on_every_path_but_the_page_and_health():
@@ -187,6 +217,53 @@ def test_more_requests_than_may_wait_are_refused():
     assert (
         answer.status_code == 429 and answer.headers["retry-after"] and "waiting" in answer.json()["error"]["message"]
     )
+
+
+def test_of_requests_that_come_at_once_no_more_than_may_wait_are_taken():
+    async def ask(server) -> list:
+        transport = httpx.ASGITransport(server.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=30) as client:
+            asked = [asyncio.create_task(client.post(TEXT, json=bad())) for _ in range(40)]
+            while sum(task.done() for task in asked) < 35:
+                await asyncio.sleep(0.02)
+            found = [task.result().status_code for task in asked if task.done()]
+            for task in asked:
+                task.cancel()
+            return found
+
+    with inside(working=False, max_waiting=5) as server:
+        found = asyncio.run(asyncio.wait_for(ask(server), 30))
+    assert found == [429] * 35
+
+
+def test_a_request_that_died_with_an_idle_worker_is_told_so(monkeypatch):
+    monkeypatch.setattr("ftp_lightning.serving.replies.LOOK", 0.01)
+
+    class Worker:
+        pid = 1
+
+    with inside(working=False) as server, ThreadPoolExecutor(1) as pool:
+        server.inference_workers = [Worker()]
+        asked = pool.submit(TestClient(server.app).post, TEXT, json=bad())
+        server.litapi_request_queues[TEXT].get(timeout=10)  # taken, and START never comes
+        server.inference_workers = [type("Other", (), {"pid": 2})]
+        answer = asked.result(20)
+    assert answer.status_code == 500 and "worker died" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_come_is_given_up_and_a_client_that_leaves_before_is_no_failure(caplog):
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{{".encode()
+    with address(timeout=0.3) as url:
+        place = (url.split("/")[2].split(":")[0], int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(place) as slow:
+            slow.sendall(head)
+            assert b" 408 " in slow.recv(200)
+        with socket.create_connection(place) as leaves:
+            leaves.sendall(head)
+        while "ftp_clients_gone_total 1.0" not in (metrics := httpx.get(f"{url}/metrics").text):
+            assert 'status="500"' not in metrics
+            time.sleep(0.02)
+    assert "Traceback" not in caplog.text
 
 
 def test_a_server_that_stops_takes_nothing_new():

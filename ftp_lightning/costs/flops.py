@@ -185,9 +185,10 @@ def row_flops(
     attention, mlp = (getattr(trace, name, None) or trace.keep for name in ("keep_attention", "keep_mlp"))
     dense = head_flops(model) * (1 + torch.tensor(new, dtype=torch.float64))
     pruned = dense.clone()
+    whole = {cost: _traced_flops(cost, real, real, real, real, new) for cost in set(costs)}
     blocks = zip(costs, left, attention, mlp, _modes(kv, len(costs)), strict=True)
     for index, (cost, less, attended, fed, mode) in enumerate(blocks):
-        dense += _traced_flops(cost, real, real, real, real, new)
+        dense += whole[cost]
         keyed = real if mode == "keep" else attended
         if last_only and index == len(costs) - 1:
             read = real & (real.cumsum(1) == real.sum(1, keepdim=True))

@@ -77,12 +77,19 @@ class RowCosts:
         return 1.0 - math.fsum(self.flops) / math.fsum(self.dense_flops)
 
 
-def row_costs(model: nn.Module, pruner, trace: Trace, new_tokens: int | Sequence[int] = 0) -> RowCosts:
+def row_costs(
+    model: nn.Module,
+    pruner,
+    trace: Trace,
+    new_tokens: int | Sequence[int] = 0,
+    costs: list[BlockCost] | None = None,
+) -> RowCosts:
     """FLOPs and bytes of each prompt of a trace, from the very tokens that were computed.
 
-    new_tokens: computed densely after every prompt; one number, or one per row.
+    new_tokens: computed densely after every prompt; one number, or one per row. costs: as of `planned_cut`.
     """
-    costs, real = block_costs(model, pruner.skip_rank), trace.real.sum(1).tolist()
+    costs = block_costs(model, pruner.skip_rank) if costs is None else costs
+    real = trace.real.sum(1).tolist()
     new = [new_tokens] * len(real) if isinstance(new_tokens, int) else list(new_tokens)
     dense, pruned = row_flops(model, trace, pruner.kv, new, pruner.skip_rank, pruner.removed, costs)
     looks = {tokens: scout_flops(model, pruner.router.needs.scout, tokens) for tokens in set(real)}

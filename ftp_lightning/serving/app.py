@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from litserve.specs.base import LitSpec
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.serving.answers import Refused, Shape, event, models
@@ -112,7 +113,11 @@ class CompletionsSpec(LitSpec):
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def _ask(self, request: Request, kind: type[Fields]) -> tuple[Ask, Fields]:
-        body = await request.body()
+        try:
+            async with asyncio.timeout(self.served.timeout):
+                body = await request.body()
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {self.served.timeout:g} s") from None
         return await run_in_threadpool(self.asked, body, kind)
 
     def asked(self, body: bytes, kind: type[Fields]) -> tuple[Ask, Fields]:
@@ -192,18 +197,20 @@ class Note:
 def add_paths(app: Any, spec: CompletionsSpec) -> None:
     """The page in place of LitServe's own, and errors in OpenAI's shape."""
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in ("/", "/info")]
+    app.router.redirect_slashes = False
 
     @app.get("/")
     async def page() -> Response:
         words = json.dumps({"model": spec.served.model, "budget": spec.plan.budget, "blocks": spec.plan.blocks})
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{ABOUT}}", words.replace("<", "\\u003c")))
 
-    def told(request: Request, error: Refused) -> Response:
+    def told(request: Request, error: Refused, more: Mapping[str, str] | None = None) -> Response:
         """The error, with its line in the log and its count."""
         spec.metrics.requests.labels(str(error.status)).inc()
-        log.info("%s %s %s", request.url.path[:100], error.status, error.message)
+        said = f"{request.url.path[:100]} {error.status} {error.message}"
+        log.info("%s", "".join(letter if letter.isprintable() else " " for letter in said))
         headers = {"retry-after": "1"} if error.status in (429, 503) else {}
-        return JSONResponse(error.body(), error.status, headers=headers)
+        return JSONResponse(error.body(), error.status, headers=headers | dict(more or {}))
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -211,7 +218,20 @@ def add_paths(app: Any, spec: CompletionsSpec) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return told(request, Refused(error.status_code, str(error.detail)))
+        where = f"{request.method} {request.url.path[:100]}"
+        sentences = {
+            404: f"there is nothing at {where}; POST to /v1/completions or /v1/chat/completions",
+            405: f"{where} is not served: this path takes another method",
+            413: f"the request is larger than {spec.served.max_body} bytes",
+        }
+        sentence = sentences.get(error.status_code, str(error.detail))
+        return told(request, Refused(error.status_code, sentence), error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        spec.metrics.gone.inc()
+        log.info("%s gone before the whole request was there", request.url.path[:100])
+        return Response(status_code=499)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from ftp_lightning.costs.per_block import BlockCost
 from ftp_lightning.costs.request import RowCosts, row_costs
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.devices import home
@@ -112,10 +113,19 @@ class Sampler(LogitsProcessor):
         return scores
 
 
-def answer(model: Any, tokenizer: Any, rows: Sequence[Row], pruner: TokenPruner | None, tell: Tell, gone: Gone) -> None:
+def answer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    pruner: TokenPruner | None,
+    tell: Tell,
+    gone: Gone,
+    block_costs: list[BlockCost] | None = None,
+) -> None:
     """Answer a batch, and tell every row's end as soon as it is there.
 
-    pruner: in force for all rows; None: dense. gone: gives the requests whose clients have gone.
+    pruner: in force for all rows; None: dense. gone: gives the requests whose clients have gone. block_costs: the
+    model's at the pruner's skip rank, if at hand.
     """
     padding = _padding(model)
     ids, mask = padded([row.ask.ids for row in rows], padding, home(model))
@@ -124,7 +134,7 @@ def answer(model: Any, tokenizer: Any, rows: Sequence[Row], pruner: TokenPruner 
     @functools.cache
     def costs() -> RowCosts:
         assert pruner is not None  # nobody asks for the costs of a dense batch
-        return row_costs(model, pruner, pruner.trace.routed)
+        return row_costs(model, pruner, pruner.trace.routed, costs=block_costs)
 
     def told(row: Row, piece: str) -> None:
         if piece and row.ask.stream and row.reason != "gone":

@@ -36,6 +36,8 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 PASSED_OVER = ("user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields that are about OpenAI's own service: taken, without effect."""
 OURS = ("ftp_budget", "ftp_mode", "ftp_trace")
+ALTERNATIVES = ("str", "list[int]", "list[TextPart]")
+"""What pydantic puts into the place of a mistake where a value may be of several kinds."""
 
 
 def _one_or_more(value: Any) -> Any:
@@ -83,13 +85,22 @@ class TextPart(BaseModel):
     text: str
 
 
+def _of_text(parts: Any) -> Any:
+    """Refuse content parts of another kind by their name."""
+    for part in parts if isinstance(parts, list) else ():
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise ValueError(f"only parts of type text are served, not {str(kind)[:50]!r}")
+    return parts
+
+
 class Message(BaseModel):
     """One turn of a chat; fields that an answer of ours carries back are passed over."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[str | list[TextPart] | None, BeforeValidator(_of_text)] = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -126,7 +137,7 @@ def read(body: bytes, kind: type[Kind]) -> Kind:
     given = {name: value for name, value in given.items() if value is not None and name not in PASSED_OVER}
     for name in NEUTRAL.keys() & given.keys():
         values, sentence = NEUTRAL[name]
-        if not any(type(given[name]) is type(value) and given[name] == value for value in values):
+        if not any(_same(given[name], value) for value in values):
             raise Refused(400, sentence, param=name)
         del given[name]
     if tools:
@@ -137,6 +148,11 @@ def read(body: bytes, kind: type[Kind]) -> Kind:
         return kind.model_validate(_with_metadata(given))
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def _same(given: Any, value: Any) -> bool:
+    """Whether both are one JSON value: 0.0 is 0, but false is not."""
+    return given == value and isinstance(given, bool) == isinstance(value, bool)
 
 
 def _single(prompts: list) -> Any:
@@ -168,13 +184,18 @@ def _with_metadata(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(error: ValidationError) -> Refused:
-    """The first mistake, with where it is."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    """The first mistake, with where it is; inside a list where a value may also be a text."""
+    first, *others = error.errors(include_url=False, include_input=False)
+    if first["loc"][-1] == "str":
+        outside = first["loc"][:-1]
+        inside = (e for e in others if e["loc"][: len(outside)] == outside and len(e["loc"]) > len(first["loc"]))
+        first = next(inside, first)
+    place = ".".join(str(part) for part in first["loc"] if str(part) not in ALTERNATIVES)
+    said = first["msg"].removeprefix("Value error, ").split(" or instance of ")[0].replace("dictionary", "object")
     if first["type"] == "extra_forbidden":
         return Refused(400, f"there is no field {place!r}", param=place)
     if first["type"] == "missing":
         return Refused(400, f"{place} is missing", param=place)
     if place == "ftp_mode":
         return Refused(400, f"ftp_mode must be one of {', '.join(MODES)}", param=place)
-    return Refused(400, f"{place}: {first['msg'][:200].lower()}", param=place)
+    return Refused(400, f"{place}: {said[:1].lower()}{said[1:200]}", param=place)

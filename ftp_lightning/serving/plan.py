@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.costs.least_tokens import least_tokens
+from ftp_lightning.costs.per_block import BlockCost, block_costs
 from ftp_lightning.disk.ready import load_pruner
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning import TokenPruner
@@ -94,6 +95,7 @@ class Pruners:
     def __init__(self, plan: Plan, served: Served, model: Any):
         self.plan, self.served, self.model = plan, served, model
         self._made: dict[float, tuple[TokenPruner, int]] = {}
+        self._costs: dict[int, list[BlockCost]] = {}
 
     def chosen(self, ask: Ask) -> tuple[TokenPruner | None, str]:
         budget = self.plan.budget if ask.budget is None else ask.budget
@@ -107,6 +109,13 @@ class Pruners:
         if ask.mode == "auto" and len(ask.ids) < least:
             return None, "short"
         return pruner, ""
+
+    def block_costs(self, pruner: TokenPruner) -> list[BlockCost]:
+        """Costs of the model's blocks under a pruner, counted once for each skip rank."""
+        rank = pruner.skip_rank
+        if rank not in self._costs:
+            self._costs[rank] = block_costs(self.model, rank)
+        return self._costs[rank]
 
     def _of(self, budget: float) -> tuple[TokenPruner, int]:
         if budget not in self._made:

@@ -18,6 +18,8 @@ from ftp_lightning.serving.options import Ask
 
 LOOK = 0.25
 """Seconds between two looks at client, worker and clock [ours]."""
+LOST = 8
+"""Looks in a row at an empty queue, after a worker was replaced, until a request that nobody started is lost [ours]."""
 REMEMBERED = 1000
 """How many clients that have gone workers are told of, the latest ones."""
 
@@ -37,14 +39,30 @@ class Replies:
         self.server, self.path, self.timeout = server, path, timeout
         self.deadline: float | None = None
         self._gone: deque[str] = deque(maxlen=REMEMBERED)
+        self._left = 0
 
     @property
     def in_flight(self) -> int:
         return len(self.server.response_buffer)
 
     async def waiting(self) -> int:
-        """Requests that wait or run, and those whose clients have gone as long as they stand in the queue."""
-        return max(self.in_flight, await asyncio.to_thread(self._queue.qsize))
+        """Requests that wait or run, and those whose clients have gone as long as they stand in the queue.
+
+        Counted after the last await: who calls `to` at once keeps the number below a limit.
+        """
+        left, queued = self._left, 0
+        if left and not (queued := await self.queued()) and left == self._left:
+            self._left = 0
+        return max(self.in_flight, queued)
+
+    async def queued(self) -> int:
+        """Requests that no worker has taken."""
+        return await asyncio.to_thread(self._queue.qsize)
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' processes."""
+        return [worker.pid for worker in getattr(self.server, "inference_workers", ())]
 
     @property
     def _queue(self) -> Any:
@@ -82,6 +100,7 @@ class Replies:
             self.server.response_buffer.pop(uid, None)
             if not ended:
                 self._gone.append(uid)
+                self._left += 1
                 asyncio.get_running_loop().run_in_executor(None, self._tell_gone)
 
 
@@ -90,7 +109,8 @@ class _Watch:
 
     def __init__(self, replies: Replies, item: ResponseBufferItem, request: Request, since: float):
         self.replies, self.item, self.request, self.since = replies, item, request, since
-        self._looked, self._pid = since, None
+        self._looked, self._pid = since, 0
+        self._pids, self._unseen = replies.pids, 0
 
     async def look(self) -> None:
         now, deadline = time.monotonic(), self.replies.deadline
@@ -101,7 +121,7 @@ class _Watch:
         self._looked = now
         if now - self.since > self.replies.timeout:
             raise Refused(504, f"no answer within {self.replies.timeout:g} s")
-        if self._worker_is_new():
+        if self._worker_is_new() or await self._is_lost():
             raise Refused(500, "the worker died; ask again")
         if await self.request.is_disconnected():
             raise Gone
@@ -109,9 +129,15 @@ class _Watch:
     def _worker_is_new(self) -> bool:
         """Whether the worker that took the request has been replaced: LitServe does not tell requests that are just
         being told something."""
-        workers, number = getattr(self.replies.server, "inference_workers", ()), self.item.worker_id
-        if number is None or number >= len(workers):
+        pids, number = self.replies.pids, self.item.worker_id
+        if number is None or number >= len(pids):
             return False
-        pid = workers[number].pid
-        self._pid = self._pid or pid
-        return bool(pid != self._pid)
+        self._pid = self._pid or pids[number]
+        return pids[number] != self._pid
+
+    async def _is_lost(self) -> bool:
+        """Whether a worker died after it took the request from the queue, and before it said so."""
+        if self.item.worker_id is not None or self.replies.pids == self._pids:
+            return False
+        self._unseen = 0 if await self.replies.queued() else self._unseen + 1
+        return self._unseen >= LOST

@@ -170,8 +170,9 @@ class BatchLoop(LitLoop):
                 del queues[uid]
 
         rows = [Row(uid, ask, since, lit_api.tokenizer, lit_api.pruners.chosen(ask)[1]) for _, uid, since, ask in batch]
+        costs = None if pruner is None else lit_api.pruners.block_costs(pruner)
         try:
-            answer(lit_api.model, lit_api.tokenizer, rows, pruner, tell, lit_api.gone)
+            answer(lit_api.model, lit_api.tokenizer, rows, pruner, tell, lit_api.gone, costs)
         except Exception as error:
             self._fail(transport, queues, error)
 
