@@ -1,0 +1,59 @@
+"""What does a server add to tokenizer and bare `generate`? Pairs in turn, whole and streamed, dense and pruned.
+
+OMP_NUM_THREADS=1 python experiments/serve_overhead.py --pruned smollm2-135m-instruct --pairs 15
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from serve_process import Server
+
+from ftp_lightning import load_pruned
+from ftp_lightning.data.sources import load_documents
+from ftp_lightning.data.text import prompt_ids
+from ftp_lightning.evaluation.speed.timing import interleaved, median_interval, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pruned", default="embedded", help="a ready-made pruner; its base model is served")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--new_tokens", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=15)
+    asked, draw = parser.parse_args(), torch.Generator().manual_seed(0)
+    model, tokenizer = load_pruned(asked.pruned)
+    pruner = model.pruner.changed(least_tokens=0)
+    model.pruner.detach()
+    text = " ".join(load_documents("embedded", "test"))
+    prompt = tokenizer.decode(tokenizer.encode(text, verbose=False)[1 : asked.tokens + 1], skip_special_tokens=True)
+
+    def bare(mode: str) -> str:
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)])
+        if mode == "always":
+            pruner.attach(model)
+        try:
+            said = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.new_tokens, do_sample=False
+            )
+        finally:
+            pruner.detach()
+        return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+
+    with Server("--pruned", asked.pruned) as server:
+        for mode in ("off", "always"):
+            for name, ask in (("whole", server.ask), ("streamed", server.streamed)):
+                served = partial(ask, prompt, max_tokens=asked.new_tokens, ftp_mode=mode)
+                first, second = (partial(seconds, how, model.device) for how in (served, partial(bare, mode)))
+                times = interleaved(first, second, asked.pairs, warmup=2)
+                ratio, more = times[:, 0] / times[:, 1], 1e3 * (times[:, 0] - times[:, 1])
+                print(
+                    f"{len(prompt_ids(tokenizer, prompt))} tokens, {mode}, {name}: served / bare "
+                    f"{median_interval(ratio, draw)}, {median_interval(more, draw)} ms more "
+                    f"than {1e3 * times[:, 1].median():.0f} ms",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

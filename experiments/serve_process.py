@@ -1,0 +1,52 @@
+"""A server on a free port, for the other `serve_` experiments: its address, its answers and its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+class Server:
+    """`ftp-lightning serve` with these flags, for as long as the context lasts."""
+
+    def __init__(self, *flags: str):
+        command = [sys.executable, "-m", "ftp_lightning", "serve", "--port", "0", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.url = next(self.process.stdout or iter([])).split()[1]
+        self.client = httpx.Client(base_url=self.url, timeout=900, limits=httpx.Limits(max_connections=None))
+
+    def ask(self, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
+        """A whole answer. Raises where there is none."""
+        body = {"prompt": prompt, "temperature": 0} | fields
+        return self.client.post("/v1/completions", json=body).raise_for_status().json()
+
+    def streamed(self, prompt: str | list[int], **fields: Any) -> str:
+        """The text of a streamed answer. Raises where it does not end with [DONE]."""
+        body = {"prompt": prompt, "temperature": 0, "stream": True} | fields
+        *events, end = (line[6:] for line in self.client.post("/v1/completions", json=body).text.split("\n\n") if line)
+        assert end == "[DONE]", end
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    def memory(self) -> float:
+        """Megabytes of the server and of all processes that it has started."""
+        return _memory(self.process.pid)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.client.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def _memory(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    below = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6 + sum(map(_memory, below))
