@@ -4,6 +4,7 @@ OMP_NUM_THREADS=1 python experiments/serve_overhead.py --pruned smollm2-135m-ins
 """
 
 import argparse
+import time
 from functools import partial
 
 import torch
@@ -28,7 +29,10 @@ def main() -> None:
     text = " ".join(load_documents("embedded", "test"))
     prompt = tokenizer.decode(tokenizer.encode(text, verbose=False)[1 : asked.tokens + 1], skip_special_tokens=True)
 
-    def bare(mode: str) -> str:
+    spent: list[float] = []
+
+    def bare(mode: str) -> None:
+        begin = time.process_time()
         ids = torch.tensor([prompt_ids(tokenizer, prompt)])
         if mode == "always":
             pruner.attach(model)
@@ -38,19 +42,23 @@ def main() -> None:
             )
         finally:
             pruner.detach()
-        return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        spent.append(time.process_time() - begin)
 
     with Server("--pruned", asked.pruned) as server:
         for mode in ("off", "always"):
             for name, ask in (("whole", server.ask), ("streamed", server.streamed)):
                 served = partial(ask, prompt, max_tokens=asked.new_tokens, ftp_mode=mode)
                 first, second = (partial(seconds, how, model.device) for how in (served, partial(bare, mode)))
+                before = server.processor()
+                spent.clear()
                 times = interleaved(first, second, asked.pairs, warmup=2)
+                used = (server.processor() - before) / sum(spent)
                 ratio, more = times[:, 0] / times[:, 1], 1e3 * (times[:, 0] - times[:, 1])
                 print(
                     f"{len(prompt_ids(tokenizer, prompt))} tokens, {mode}, {name}: served / bare "
                     f"{median_interval(ratio, draw)}, {median_interval(more, draw)} ms more "
-                    f"than {1e3 * times[:, 1].median():.0f} ms",
+                    f"than {1e3 * times[:, 1].median():.0f} ms; of processor time {used:.3f}",
                     flush=True,
                 )
 

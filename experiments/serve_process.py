@@ -35,7 +35,11 @@ class Server:
 
     def memory(self) -> float:
         """Megabytes of the server and of all processes that it has started."""
-        return _memory(self.process.pid)
+        return sum(_pages(pid) for pid in _processes(self.process.pid)) * os.sysconf("SC_PAGESIZE") / 1e6
+
+    def processor(self) -> float:
+        """Seconds of processor time that the server and all its processes have used."""
+        return sum(_ticks(pid) for pid in _processes(self.process.pid)) / os.sysconf("SC_CLK_TCK")
 
     def __enter__(self) -> Server:
         return self
@@ -46,7 +50,16 @@ class Server:
         self.process.wait(30)
 
 
-def _memory(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    below = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6 + sum(map(_memory, below))
+def _processes(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    below = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [pid, *(one for child in below for one in _processes(child))]
+
+
+def _pages(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+def _ticks(pid: int) -> int:
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]))

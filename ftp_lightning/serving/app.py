@@ -201,8 +201,10 @@ def add_paths(app: Any, spec: CompletionsSpec) -> None:
 
     @app.get("/")
     async def page() -> Response:
-        words = json.dumps({"model": spec.served.model, "budget": spec.plan.budget, "blocks": spec.plan.blocks})
-        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{ABOUT}}", words.replace("<", "\\u003c")))
+        plan = spec.plan
+        about = {"model": spec.served.model, "budget": plan.budget, "most": plan.most, "blocks": plan.blocks}
+        words = json.dumps(about).replace("<", "\\u003c")
+        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{ABOUT}}", words))
 
     def told(request: Request, error: Refused, more: Mapping[str, str] | None = None) -> Response:
         """The error, with its line in the log and its count."""

@@ -59,6 +59,11 @@ class Plan:
         plan.schedule(budget)
         return plan
 
+    @property
+    def most(self) -> float:
+        """The largest budget that the page offers: the family's, or 0.9."""
+        return 0.9 if self.family is None else self.family.budgets[-1]
+
     def schedule(self, budget: float | None) -> Schedule:
         """The schedule of a budget. UserError above what was searched."""
         budget = self.budget if budget is None else budget
