@@ -96,6 +96,31 @@ def test_student_is_the_teacher_where_only_the_last_block_is_pruned_under_keep()
     assert torch.allclose(student["hidden"], teacher["hidden"], atol=1e-12)
 
 
+def test_validations_ask_the_dense_model_once(tmp_path, monkeypatch):
+    """Its logits are kept while they fit, which changes no number."""
+    asked, dense, found = RouterTraining._continuation, [], []
+    monkeypatch.setattr(
+        RouterTraining, "_continuation", lambda self, *batch: dense.append(self.model) or asked(self, *batch)
+    )
+    settings = TrainingSettings(steps=4, batch_size=2, validations=2)
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr("ftp_lightning.lit.router_training.TEACHER_BYTES", limit)
+        pruner = TokenPruner(seeded(DynamicRouter), SCHEDULE, kv="keep")
+        found.append(
+            fit_router(tiny_llama(torch.float32), pruner, windows(8), windows(4, 9), settings, tmp_path / str(limit))[
+                "validation_kl"
+            ]
+        )
+        found.append(len(dense))
+        dense.clear()
+    kept, few, again, many = found
+    assert len(kept) == 3 and kept == again
+    assert (few, many) == (
+        3 * 2 + 2,
+        3 * 2 + 3 * 2,
+    )  # two batches: pruned at every validation, and dense once or always
+
+
 def test_a_router_without_parameters_is_refused():
     with pytest.raises(UserError, match="nothing to train"):
         RouterTraining(tiny_llama(), TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5)), TrainingSettings())

@@ -1,6 +1,7 @@
 """Several processes train the router that one process trains."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def in_step(processes, device, folder, sharded=False, **more):
     data = RowsData(windows(32), windows(4, 9), settings.batch_size, settings.seed)
     metrics = fit(system, data, folder, processes=processes, fingerprint="same")
     return metrics, torch.cat([value.flatten() for value in pruner.router.state_dict().values()]).tolist()
+
+
+@pytest.mark.parametrize(("world", "shares"), [(1, [[0, 1, 2]]), (2, [[0, 2], [1]]), (4, [[0, 1, 2]] * 4)])
+def test_processes_share_the_validation_batches(world, shares):
+    """Where there is one for each at least: without a batch Lightning would not wait for the others."""
+    data = RowsData(windows(4), windows(5, 9), batch_size=2)
+    whole, data.shares_validation = [batch["input_ids"].tolist() for batch in data.val_dataloader()], True
+    for rank, share in enumerate(shares):
+        data.trainer = SimpleNamespace(world_size=world, global_rank=rank)
+        assert [batch["input_ids"].tolist() for batch in data.val_dataloader()] == [whole[place] for place in share]
 
 
 @pytest.mark.slow

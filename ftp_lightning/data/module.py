@@ -70,7 +70,11 @@ class RowsData(LightningDataModule):
 
     Attributes:
         batches_done: of the whole training, by all processes, before this one goes on.
+        shares_validation: whether each of W processes gets every W-th batch of `validation_rows`, where there are
+            that many.
     """
+
+    shares_validation = False
 
     def __init__(
         self,
@@ -96,13 +100,22 @@ class RowsData(LightningDataModule):
         return batches
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.validation_rows is None else self._loader(self.validation_rows)
+        if self.validation_rows is None:
+            return []
+        places = self._places(self.validation_rows)
+        if self.shares_validation and self.trainer is not None and len(places) >= self.trainer.world_size:
+            places = places[self.trainer.global_rank :: self.trainer.world_size]
+        return self._loader(self.validation_rows, places)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.rows)
+        return self._loader(self.rows, self._places(self.rows))
 
-    def _loader(self, rows: Rows) -> DataLoader:
-        return DataLoader(rows.order, batch_size=self.batch_size, collate_fn=rows.batch)
+    def _places(self, rows: Rows) -> list[range]:
+        """Of each batch the places of its rows in `rows.order`."""
+        return [range(start, min(start + self.batch_size, len(rows))) for start in range(0, len(rows), self.batch_size)]
+
+    def _loader(self, rows: Rows, places: list[range]) -> DataLoader:
+        return DataLoader(rows.order, batch_sampler=places, collate_fn=rows.batch)
 
 
 def _check_random_prompt(rows: Rows, least: int, most: int) -> None:

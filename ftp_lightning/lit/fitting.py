@@ -42,7 +42,7 @@ from ftp_lightning.whole_files import write_text
 
 def fit(
     system: RouterTraining,
-    data: L.LightningDataModule,
+    data: RowsData,
     folder: Path,
     logger=None,
     progress: Callable[[int, int], None] | None = None,
@@ -78,6 +78,8 @@ def fit(
     if settings.patience is not None:
         callbacks.append(EarlyStopping("validation_kl", patience=settings.patience))
     trainer = _trainer(system, processes, logger, callbacks)
+    if not isinstance(system.decoder, FSDPModule):  # a sharded model's forward needs all processes
+        data.shares_validation, system.gather = True, processes.gather
     before: dict[int, Any] = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     try:
         if resume is None:

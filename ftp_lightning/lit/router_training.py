@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 
 import lightning as L
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ftp_lightning import losses
 from ftp_lightning.data.rows import Batch, scored_tokens
 from ftp_lightning.errors import UserError
+from ftp_lightning.evaluation.bench import TEACHER_BYTES
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.lit.training_settings import TrainingSettings
 from ftp_lightning.pruning import TokenPruner
@@ -74,7 +76,9 @@ class RouterTraining(L.LightningModule):
         self.last_soft: list[float] = []
         self.last_realised: list[float] = []
         self._forwards: list[dict] = []  # of the step that is going on
+        self._dense: dict[int, Tensor] = {}  # batch of the validation -> the dense model's logits, on the CPU
         self.fingerprint = ""  # of all that decides the result, for those who go on from a checkpoint
+        self.gather: Callable[[list[Tensor]], list[list[Tensor]]] = lambda own: [own]  # validation batches, by process
 
     # ---------------------------------------------------------------- schedules
 
@@ -241,25 +245,37 @@ class RouterTraining(L.LightningModule):
         self._kl: list[Tensor] = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        kl = self.validate_rows(batch)
-        self._kl.append(kl)
-        self.log("validation_kl", kl.mean(), batch_size=len(kl), sync_dist=True)
+        self._kl.append(self.validate_rows(batch, self._dense_logits(batch, batch_idx)))
 
     @torch.no_grad()
-    def validate_rows(self, batch: Batch) -> Tensor:
-        """(B,): KL per continuation token of the deployed computation, the mean over the validation schedules."""
-        teacher, scored = self._continuation(batch), scored_tokens(batch)
+    def validate_rows(self, batch: Batch, teacher: Tensor | None = None) -> Tensor:
+        """(B,): KL per continuation token of the deployed computation, the mean over the validation schedules.
+
+        teacher: the dense model's logits (B, C, V), where they are known."""
+        teacher, scored = self._continuation(batch) if teacher is None else teacher, scored_tokens(batch)
         rows = []
         for schedule in self.validation_schedules():
             with self.pruner.with_schedule(schedule)(self.model):
                 rows.append(losses.kl_rows(self._continuation(batch), teacher, scored))
         return torch.stack(rows).mean(0)
 
+    def _dense_logits(self, batch: Batch, number: int) -> Tensor:
+        """(B, C, V) of validation batch `number`: computed once and kept on the CPU, as far as `TEACHER_BYTES` goes."""
+        if number in self._dense:
+            return self._dense[number].to(batch["input_ids"].device)
+        logits = self._continuation(batch)
+        if sum(kept.nbytes for kept in self._dense.values()) + logits.nbytes <= TEACHER_BYTES:
+            self._dense[number] = logits.cpu()
+        return logits
+
     def _continuation(self, batch: Batch) -> Tensor:
         return continuation_logits(self.model, batch["input_ids"], batch["prompt_tokens"], batch.get("attention_mask"))
 
     def on_validation_epoch_end(self) -> None:
-        self.validations.append({"step": self.global_step, "kl": torch.cat(self._kl).mean().item()})
+        shares = self.gather([kl.cpu() for kl in self._kl])  # batch n is the n // W-th of process n mod W
+        kl = torch.cat([one for batches in zip_longest(*shares) for one in batches if one is not None]).mean()
+        self.validations.append({"step": self.global_step, "kl": kl.item()})
+        self.log("validation_kl", kl)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint |= {"fingerprint": self.fingerprint, "last_sparsity": [self.last_soft, self.last_realised]}
