@@ -161,6 +161,20 @@ def test_proposals_of_a_surrogate_find_more_for_the_same_tokens():
     assert proposed < 0.5 * without
 
 
+@pytest.mark.parametrize(
+    "about", [{}, {"step": 0.3}, {"max_sparsity": (0.77,), "min_sparsity": (0.1,)}, {"search_kv": True, "step": 0.3}]
+)
+def test_the_surrogate_sees_the_schedules_that_are_measured(about):
+    """The sparsities, also where an upper bound has cut something off."""
+    genes, rng = genome.Genome(BLOCKS, settings(**about)), random.Random(1)
+    drawn = [genes.anywhere(rng) for _ in range(40)]
+    drawn += [genes.mutant(one, rng) for one in drawn]
+    schedules = [genes.planned(one) for one in drawn]
+    signs = [[-1 if mode == "evict" else 1 for mode in one.kv or [""] * BLOCKS] for one in schedules]
+    expected = [[s * sign for s, sign in zip(one.sparsity, row)] for one, row in zip(schedules, signs)]
+    assert genes.features(drawn).tolist() == expected
+
+
 def test_proposals_need_a_memo():
     with pytest.raises(UserError, match="nothing remembers"):
         genetic_search(Distance(memo=False), BLOCKS, settings(), seeds())

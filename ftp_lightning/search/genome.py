@@ -45,6 +45,8 @@ class Genome:
         free = max(0.0, settings.budget - math.fsum(self.lower) / num_blocks)  # what the lower bounds leave to spread
         self.step = level_step(num_blocks, free, settings.step)
         self.tops = [top_level(self.step, high, low) for low, high in zip(self.lower, self.upper)]
+        grid, bounds = range(max(self.tops) + 1), zip(self.lower, self.upper)
+        self._sparsities = np.array([[min(round(low + n * self.step, 12), high) for n in grid] for low, high in bounds])
 
     def schedule(self, genes: Sequence[int]) -> Schedule:
         """What is measured of an individual."""
@@ -90,11 +92,13 @@ class Genome:
 
     def features(self, individuals: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, N) for the surrogate: the sparsities; negative in blocks that evict, where modes are searched."""
-        planned = [self.planned(genes) for genes in individuals]
-        sparsity = np.array([schedule.sparsity for schedule in planned])
-        if not self.settings.search_kv:
-            return sparsity
-        return np.where([[mode == "evict" for mode in schedule.kv or ()] for schedule in planned], -sparsity, sparsity)
+        genes = np.asarray(individuals)
+        levels, modes = genes[:, : self.num_blocks], genes[:, self.num_blocks :]
+        sparsity = self._sparsities[np.arange(self.num_blocks), levels]
+        missing = sum(self.lower) + self.step * levels.sum(1) - sparsity.sum(1)
+        for place in np.flatnonzero(missing > 1e-11 * self.num_blocks):  # an upper bound has cut something off
+            sparsity[place] = self.planned(individuals[place]).sparsity
+        return np.where(modes == KV.index("evict"), -sparsity, sparsity) if self.settings.search_kv else sparsity
 
     def _canonical(self, genes: Sequence[int]) -> Individual:
         levels, modes = split(genes, self.num_blocks)
