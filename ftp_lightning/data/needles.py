@@ -50,14 +50,16 @@ NIAH = {
 """lm-eval's niah_single_2, niah_multikey_1, niah_multivalue and niah_multiquery."""
 
 
-def needle_items(task: str, length: PromptLength, documents: Sequence[str], seed: Any, count: int) -> list[Item]:
-    """`count` items of a task of `NIAH`. `document` is the one that the haystack starts in."""
-    filler = Filler(length.tokenizer, documents)
-    return [_item(task, number, length, filler, random.Random(f"{seed}/{task}/{number}")) for number in range(count)]
+def needle_items(
+    task: str, length: PromptLength, documents: Sequence[str], seed: Any, count: int, shape: Needles | None = None
+) -> list[Item]:
+    """`count` items of a task of `NIAH`, or of another shape. `document` is the one that the haystack starts in."""
+    filler, shape = Filler(length.tokenizer, documents), shape or NIAH[task]
+    rngs = [random.Random(f"{seed}/{task}/{number}") for number in range(count)]
+    return [_item(task, number, shape, length, filler, rng) for number, rng in enumerate(rngs)]
 
 
-def _item(task: str, number: int, length: PromptLength, filler: Filler, rng: random.Random) -> Item:
-    shape = NIAH[task]
+def _item(task: str, number: int, shape: Needles, length: PromptLength, filler: Filler, rng: random.Random) -> Item:
     prose, document = filler.draw(rng, length.limit)
     sentences = sentences_of(prose)
     keys = _keys(rng, shape.keys)

@@ -1,0 +1,138 @@
+"""Several pruners on the same prompts: the dense model answers each once, and every pruner starts from its states.
+
+An answer is kept where the pruned model prefers the dense model's token at every place, which is what greedy decoding
+does. Where it differs, the answer is decoded anew. [ours]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftp_lightning.costs.request import row_costs
+from ftp_lightning.data.rows import Row, Rows
+from ftp_lightning.evaluation.continuation import continuation_logits
+from ftp_lightning.evaluation.own_answers import end_tokens, greedy
+from ftp_lightning.lit.lessons import first_routed
+from ftp_lightning.losses import kl_rows
+from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.devices import home
+from ftp_lightning.training.resume import BlockStates, capture, first_needed_block, resume_from
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt to answer.
+
+    Attributes:
+        ids: its tokens.
+        document: what it was made from.
+        new_tokens: the longest answer.
+        gold: an answer is right where its first line holds one of these; without any, where it is the dense model's
+            own to the last token.
+        alone: tokens of the same question without its passage; None where it cannot be asked so.
+    """
+
+    ids: tuple[int, ...]
+    document: str
+    new_tokens: int
+    gold: tuple[str, ...] = ()
+    alone: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the dense model does with a question: its answer, the states between its blocks, and its logits (1, C, V).
+
+    Memory: (N + 1) (P + C) D + C V numbers.
+    """
+
+    question: Question
+    answer: tuple[int, ...]
+    states: BlockStates
+    logits: Tensor
+    right: bool
+    needed: bool
+
+
+@torch.no_grad()
+def answered(model, tokenizer, question: Question) -> Answered:
+    """Let the dense model answer greedily, and keep what it computes on the way. Nothing may be attached."""
+    seen: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, out: seen.append(out.logits[:, -1:].float()))
+    try:
+        with capture(model) as states:
+            answer = _greedy(model, question.ids, question.new_tokens)
+    finally:
+        handle.remove()
+    right = not question.gold or _holds(tokenizer, answer, question.gold)
+    needed = right
+    if right and question.gold and question.alone is not None:
+        needed = not _holds(tokenizer, _greedy(model, question.alone, question.new_tokens), question.gold)
+    return Answered(question, tuple(answer), states, torch.cat(seen, 1)[:, : len(answer)], right, needed)
+
+
+@torch.no_grad()
+def replayed(model, tokenizer, dense: Answered, pruner: TokenPruner) -> Mapping[str, Any]:
+    """One item of a record: what the pruner makes of a question, computed from its first pruned block upward."""
+    question, answer = dense.question, dense.answer
+    ids = torch.tensor([[*question.ids, *answer]], device=home(model))
+    first = first_needed_block(model, first_routed(pruner), pruner.router.needs, pruner.reads_from)
+    states = BlockStates([[] for _ in dense.states.passes])
+    states.passes[first] = [dense.states.entering(first)]
+    with resume_from(model, first, states), pruner(model):
+        logits = continuation_logits(model, ids, len(question.ids))
+        trace = pruner.trace.routed
+        costs = row_costs(model, pruner, trace)
+    same = (logits.argmax(-1) == ids[:, len(question.ids) :])[0]
+    agreed = bool(same.all())
+    right = agreed and dense.right
+    if question.gold and dense.right and not agreed:
+        said = _said(answer, logits[0].argmax(-1).tolist(), same.tolist())
+        if not _ends_line(tokenizer, said):
+            with pruner(model):
+                said = _greedy(model, question.ids, question.new_tokens)
+        right = _holds(tokenizer, said, question.gold)
+    return {
+        "document": question.document,
+        "prompt_tokens": len(question.ids),
+        "continuation_tokens": len(answer),
+        "right": right,
+        "needed": dense.needed,
+        "agreed": agreed,
+        "first": bool(same[0]),
+        "share": same.float().mean().item(),
+        "kl": kl_rows(logits, dense.logits)[0].item(),
+        "sparsity": trace.row_sparsity[0].item(),
+        "flops": costs.flops[0],
+        "dense_flops": costs.dense_flops[0],
+    }
+
+
+def _greedy(model, ids: tuple[int, ...], new_tokens: int) -> list[int]:
+    batch = Rows([Row(list(ids), [])]).batch([0])
+    return greedy(model, batch, new_tokens, end_tokens(model))[0]
+
+
+def _said(answer: tuple[int, ...], found: list[int], same: list[bool]) -> list[int]:
+    """What greedy decoding is known to say: the dense answer up to the first other token, and that."""
+    other = same.index(False)
+    return [*answer[:other], found[other]]
+
+
+def _first_line(tokenizer, tokens) -> str:
+    return tokenizer.decode(list(tokens), skip_special_tokens=True).lstrip().split("\n")[0]
+
+
+def _ends_line(tokenizer, tokens) -> bool:
+    """Whether nothing that follows counts: the first line is over."""
+    return "\n" in tokenizer.decode(list(tokens), skip_special_tokens=True).lstrip()
+
+
+def _holds(tokenizer, tokens, gold: tuple[str, ...]) -> bool:
+    line = _first_line(tokenizer, tokens).lower()
+    return any(one.lower() in line for one in gold)

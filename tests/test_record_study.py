@@ -1,0 +1,145 @@
+"""The record on real models: pruners replayed from the dense model's states, its questions, its tables."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_llama
+
+from ftp_lightning import Schedule, StaticRouter, TokenPruner, UntrainedRouter, UserError
+from ftp_lightning.attention_score import AttentionScore
+from ftp_lightning.data.rows import Row, Rows
+from ftp_lightning.evaluation.continuation import evaluate_rows
+from ftp_lightning.evaluation.replayed import Question, answered, replayed
+from ftp_lightning.models import load
+from ftp_lightning.studies.record_questions import Asked, Sources, record_questions
+from ftp_lightning.studies.record_study import Recorded, RecordStudy, blocks_of
+
+ROOT = Path(__file__).parents[1]
+PROMPT = tuple(range(3, 30))
+
+
+class Letters:
+    """Token 3 is "a", token 4 "b", and so on; 2 ends a line."""
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join("\n" if token == 2 else chr(94 + token) for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_llama(30, num_hidden_layers=4, initializer_range=0.3).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        TokenPruner(StaticRouter(), Schedule([0.0, 0.0, 0.5, 1.0], kv="keep")),
+        TokenPruner(StaticRouter(), Schedule([0.4, 0.0, 0.5, 1.0], kv="evict")),
+        TokenPruner(UntrainedRouter(("rank",)), Schedule([0.0, 0.0, 0.6, 0.6]), attention=AttentionScore(window=4)),
+    ],
+    ids=["keep", "evict", "attention"],
+)
+def test_a_replay_gives_what_a_whole_forward_gives(model, pruner):
+    dense = answered(model, Letters(), Question(PROMPT, "book", 6))
+    rows = Rows([Row(list(PROMPT), list(dense.answer), document="book")])
+    (whole,) = evaluate_rows(model, rows, pruner).items()
+    found = replayed(model, Letters(), dense, pruner)
+    assert found["kl"] == pytest.approx(whole["kl"], rel=1e-4, abs=1e-7) and found["kl"] > 0
+    for name in ("agreed", "first", "flops", "dense_flops", "sparsity"):
+        assert found[name] == pytest.approx(whole[name]), name
+
+
+def test_an_answer_is_kept_by_its_first_line_where_it_has_a_gold_one(model):
+    plain = answered(model, Letters(), Question(PROMPT, "book", 6))
+    said = Letters().decode(plain.answer)
+    pruner = TokenPruner(StaticRouter(), Schedule([0.0, 1.0, 1.0, 1.0], kv="evict"))
+    other = replayed(model, Letters(), plain, pruner)
+    assert not other["agreed"] and not other["right"] and other["needed"]  # word for word, without a gold answer
+    with pruner(model):
+        pruned = Letters().decode(answered_by(model, PROMPT, 6))
+    for gold in (said[0], said, pruned):
+        dense = answered(model, Letters(), Question(PROMPT, "book", 6, (gold,)))
+        assert dense.right == (gold.lower() in said.split("\n")[0].lower())
+        if dense.right:
+            assert replayed(model, Letters(), dense, pruner)["right"] == (gold.lower() in pruned.split("\n")[0].lower())
+    known = answered(model, Letters(), Question(PROMPT, "book", 6, (said[0],), PROMPT))
+    assert known.right and not known.needed  # the same answer without the passage
+    wrong = answered(model, Letters(), Question(PROMPT, "book", 6, ("not this",)))
+    assert not wrong.right and not replayed(model, Letters(), wrong, pruner)["right"]
+
+
+def answered_by(model, ids, new):
+    return model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("record")
+    for split in ("calibration", "test"):
+        (folder / split).mkdir()
+        text = (ROOT / "ftp_lightning" / "assets" / "stories" / f"{split}.txt").read_text()
+        (folder / split / "stories.txt").write_text(text)
+    rows = [
+        {
+            "article": a,
+            "context": f"The river {a} is {n} miles long.",
+            "question": f"How long, {n}?",
+            "answers": [str(n)],
+        }
+        for a in "abcdefgh"
+        for n in range(4)
+    ]
+    (folder / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Sources(str(folder), str(folder / "squad.jsonl"))
+
+
+ASKED = Asked((("needles-150-180", 2), ("xquad", 3), ("own", 2), ("prose", 2)), keys=2, chat=False)
+
+
+def test_questions_follow_from_the_split_alone(sources):
+    _, tokenizer = load("embedded")
+    found = {task: record_questions(tokenizer, ASKED, sources, "test", task) for task, _ in ASKED.counts}
+    assert {task: len(questions) for task, questions in found.items()} == dict(ASKED.counts)
+    for question in found["needles-150-180"]:
+        text = tokenizer.decode(question.ids)
+        assert text.count("One of the special magic numbers") == 2 and question.gold[0] in text
+        assert len(question.ids) <= 180
+    assert not {one.ids for one in found["xquad"]} & {one.ids for one in found["own"]}
+    assert all(one.gold and len(one.alone) < len(one.ids) for one in found["xquad"])
+    assert not any(one.gold for one in found["own"] + found["prose"])
+    again = {task: record_questions(tokenizer, ASKED, sources, "test", task) for task, _ in ASKED.counts}
+    assert again == found
+    with pytest.raises(UserError, match="there is no book"):
+        record_questions(tokenizer, ASKED, sources, "validation", "prose")
+
+
+def test_a_cell_is_one_method_on_one_chunk(sources):
+    study = RecordStudy((("embedded", ASKED),), sources, items=2, fit_items=1)
+    for method in ("8-11", "8-11 fitted 4", "embedded at 0.1"):
+        found = study.measure(Recorded("embedded", "test", "xquad", 1, method))
+        assert found["item"].tolist() == [2] and set(found["method"]) == {method}
+        assert found["flops"].lt(found["dense_flops"]).all()
+
+
+@pytest.mark.parametrize("name", ["late", "3-", "9-12", ""])
+def test_methods_that_are_none_are_told(name):
+    with pytest.raises(UserError, match="method"):
+        blocks_of(name, 12)
+
+
+def test_blocks_are_named_one_by_one_or_by_their_ends():
+    assert blocks_of("2,4-6,11", 12) == [2, 4, 5, 6, 11]
+
+
+def test_the_page_shows_what_the_stored_rows_say(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["record.py", "--tables", "--output", str(tmp_path)])
+    runpy.run_path("experiments/record.py", run_name="__main__")
+    page = (ROOT / "docs" / "record.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in page] == []
