@@ -217,11 +217,29 @@ def sensitivity_need(shape: Shape, stage: Any) -> Need:
     return Need(shape.weights, working, flops, alone=flops)
 
 
+def tune_need(shape: Shape, stage: Any) -> Need:
+    """Of `tune` at most, for --limit prompts of --prompt_tokens: the answers, a fit and a distillation, every recipe at
+    every cut on its choice prompts, all cuts on the validation prompts, the confirmation; dense where it prunes."""
+    from ftp_lightning.lit.distillation import DistillationSettings
+    from ftp_lightning.tuning.parts import SHARES
+    from ftp_lightning.tuning.recipes import RECIPES
+
+    prompts, cuts, tokens = stage.limit or 1000, len(stage.cuts), (stage.prompt_tokens, stage.continuation_tokens)
+    fitted = SHARES["fit"] * (1 + 3 * DistillationSettings().epochs)
+    measured = SHARES["choice"] * len(RECIPES) * cuts + SHARES["validation"] * cuts + SHARES["held_out"]
+    forwards = prompts * (2 + fitted + measured)  # the answers, and their distributions
+    working = forward_bytes(shape, stage.batch_size, *tokens, comparing=True)
+    working = max(working, training_bytes(shape, 1, *tokens, logits=True))
+    flops = forwards * shape.forward_flops(sum(tokens), tokens[1])
+    return Need(shape.weights, working, flops, alone=flops)
+
+
 NEEDS = {
     "sensitivity": sensitivity_need,
     "search": search_need,
     "train": train_need,
     "evaluate": evaluate_need,
+    "tune": tune_need,
 }
 """Stages that a cluster is asked for -> their sum."""
 

@@ -1,5 +1,7 @@
 """The stated sums of memory hold to 15 % at small shapes; what does not fit is said; FLOPs are those of the costs."""
 
+import re
+
 import pytest
 import torch
 from live_bytes import LiveBytes
@@ -175,6 +177,12 @@ def test_the_command_line_says_it_and_does_nothing(command, tmp_path):
         line.split(":")[0] for line in out.splitlines()
     ] == "sensitivity search train search search evaluate".split()
     assert all("fits 80 GB" in line for line in out.splitlines()) and list(tmp_path.iterdir()) == []
+    tune = ("tune", "--prompts", "none.jsonl", *wanted)
+    sizes = [("--limit", 500), ("--limit", 1000), ("--limit", 1000, "--cuts", "0.1,0.2")]
+    said = [command(*tune, *size)[1] for size in sizes]
+    most, double, fewer = (float(re.search(r"([\d.e+]+) FLOP", line)[1]) for line in said)
+    assert double == pytest.approx(2 * most, rel=0.05) and fewer < 0.5 * double
+    assert list(tmp_path.iterdir()) == []
     status, out, err = command("benchmark", *wanted)
     assert status == 2 and "has no estimate" in err
     status, out, err = command("train", "--model", "random:llama-13b", "--dtype", "bfloat16", "--estimate", "1x24")
