@@ -9,7 +9,7 @@ TOGETHER = OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone --l
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo demo-real report docs pictures bench schedules-study reproduce test slurm-test faults attack drift check
+.PHONY: help setup models demo demo-real report docs pictures bench ablation-real schedules-study reproduce test slurm-test faults attack drift check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench: $(SETUP)  ## time and memory of a random 110 M Llama on the CPU, dense an
 
 ablation-%: $(SETUP)  ## one study of sweeps/, as ablation-factors [MODEL=... BUDGET=... SEEDS=3]; goes on where it stopped
 	$(PYTHON) -m ftp_lightning sweep --study sweeps/$*.yaml $(WISHES)
+
+ablation-real: $(SETUP)  ## what stages, attention, fitted and distilled maps bring on SmolLM2 [ARGS="--cut 0.3 --prompts mine.jsonl"]; goes on
+	$(PYTHON) experiments/ablation_real.py $(ARGS)
 
 schedules-study: $(SETUP)  ## the ways to a schedule, compared on the embedded model (hours)
 	$(PYTHON) experiments/schedules.py

@@ -21,7 +21,7 @@ SMOL, GEMMA = "smollm2-135m-instruct", "gemma3-270m"
 ASKED = {
     SMOL: Asked((("needles-900-1000", 30), ("xquad", 60), ("own", 60))),
     GEMMA: Asked(
-        (("needles-380-380", 48), ("needles-1000-1000", 24), ("xquad", 48), ("own", 24), ("prose", 36)), 2, 12, False
+        (("needles-380-380", 48), ("xquad", 48), ("prose", 36), ("needles-1000-1000", 24), ("own", 24)), 2, 12, False
     ),
 }
 SPREAD = "12,14,18,20-29"

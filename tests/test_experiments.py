@@ -47,6 +47,18 @@ def test_decode_policies_are_compared(monkeypatch, capsys, tmp_path):
     assert rows[1:] == ["dense", "threshold 0.3"]
 
 
+@pytest.mark.slow
+def test_the_ablation_says_what_a_variant_adds_and_goes_on(monkeypatch, capsys, tmp_path):
+    words = ["--model", "embedded", "--limit", 34, "--prompt_tokens", 48, "--new_tokens", 6, "--output", tmp_path]
+    words += ["--variants", "uniform;late blocks;late blocks, fitted"]
+    run(monkeypatch, "ablation_real.py", *words)
+    said = capsys.readouterr().out
+    assert "| late blocks minus uniform |" in said and "| late blocks, fitted minus late blocks |" in said
+    monkeypatch.setattr("ftp_lightning.tuning.measured.evaluate_rows", None)  # nothing is measured twice
+    run(monkeypatch, "ablation_real.py", *words)
+    assert capsys.readouterr().out.split("\n\n")[1] == said.split("\n\n")[1]
+
+
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.name)
 def test_an_experiment_is_short_and_stands_alone(path):
     source = path.read_text(encoding="utf-8")

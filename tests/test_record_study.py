@@ -13,7 +13,7 @@ from ftp_lightning import Schedule, StaticRouter, TokenPruner, UntrainedRouter, 
 from ftp_lightning.attention_score import AttentionScore
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import evaluate_rows
-from ftp_lightning.evaluation.replayed import Question, answered, replayed
+from ftp_lightning.evaluation.replayed import Question, answered, line_ends, replayed
 from ftp_lightning.models import load
 from ftp_lightning.studies.record_questions import Asked, Sources, record_questions
 from ftp_lightning.studies.record_study import Recorded, RecordStudy, blocks_of
@@ -24,6 +24,9 @@ PROMPT = tuple(range(3, 30))
 
 class Letters:
     """Token 3 is "a", token 4 "b", and so on; 2 ends a line."""
+
+    def get_vocab(self):
+        return {"\n" if token == 2 else chr(94 + token): token for token in range(30)}
 
     def decode(self, tokens, skip_special_tokens=False):
         return "".join("\n" if token == 2 else chr(94 + token) for token in tokens)
@@ -61,6 +64,7 @@ def test_an_answer_is_kept_by_its_first_line_where_it_has_a_gold_one(model):
     assert not other["agreed"] and not other["right"] and other["needed"]  # word for word, without a gold answer
     with pruner(model):
         pruned = Letters().decode(answered_by(model, PROMPT, 6))
+    assert line_ends(Letters()) == {2} and line_ends(load("embedded")[1])
     for gold in (said[0], said, pruned):
         dense = answered(model, Letters(), Question(PROMPT, "book", 6, (gold,)))
         assert dense.right == (gold.lower() in said.split("\n")[0].lower())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class Question:
         ids: its tokens.
         document: what it was made from.
         new_tokens: the longest answer.
-        gold: an answer is right where its first line holds one of these; without any, where it is the dense model's
-            own to the last token.
+        gold: an answer, which ends with its first line, is right where it holds one of these; without any, where it is
+            the dense model's own to the last token.
         alone: tokens of the same question without its passage; None where it cannot be asked so.
     """
 
@@ -66,13 +67,13 @@ def answered(model, tokenizer, question: Question) -> Answered:
     handle = model.register_forward_hook(lambda module, args, out: seen.append(out.logits[:, -1:].float()))
     try:
         with capture(model) as states:
-            answer = _greedy(model, question.ids, question.new_tokens)
+            answer = _said(model, tokenizer, question, question.ids)
     finally:
         handle.remove()
     right = not question.gold or _holds(tokenizer, answer, question.gold)
     needed = right
     if right and question.gold and question.alone is not None:
-        needed = not _holds(tokenizer, _greedy(model, question.alone, question.new_tokens), question.gold)
+        needed = not _holds(tokenizer, _said(model, tokenizer, question, question.alone), question.gold)
     return Answered(question, tuple(answer), states, torch.cat(seen, 1)[:, : len(answer)], right, needed)
 
 
@@ -92,11 +93,8 @@ def replayed(model, tokenizer, dense: Answered, pruner: TokenPruner) -> Mapping[
     agreed = bool(same.all())
     right = agreed and dense.right
     if question.gold and dense.right and not agreed:
-        said = _said(answer, logits[0].argmax(-1).tolist(), same.tolist())
-        if not _ends_line(tokenizer, said):
-            with pruner(model):
-                said = _greedy(model, question.ids, question.new_tokens)
-        right = _holds(tokenizer, said, question.gold)
+        with pruner(model):
+            right = _holds(tokenizer, _said(model, tokenizer, question, question.ids), question.gold)
     return {
         "document": question.document,
         "prompt_tokens": len(question.ids),
@@ -113,26 +111,19 @@ def replayed(model, tokenizer, dense: Answered, pruner: TokenPruner) -> Mapping[
     }
 
 
-def _greedy(model, ids: tuple[int, ...], new_tokens: int) -> list[int]:
+def _said(model, tokenizer, question: Question, ids: tuple[int, ...]) -> list[int]:
+    """What the model as it is says after `ids`."""
     batch = Rows([Row(list(ids), [])]).batch([0])
-    return greedy(model, batch, new_tokens, end_tokens(model))[0]
+    ends = end_tokens(model) | (line_ends(tokenizer) if question.gold else frozenset())
+    return greedy(model, batch, question.new_tokens, ends)[0]
 
 
-def _said(answer: tuple[int, ...], found: list[int], same: list[bool]) -> list[int]:
-    """What greedy decoding is known to say: the dense answer up to the first other token, and that."""
-    other = same.index(False)
-    return [*answer[:other], found[other]]
-
-
-def _first_line(tokenizer, tokens) -> str:
-    return tokenizer.decode(list(tokens), skip_special_tokens=True).lstrip().split("\n")[0]
-
-
-def _ends_line(tokenizer, tokens) -> bool:
-    """Whether nothing that follows counts: the first line is over."""
-    return "\n" in tokenizer.decode(list(tokens), skip_special_tokens=True).lstrip()
+@cache
+def line_ends(tokenizer) -> frozenset[int]:
+    """The tokens that end a line: those with a line feed, which byte-level vocabularies write as "Ċ"."""
+    return frozenset(number for word, number in tokenizer.get_vocab().items() if "\n" in word or "Ċ" in word)
 
 
 def _holds(tokenizer, tokens, gold: tuple[str, ...]) -> bool:
-    line = _first_line(tokenizer, tokens).lower()
-    return any(one.lower() in line for one in gold)
+    said = tokenizer.decode(list(tokens), skip_special_tokens=True).lower()
+    return any(one.lower() in said for one in gold)

@@ -106,7 +106,7 @@ def stage_schedule(ground: Ground, cut: float) -> Schedule:
     return stages_with_cut(ground.model, cut, ground.length, STAGE)
 
 
-def _pruner(router: Callable[[], Router], rank: int, **more: Any) -> Callable[[Ground], TokenPruner]:
+def pruner_with(router: Callable[[], Router], rank: int, **more: Any) -> Callable[[Ground], TokenPruner]:
     """`Recipe.fit` with this router and, where the rank is not 0, a fitted compensation."""
 
     def fit(ground: Ground) -> TokenPruner:
@@ -130,7 +130,7 @@ def distilled(ground: Ground) -> TokenPruner:
     """Late blocks whose fitted compensation is trained on the KL of the answers (`lit.distillation`)."""
     from ftp_lightning.lit.distillation import DistillationSettings, distil_compensation
 
-    pruner = _pruner(StaticRouter, RANK)(ground)
+    pruner = pruner_with(StaticRouter, RANK)(ground)
     tried = each(late_schedule)(ground, pruner, [share * DISTILLED_CUT for share in (0.25, 0.5, 0.75, 1.0)])
     if not tried:
         return pruner
@@ -168,12 +168,12 @@ def _by_attention() -> UntrainedRouter:
 _LAST_EIGHT = AttentionScore(window=8, pooling="average", kernel_size=7)
 
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("late blocks, fitted", _pruner(StaticRouter, RANK), each(late_schedule)),
+    Recipe("late blocks, fitted", pruner_with(StaticRouter, RANK), each(late_schedule)),
     Recipe("late blocks, distilled", distilled, each(late_schedule)),
-    Recipe("stages, fitted", _pruner(_by_attention, RANK, attention=_LAST_EIGHT), each(stage_schedule)),
-    Recipe("default", _pruner(StaticRouter, 0), each(default_schedule)),
-    Recipe("late blocks", _pruner(StaticRouter, 0), each(late_schedule)),
-    Recipe("stages", _pruner(_by_attention, 0, attention=_LAST_EIGHT), each(stage_schedule)),
-    Recipe("default, fitted", _pruner(StaticRouter, RANK), each(default_schedule)),
+    Recipe("stages, fitted", pruner_with(_by_attention, RANK, attention=_LAST_EIGHT), each(stage_schedule)),
+    Recipe("default", pruner_with(StaticRouter, 0), each(default_schedule)),
+    Recipe("late blocks", pruner_with(StaticRouter, 0), each(late_schedule)),
+    Recipe("stages", pruner_with(_by_attention, 0, attention=_LAST_EIGHT), each(stage_schedule)),
+    Recipe("default, fitted", pruner_with(StaticRouter, RANK), each(default_schedule)),
 )
 """In the order in which they are tried; where time is short the last ones are left out."""
