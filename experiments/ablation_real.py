@@ -45,8 +45,11 @@ PAIRS = (
 
 
 def main() -> None:
-    about = {"model": "smollm2-135m-instruct", "prompts": "embedded", "prompt_tokens": 192, "new_tokens": 16}
-    args = arguments(__doc__, "runs/ablation_real", **about, cut=0.2, limit=80, seed=0, variants="")
+    model, prompts = "smollm2-135m-instruct", "embedded"
+    args = arguments(
+        __doc__, "runs/ablation_real", None, model=model, prompts=prompts, prompt_tokens=192, new_tokens=16, cut=0.2,
+        limit=80, seed=0, variants="",
+    )  # fmt: skip
     with sentences():
         from ftp_lightning.evaluation.own_answers import own_answers
         from ftp_lightning.evaluation.record import joined

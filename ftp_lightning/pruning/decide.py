@@ -165,12 +165,15 @@ def route(run: BlockRun, part: str, score: Tensor | None = None) -> tuple[Kept, 
             score = pruner.router.score(context) if by_rank else pruner.router.probability(context)
         if by_rank:
             counts = forward.counts[run.plan.index]
+            last = forward.chosen
+            if last is not None and score is forward.ranked_by and (counts, place) == (last.counts, last.keep.device):
+                return last, None  # the router ranks once for all blocks, and this one keeps as many as the last
             keep = choose_topk(score, routed, counts, context.kept)
         else:
             keep = choose_threshold(score, routed, pruner.threshold)
             counts = tuple(keep.sum(1).tolist())
-    forward.entered = keep
-    return Kept(keep.to(place), counts), None
+    forward.entered, forward.ranked_by, forward.chosen = keep, score, Kept(keep.to(place), counts)
+    return forward.chosen, None
 
 
 def prompt_context(run: BlockRun, part: str) -> RoutingContext:

@@ -58,7 +58,8 @@ class Forward:
         kept: (N, B) int64, `counts` where routers decide. lengths: (B, 1) int64, real tokens of each row of the routed
             ones.
         memo: what routers carry from block to block.
-        entered: (B, P), the tokens that entered the last routed block.
+        entered: (B, P), the tokens that entered the last routed block. chosen: the same, gathered. ranked_by: (B, P),
+            the scores they were chosen by.
         look: this forward is the `Scout` of another. scouted: (B, P), what that one said.
         last_tokens: how many last positions of the model's output are read; None: perhaps all.
         run: the block that is running.
@@ -85,6 +86,8 @@ class Forward:
     lengths: Tensor = field(init=False)
     memo: dict = field(default_factory=dict)
     entered: Tensor | None = None
+    chosen: Kept | None = None
+    ranked_by: Tensor | None = None
     look: Scout | None = None
     scouted: Tensor | None = None
     last_tokens: int | None = None

@@ -15,8 +15,13 @@ class StaticRouter(Router):
     """
 
     def score(self, context: RoutingContext) -> Tensor:
-        """(B, T): a token's position, and T for the first token."""
-        return torch.where(context.position == 0, context.lengths, context.position).to(torch.float32)
+        """(B, T): a token's position, and T for the first token; the same tensor in all blocks of a forward."""
+        position, score = context.memo.get(self, (None, None))
+        if position is not context.position:
+            position = context.position
+            score = torch.where(position == 0, context.lengths, position).to(torch.float32)
+            context.memo[self] = position, score
+        return score
 
     def probability(self, context: RoutingContext) -> Tensor:
         """(B, T): 1 for the first `kept` of the order, else 0."""

@@ -97,7 +97,8 @@ class Prompts:
             raise Refused(400, sentence, param="messages")
         if chat.tools and "tools" not in str(self.template):
             raise Refused(400, "this model's chat template knows no tools", param="tools")
-        turns, more = [message.turn() for message in chat.messages], {"tools": chat.tools} if chat.tools else {}
+        turns = [message.turn() for message in chat.messages]
+        more: dict[str, Any] = {"tools": chat.tools} if chat.tools else {}
         try:
             more |= {"chat_template": self.template, "add_generation_prompt": True}
             text = rendered(self.tokenizer, turns, today=True, **more)
