@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from ftp_lightning import DynamicRouter, Schedule, TokenPruner
+from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner
 from ftp_lightning.__main__ import STAGES, main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,3 +252,25 @@ def test_every_sweep_uses_the_flags_of_its_stage(path):
 def test_main_tells_the_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.count(".") == 2
+
+
+EARLY = {
+    "least_tokens": (["generate", "--least_tokens", "few"], "least_tokens is 'few'"),
+    "broken pruner": (["generate", "--pruned", "broken"], "broken"),
+    "broken pruner, evaluate": (["evaluate", "--pruned", "broken"], "broken"),
+    "broken schedule": (["benchmark", "--schedule", "broken/pruner.json"], "broken"),
+    "nothing to train": (["train", "--pruned", "static", "--tracking", "none"], "has nothing to train"),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_can_be_refused_without_the_model_is(command, monkeypatch, name):
+    def loaded(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("ftp_lightning.models.load", loaded)
+    Path("broken").mkdir()
+    Path("broken/pruner.json").write_text("{")
+    TokenPruner(StaticRouter(), Schedule([0.0, 0.3, 0.6])).save("static")
+    words, said = EARLY[name]
+    refused(command(*words, *TINY, *OUT, "--device", "cpu"), said)

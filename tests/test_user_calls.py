@@ -9,7 +9,8 @@ import weakref
 import pytest
 import torch
 from families import family
-from test_engine import MODEL, TEXT, tiny_llama
+from test_engine import MODEL, TEXT, seeded, tiny_llama
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForSequenceClassification
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
@@ -133,6 +134,32 @@ def test_gradient_checkpointing_of_transformers_is_refused(reentrant):
             model(IDS, use_cache=False)
         model.gradient_checkpointing_disable()
         assert model(IDS, use_cache=False).logits.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_users_checkpoint_around_the_model_is_right_or_refused(reentrant, inside):
+    """Backward runs the forward again: inside `masked` it is the same one, outside it would be another."""
+    model, pruner = tiny_llama(), TokenPruner(seeded(DynamicRouter), SCHEDULE)
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def run(inputs):
+        return model(inputs_embeds=inputs, use_cache=False).logits
+
+    with pruner(model):
+        with pruner.masked(20):
+            run(embedded).square().mean().backward()
+            expected, embedded.grad = [weight.grad for weight in (embedded, *pruner.router.parameters())], None
+            pruner.router.zero_grad()
+            loss = checkpoint(run, embedded, use_reentrant=reentrant).square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            with pytest.raises(UserError, match="recompute=True"):
+                loss.backward()
+            checkpoint(run, embedded, use_reentrant=reentrant).square().mean().backward()  # a plain one still works
+    found = [weight.grad for weight in (embedded, *pruner.router.parameters())]
+    assert not inside or all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_training_forward_leaves_no_cache():

@@ -195,7 +195,7 @@ def check_call(attached: Attached, arguments: dict, past: int) -> None:
         raise UserError("the training forward takes the whole text in one pass, without a filled cache.")
     if decoder.config._attn_implementation != attached.plan.blocks[0].site.backend.name:
         raise UserError("the attention implementation was changed while a pruner is attached.\nDetach it first.")
-    if decoder.training and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         check_checkpointing(attached)
 
 

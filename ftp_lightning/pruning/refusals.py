@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.cache import RoutedLayer
 
@@ -48,7 +50,14 @@ def check_cache(cache) -> None:
 
 
 def check_checkpointing(attached: Attached) -> None:
-    """UserError where Hugging Face's gradient checkpointing would run the blocks of this forward again."""
+    """UserError where Hugging Face's gradient checkpointing would run the blocks of this forward again, and where this
+    forward is a training one that a checkpoint runs again in backward, outside `TokenPruner.masked`."""
+    trained = bool(attached.pruner.latest.told[2])
+    if trained and attached.ambient.training is None and torch._C._current_graph_task_id() != -1:
+        raise UserError(
+            "backward runs this training forward again, and does so outside pruner.masked(...).\n"
+            "Leave your checkpoint out, and use pruner.masked(..., recompute=True)."
+        )
     for module in (attached.decoder, *attached.blocks):
         if getattr(module, "gradient_checkpointing", False) and module.training:
             raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftp_lightning.errors import UserError
-from ftp_lightning.named_file import read_yaml
+from ftp_lightning.named_file import parse_yaml
 from ftp_lightning.products import found_product, is_as_written, product_text, read_provenance
 
 STAGES = ("sensitivity", "search", "train", "finetune", "static", "evaluate", "benchmark")
@@ -98,7 +98,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_config(stage_folder: Path) -> dict[str, Any]:
     """The settings that a stage has left in its config.yaml; empty where there is none. UserError if it is not YAML."""
     path = stage_folder / "config.yaml"
-    found = {} if read_text(path) is None else read_yaml(path)
+    found = parse_yaml(read_text(path) or "", str(path))
     return found if isinstance(found, dict) else {}
 
 

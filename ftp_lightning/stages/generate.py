@@ -58,6 +58,10 @@ class GenerateStage(PrunedSettings):
     apply_chat_template: bool = option(False, "put the prompt into the model's chat template")
     least_tokens: str = option("auto", "shorter prompts are computed densely; auto: where skipping would cost more")
 
+    def check(self) -> None:
+        super().check()
+        self._least()
+
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.stages.inputs import load_model
 

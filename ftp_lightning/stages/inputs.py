@@ -43,6 +43,7 @@ def load_model(
 
     device: another than the settings'.
     """
+    check_pruner(settings)
     where = settings.device if device is None else str(device)
     place = {"dtype": settings.dtype, "device": where, "revision": settings.revision}
     place |= {"device_map": settings.device_map}
@@ -50,6 +51,15 @@ def load_model(
     check_positions(model.config, settings.prompt_tokens + settings.continuation_tokens)
     check_kv(settings, model.config)
     return model, tokenizer
+
+
+def check_pruner(settings: ModelSettings) -> None:
+    """UserError where --pruned or --schedule cannot be read: before a model is loaded, which takes longer."""
+    pruned, schedule = (getattr(settings, name, None) for name in ("pruned", "schedule"))
+    if isinstance(pruned, str):
+        ready.load_pruner(pruned)
+    if isinstance(schedule, str) and not holds_family(schedule):
+        read_schedule(schedule)
 
 
 def check_kv(settings: ModelSettings, config: Any) -> None:

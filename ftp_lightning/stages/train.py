@@ -138,6 +138,17 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
             name = given[0]
             raise UserError(f"--{name} cannot be combined with --pruned: the pruner has its own\nRemove one of them.")
 
+    @staticmethod
+    def _check_weights(pruned: str) -> None:
+        """UserError where the router of a stored pruner has none."""
+        from ftp_lightning.disk.ready import load_pruner
+
+        router = load_pruner(pruned).router
+        if not router.parameter_count:
+            raise UserError(
+                f"a {type(router).__name__} has nothing to train\nGive a --pruned whose router has weights."
+            )
+
     def _check_budgets(self) -> None:
         if len(self.budgets) != 2 or not 0 < self.budgets[0] < self.budgets[1] < 1:
             raise UserError(f"budgets are {list(self.budgets)}, must be the lowest and the highest, in (0, 1)")
@@ -149,6 +160,8 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
         from ftp_lightning.models import resolve_device
         from ftp_lightning.processes import run_in
 
+        if self.pruned and not self.distil_epochs:
+            self._check_weights(self.pruned)
         device = resolve_device(self.device)
         folder.adopt(run_in(self.processes, device, carry_out, self, folder, progress.place()))
 
@@ -167,10 +180,6 @@ def carry_out(
     model, tokenizer = _sharded(settings, processes, device) if settings.shard else load_model(settings, device)
     family, (rows, held_out) = _family(settings), _rows(settings, model, tokenizer)
     pruner = new_pruner(settings, model, tokenizer, family)
-    if settings.pruned and not pruner.router.parameter_count and not settings.distil_epochs:
-        raise UserError(
-            f"a {type(pruner.router).__name__} has nothing to train\nGive a --pruned whose router has weights."
-        )
     place, first, progress = folder.place("checkpoints").parent, processes.rank == 0, Progress(**timing)
 
     def tell(step: int, steps: int) -> None:

@@ -1,8 +1,10 @@
 """The attacks of docs/faults.md, group by group: hostile files, values, models, templates, products, resumes, failing
 file operations and signals. Offline.
 
-    python tests/faults/attack.py [--minutes 15] [--only values,yaml] [--seed 0] [--said]
+    python tests/faults/attack.py [--minutes 15] [--only values,yaml] [--seed 0] [--all] [--said]
 
+Of flags and values, of files and damages, of operations and errors, every one has its turn with some of the others;
+--all tries every pair.
 Each attack is one stage on a tiny random model, in a process forked from this one (see kill.py), with limits on memory
 and time. It is handled well where the stage refuses it in at most three lines with status 2, or does its work where the
 attack does no harm. Prints a table: tried, refused, worked, tracebacks, hangs, silent (done as if nothing were wrong).
@@ -25,8 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,17 @@ def carried_out(attack: Attack) -> tuple[str, Ended]:
 
 # ---------------------------------------------------------------- the groups
 
+ALL = False
+"""Whether every pair is tried; --all."""
+
+
+def paired(firsts: Iterable[Any], seconds: Iterable[Any], each: int) -> Iterator[tuple[Any, Any]]:
+    """Every one of `firsts` with `each` of `seconds`, which come round in turn."""
+    seconds = list(seconds)
+    for number, first in enumerate(firsts):
+        for turn in range(len(seconds) if ALL else min(each, len(seconds))):
+            yield first, seconds[(number * each + turn) % len(seconds)]
+
 
 def special(place: Path) -> dict[str, Path]:
     """Files that are none, each under `place`."""
@@ -98,35 +110,37 @@ def special(place: Path) -> dict[str, Path]:
 
 def of_files(work: Path, base: Path) -> Iterator[Attack]:
     """What is no file, for every flag that names one, and for every file of a pruner."""
-    found = special(work / "special")
-    for name, path in found.items():
-        for flag in ("pruned", "schedule", "config", "model"):
-            yield Attack(f"--{flag} is {name}", [*GENERATE, f"--{flag}={path}", f"--output={work}/o"])
-        yield Attack(f"--data is {name}", [*arguments_of("search", base, work / "o"), f"--data={path}"])
-        yield Attack(f"--study is {name}", ["sweep", f"--study={path}", f"--output={work}/o"])
-        for part in ("pruner.json", "router.safetensors"):
-            copy = work / f"{name}-{part}"
+    found, search = special(work / "special"), arguments_of("search", base, work / "o")
+    commands = {flag: [*GENERATE, f"--output={work}/o"] for flag in ("pruned", "schedule", "config", "model")}
+    commands |= {"data": search, "sensitivity": search, "study": ["sweep", f"--output={work}/o"]}
+    for flag, name in paired((*commands, "task_data", "pruner.json", "router.safetensors", ".lock"), found, 5):
+        path, copy = found[name], work / f"{name}-{flag}"
+        if flag in commands:
+            yield Attack(f"--{flag} is {name}", [*commands[flag], f"--{flag}={path}"])
+        elif flag == "task_data":
+            evaluate = [*arguments_of("evaluate", base, work / "o"), "--tasks=mmlu"]
+            yield Attack(f"--{flag} is {name}", [*evaluate, f"--{flag}={path}"])
+        elif flag == ".lock":
+            copy.mkdir()
+            (copy / flag).symlink_to(path)
+            plain = name in ("binary", "empty", "giant", "missing", "nothing")
+            yield Attack(f"{flag} is {name}", [*GENERATE, f"--output={copy}"], refused=not plain)
+        else:
             shutil.copytree(base / "train/pruned", copy)
-            (copy / part).unlink()
-            with suppress(FileNotFoundError):
-                (copy / part).symlink_to(path)
-            yield Attack(f"{part} is {name}", [*GENERATE, f"--pruned={copy}", f"--output={work}/o"])
-        output = work / f"lock-{name}"
-        output.mkdir()
-        (output / ".lock").symlink_to(path)
-        plain = name in ("binary", "empty", "giant", "missing", "nothing")
-        yield Attack(f".lock is {name}", [*GENERATE, f"--output={output}"], refused=not plain)
+            (copy / flag).unlink()
+            (copy / flag).symlink_to(path)
+            yield Attack(f"{flag} is {name}", [*GENERATE, f"--pruned={copy}", f"--output={work}/o"])
 
 
 def of_values(work: Path, base: Path) -> Iterator[Attack]:
     """Empty and odd values, for every flag that is a text or a number."""
-    for flag in ("pruned", "schedule", "model", "data", "output", "device", "split", "revision", "device_map", "kv"):
-        for value in ("", " ", "a\0b", "\ud800", "~nosuchuser/x"):
-            if not (flag == "revision" and value.startswith("~")):
-                yield Attack(f"--{flag} {value!r}", [*GENERATE, f"--output={work}/o", f"--{flag}={value}"])
-    for flag in ("pruned", "schedule", "device", "split", "budget", "seed", "max_new_tokens", "limit", "tracking"):
-        for value in ("#3", "&x", "[a]", "{a: b}", "!!python/none", "yes"):
+    texts = ("pruned", "schedule", "model", "data", "output", "device", "split", "revision", "device_map", "kv")
+    for flag, value in paired(texts, ("", " ", "a\0b", "\ud800", "~nosuchuser/x"), 3):
+        if not (flag == "revision" and value.startswith("~")):
             yield Attack(f"--{flag} {value!r}", [*GENERATE, f"--output={work}/o", f"--{flag}={value}"])
+    numbers = ("pruned", "schedule", "device", "split", "budget", "seed", "max_new_tokens", "limit", "tracking")
+    for flag, value in paired(numbers, ("#3", "&x", "[a]", "{a: b}", "!!python/none", "yes"), 4):
+        yield Attack(f"--{flag} {value!r}", [*GENERATE, f"--output={work}/o", f"--{flag}={value}"])
     for device in ("meta", "xla", "privateuseone", "cuda:99", "cpu:x"):
         yield Attack(f"--device {device}", [*GENERATE, f"--output={work}/o", f"--device={device}"])
 
@@ -136,12 +150,12 @@ def of_numbers(work: Path, base: Path) -> Iterator[Attack]:
     search, train = (arguments_of(name, base, work / "o") for name in ("search", "train"))
     values = ("-1", "1e300", "-1e300", "1e-320", "nan", "inf", "9" * 30, "1e21")
     both = ("seed", "windows", "prompt_tokens", "continuation_tokens", "budget", "batch_size", "processes")
-    for flag in (*both, "generations", "offspring", "step", "max_seconds", "recall_share", "min_sparsity", "parents"):
-        for value in values:
-            yield Attack(f"search --{flag} {value}", [*search, f"--{flag}={value}"])
-    for flag in ("steps", "learning_rate", "lambda_d", "width", "patience", "accumulate", "temperature"):
-        for value in values:
-            yield Attack(f"train --{flag} {value}", [*train, f"--{flag}={value}"])
+    searched = (*both, "generations", "offspring", "step", "max_seconds", "recall_share", "min_sparsity", "parents")
+    for flag, value in paired(searched, values, 5):
+        yield Attack(f"search --{flag} {value}", [*search, f"--{flag}={value}"])
+    trained = ("steps", "learning_rate", "lambda_d", "width", "patience", "accumulate", "temperature", "distil_windows")
+    for flag, value in paired(trained, values, 5):
+        yield Attack(f"train --{flag} {value}", [*train, f"--{flag}={value}"])
 
 
 EXPLODING = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 15))
@@ -292,23 +306,22 @@ REPLACED = {
 def of_products(work: Path, base: Path) -> Iterator[Attack]:
     """Every file of every stage of a finished run, damaged: run again, and the report of it."""
     whole = base / "run"
-    for path in sorted(path for path in whole.rglob("*") if path.is_file()):
-        name = path.relative_to(whole)
-        for kind, content in REPLACED.items():
-            copy = work / f"{str(name).replace('/', '-')}-{kind.strip('{}[]') or len(kind)}"
+    names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    for number, (name, kind) in enumerate(paired(names, REPLACED, 2)):
+        copy, content = work / str(number), REPLACED[kind]
 
-            def damage(copy=copy, name=name, content=content) -> None:
-                from ftp_lightning.report import page
+        def damage(copy=copy, name=name, content=content) -> None:
+            from ftp_lightning.report import page
 
-                page.draw = lambda plot, rows: None  # most of the time of a report, and it sees rows alone
-                shutil.copytree(whole, copy)
-                if content is None:
-                    (copy / name).unlink()
-                else:
-                    had = (copy / name).read_bytes()
-                    (copy / name).write_bytes(had[: len(had) // 2] if content == b"cut" else content)
+            page.draw = lambda plot, rows: None  # most of the time of a report, and it sees rows alone
+            shutil.copytree(whole, copy)
+            if content is None:
+                (copy / name).unlink()
+            else:
+                had = (copy / name).read_bytes()
+                (copy / name).write_bytes(had[: len(had) // 2] if content == b"cut" else content)
 
-            yield Attack(f"report of a run, {name} {kind}", ["report", str(copy)], refused=False, before=damage)
+        yield Attack(f"report of a run, {name} {kind}", ["report", str(copy)], refused=False, before=damage)
 
 
 def of_resumes(work: Path, base: Path) -> Iterator[Attack]:
@@ -338,11 +351,12 @@ def of_resumes(work: Path, base: Path) -> Iterator[Attack]:
 
 
 def killed_in_the_middle(stage: str, base: Path, output: Path) -> None:
-    """A stage that was killed once it had saved something."""
-    for after in (0.5, 0.8, 1.2, 1.8, 2.7, 4.0, 6.0):
-        kill.run(arguments_of(stage, base, output), kill_after=after)
-        if kept(output) or (output / "provenance.json").exists():
+    """A stage that was killed once it had saved something; again where it was too quick."""
+    for _ in range(9):
+        kill.run(arguments_of(stage, base, output), kill_when=lambda: bool(kept(output)))
+        if kept(output) and not (output / "provenance.json").exists():
             return
+        shutil.rmtree(output)
 
 
 def kept(output: Path) -> list[Path]:
@@ -391,13 +405,11 @@ def failing_operation(output: Path, which: int, number: int) -> None:
 def of_operations(work: Path, base: Path) -> Iterator[Attack]:
     """One failing file operation in `search` and `train`, then the same command again: the same result."""
     errors = (errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO)
-    for which in range(1, 40, 3):
-        for number in errors:
-            for stage in ("search", "train"):
-                output = work / f"{stage}-{which}-{number}"
-                before = partial(failing_operation, output, which, number)
-                what = f"{stage}: {errno.errorcode[number]} at operation {which}"
-                yield Attack(what, arguments_of(stage, base, output), refused=False, before=before)
+    for (stage, which), number in paired([(s, n) for n in range(1, 40, 3) for s in ("search", "train")], errors, 1):
+        output = work / f"{stage}-{which}-{number}"
+        before = partial(failing_operation, output, which, number)
+        what = f"{stage}: {errno.errorcode[number]} at operation {which}"
+        yield Attack(what, arguments_of(stage, base, output), refused=False, before=before)
 
 
 GROUPS = {
@@ -447,8 +459,8 @@ def stopped(base: Path, work: Path, until: float, rng: random.Random) -> Counter
     took = {
         name: kill.run(arguments_of(name, base, work / f"took-{name}")).seconds for name in ("search", "train", "run")
     }
-    for turn in range(80):
-        name, number, output = (*took, "run")[turn % 4], numbers[turn // 4 % 4], work / f"stopped-{turn}"
+    for turn in range(80 if ALL else 24):
+        name, number, output = (*took, "search")[turn % 4], numbers[turn // 4 % 4], work / f"stopped-{turn}"
         if time.monotonic() > until:
             found["left out"] += 1
             continue
@@ -476,8 +488,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=15.0, help="when to stop; what is left out is said")
     parser.add_argument("--only", default="", help=f"groups: {', '.join((*GROUPS, 'signals'))}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="every pair of flag and value, file and damage, and so on")
     parser.add_argument("--said", action="store_true", help="print what every attack was told")
     chosen = parser.parse_args()
+    global ALL
+    ALL = chosen.all
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     kill._import_all()
     names = [name for name in (*GROUPS, "signals") if not chosen.only or name in chosen.only.split(",")]
@@ -495,6 +510,8 @@ def main() -> int:
             else:
                 rows[name] = tried(name, base, Path(place) / name, until, chosen.said)
             shutil.rmtree(Path(place) / name, ignore_errors=True)
+            spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+            print(f"{name}: {spent.ru_utime + spent.ru_stime:.0f} s of processor time so far", file=sys.stderr)
             print(f"| {name} | " + " | ".join(str(rows[name][column]) for column in COLUMNS) + " |", flush=True)
     return int(any(found[how] for found in rows.values() for how in BAD))
 

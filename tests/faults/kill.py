@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -104,8 +105,13 @@ def start(arguments: list[str], said: Path, before: Callable[[], None] = lambda:
         os._exit(status)
 
 
-def run(arguments: list[str], kill_after: float | None = None, before: Callable[[], None] = lambda: None) -> Ended:
-    """Run a stage to its end, or kill it so many seconds after its start."""
+def run(
+    arguments: list[str],
+    kill_after: float | None = None,
+    before: Callable[[], None] = lambda: None,
+    kill_when: Callable[[], bool] = lambda: False,
+) -> Ended:
+    """Run a stage to its end, or kill it so many seconds after its start, or when something is so."""
     with tempfile.TemporaryDirectory() as place:
         said, began = Path(place) / "said", time.monotonic()
         child, ended = start(arguments, said, before), None
@@ -113,9 +119,9 @@ def run(arguments: list[str], kill_after: float | None = None, before: Callable[
             found, status = os.waitpid(child, os.WNOHANG)
             if found:
                 ended = os.waitstatus_to_exitcode(status)
-            elif kill_after is not None and time.monotonic() - began > kill_after:
+            elif (kill_after is not None and time.monotonic() - began > kill_after) or kill_when():
                 _kill(child)
-                kill_after = None
+                kill_after, kill_when = None, lambda: False
             else:
                 time.sleep(0.001)
         text = said.read_text(errors="replace") if said.exists() else ""
@@ -528,15 +534,17 @@ def main() -> int:
 
 
 LIBRARIES = "lightning transformers lm_eval.tasks deap matplotlib.pyplot jsonargparse safetensors.torch".split()
-OURS = "search train evaluate benchmark generate report run sensitivity inputs task_files methods".split()
 
 
 def _import_all() -> None:
     """What the stages import, once: children that are forked have it."""
     import torch
 
+    import ftp_lightning
+
     torch.set_num_threads(1)
-    for name in [*LIBRARIES, *(f"ftp_lightning.stages.{name}" for name in OURS)]:
+    ours = [found.name for found in pkgutil.walk_packages(ftp_lightning.__path__, "ftp_lightning.")]
+    for name in [*LIBRARIES, *(name for name in ours if not name.endswith("__main__"))]:
         importlib.import_module(name)
 
 
