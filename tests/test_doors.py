@@ -17,6 +17,8 @@ from ftp_lightning.data.template import checked, limited, rendered
 from ftp_lightning.evaluation.harness.task_data import by_subject
 from ftp_lightning.models import load_model
 from ftp_lightning.named_file import named_path, read_named_text, read_yaml
+from ftp_lightning.serving.prompts import template_named
+from ftp_lightning.stages.serve import ServeStage
 
 EXPLODING = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join(['*a' + str(n - 1)] * 9)}]\n" for n in range(1, 20))
 YAMLS = {
@@ -165,6 +167,31 @@ def test_a_message_without_text_never_becomes_the_word_none():
     for content in ([{"type": "text", "text": "Hi"}], 5, {"a": 1}):
         with pytest.raises(ValueError, match="must be texts"):
             record_text({"messages": [{"role": "user", "content": content}]})
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.bin"]
+)
+def test_every_file_of_a_model_folder_is_one(tmp_path, name):
+    random_llama(64).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("none")):
+        make(path := tmp_path / "model" / name)
+        with pytest.raises(UserError, match=name):
+            load_model(str(tmp_path / "model"))
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("read", [template_named, lambda path: ServeStage(api_key_file=path)._key()])
+def test_a_server_waits_for_no_pipe_and_reads_no_giant(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "giant").open("wb") as stream:
+        stream.truncate(2**32)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("pipe", "giant", "binary", "loop", "missing", ""):
+        with pytest.raises(UserError):
+            read(str(tmp_path / name) if name else "")
 
 
 class Tokenizer:

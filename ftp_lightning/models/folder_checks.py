@@ -20,12 +20,20 @@ MOST = {
 """Sizes in a config.json, from 1 [ours]: the largest models have a tenth of them."""
 KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 """Attention implementations that are part of transformers; any other name would be downloaded and run."""
+_READ = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")
+"""Endings of what transformers reads of a folder."""
 _LARGEST_CONFIG, _LARGEST_INDEX, _LARGEST_HEADER = 4 * 2**20, 256 * 2**20, 100_000_000
 
 
 def check_folder(folder: Path, name: str, weights: bool) -> None:
     """UserError where config.json is no configuration, asks for absurd sizes or foreign code, or for more than the
-    weights hold; nothing is allocated."""
+    weights hold; nothing is allocated. UserError, too, for a pipe or device, which would be waited for or passed over.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and not path.is_file():
+            raise UserError(
+                f"{path.name} of {name} is no file, or a link to none\nGive the complete files of one model."
+            )
     config = _object(folder / "config.json", _LARGEST_CONFIG)
     parts = [config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict))]
     for part in parts:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ftp_lightning.data.template import rendered
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import read_named_text
 from ftp_lightning.serving.answers import Refused
 from ftp_lightning.serving.fields import Chat, Completion, Fields
 from ftp_lightning.serving.options import Ask, Served
@@ -17,6 +17,8 @@ from ftp_lightning.serving.options import Ask, Served
 PLAIN = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 """`--chat_template plain`: the turns' texts one after the other, for models without a template."""
 _MARKS = re.compile(r"[{}\[\]<>|=;\\]|\t|```")
+_LARGEST_TEMPLATE = 1_000_000
+"""Bytes that a chat template may have [ours]: they take a few kB."""
 _STRUCTURED = 0.04
 """Share of a text's characters that make it code, a table or JSON [ours]."""
 
@@ -30,10 +32,7 @@ def template_named(name: str | None) -> str | None:
     """The chat template of --chat_template: `plain`, or a file. UserError where it cannot be read."""
     if name in (None, "plain"):
         return PLAIN if name else None
-    try:
-        return Path(str(name)).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"chat_template {name} cannot be read: {error}\nGive a Jinja file, or plain.") from None
+    return read_named_text(str(name), _LARGEST_TEMPLATE)
 
 
 class Prompts:

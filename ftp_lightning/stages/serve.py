@@ -11,6 +11,10 @@ from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
+from ftp_lightning.named_file import read_named_text
+
+_LARGEST_KEY_FILE = 65_536
+"""Bytes that the file of a key may have [ours]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +85,7 @@ class ServeStage(Settings):
         """The first line of --api_key_file. UserError where there is none."""
         if self.api_key_file is None:
             return None
-        try:
-            with Path(self.api_key_file).expanduser().open(encoding="utf-8") as file:
-                key = file.readline().strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"api_key_file {self.api_key_file} cannot be read: {error}\nGive another file.") from None
+        key = read_named_text(self.api_key_file, _LARGEST_KEY_FILE).partition("\n")[0].strip()
         if len(key) < 8:
             raise UserError(f"the key in {self.api_key_file} has {len(key)} characters\nWrite one of at least 8.")
         return key
