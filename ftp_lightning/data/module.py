@@ -102,20 +102,17 @@ class RowsData(LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         if self.validation_rows is None:
             return []
-        places = self._places(self.validation_rows)
-        if self.shares_validation and self.trainer is not None and len(places) >= self.trainer.world_size:
-            places = places[self.trainer.global_rank :: self.trainer.world_size]
-        return self._loader(self.validation_rows, places)
+        whole = self._loader(self.validation_rows)
+        if not self.shares_validation or self.trainer is None or len(whole) < self.trainer.world_size:
+            return whole
+        places = list(whole.batch_sampler)[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(self.validation_rows.order, batch_sampler=places, collate_fn=self.validation_rows.batch)
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.rows, self._places(self.rows))
+        return self._loader(self.rows)
 
-    def _places(self, rows: Rows) -> list[range]:
-        """Of each batch the places of its rows in `rows.order`."""
-        return [range(start, min(start + self.batch_size, len(rows))) for start in range(0, len(rows), self.batch_size)]
-
-    def _loader(self, rows: Rows, places: list[range]) -> DataLoader:
-        return DataLoader(rows.order, batch_sampler=places, collate_fn=rows.batch)
+    def _loader(self, rows: Rows) -> DataLoader:
+        return DataLoader(rows.order, batch_size=self.batch_size, collate_fn=rows.batch)
 
 
 def _check_random_prompt(rows: Rows, least: int, most: int) -> None:
