@@ -115,6 +115,8 @@ def test_questions_follow_from_the_split_alone(sources):
     assert not {one.ids for one in found["xquad"]} & {one.ids for one in found["own"]}
     assert all(one.gold and len(one.alone) < len(one.ids) for one in found["xquad"])
     assert not any(one.gold for one in found["own"] + found["prose"])
+    for task, questions in found.items():
+        assert record_questions(tokenizer, ASKED, sources, "test", task, 1, 1) == questions[1:2], task
     again = {task: record_questions(tokenizer, ASKED, sources, "test", task) for task, _ in ASKED.counts}
     assert again == found
     with pytest.raises(UserError, match="there is no book"):

@@ -62,15 +62,17 @@ class Sources:
         return found
 
 
-def record_questions(tokenizer: Any, asked: Asked, sources: Sources, split: str, task: str) -> list[Question]:
-    """All questions of one task of a split."""
+def record_questions(
+    tokenizer: Any, asked: Asked, sources: Sources, split: str, task: str, first: int = 0, count: int | None = None
+) -> list[Question]:
+    """The questions of one task of a split, or `count` of them from number `first` on."""
     counts = dict(asked.counts)
-    count, write = counts[task], _writer(tokenizer, asked.chat)
+    write, last = _writer(tokenizer, asked.chat), counts[task] if count is None else min(counts[task], first + count)
     if task.startswith("needles"):
         low, high = map(int, task.split("-")[1:])
-        return _needles(tokenizer, write, sources.texts(split), split, count, (low, high), asked)
+        return _needles(tokenizer, write, sources.texts(split), split, range(first, last), (low, high), asked)
     if task == "prose":
-        return _prose(tokenizer, sources.texts(split), split, count)
+        return _prose(tokenizer, sources.texts(split), split, last)[first:]
     readings = sources.readings(split)
     if task == "xquad":
         ask = f"{CHAT.ask}" if asked.chat else f"{ASK}\nAnswer:"
@@ -80,12 +82,12 @@ def record_questions(tokenizer: Any, asked: Asked, sources: Sources, split: str,
                 write(ask.format(context=one.passage, question=one.question)), one.article, NEW_TOKENS, one.answers,
                 write(alone.format(question=one.question)),
             )
-            for one in readings[:count]
+            for one in readings[first:last]
         ]  # fmt: skip
-    first = counts.get("xquad", 0)
+    before = counts.get("xquad", 0)
     return [
         Question(write(f"{ASK}\nAnswer:".format(context=one.passage, question=one.question)), one.article, NEW_TOKENS)
-        for one in readings[first : first + count]
+        for one in readings[before + first : before + last]
     ]
 
 
@@ -111,13 +113,14 @@ def _needles(
     write: Callable[..., tuple[int, ...]],
     texts: Sequence[str],
     split: str,
-    count: int,
+    numbers: range,
     tokens: tuple[int, int],
     asked: Asked,
 ) -> list[Question]:
-    lengths, found = random.Random(f"len{split}"), []
-    for number in range(count):
-        length = PromptLength(tokenizer, lengths.randint(*tokens), asked.chat)
+    rng = random.Random(f"len{split}")
+    lengths, found = [rng.randint(*tokens) for _ in range(numbers.stop)], []
+    for number in numbers:
+        length = PromptLength(tokenizer, lengths[number], asked.chat)
         about = ("ruler_niah_multikey", length, texts, f"{split}-{number}", 1, Needles(keys=asked.keys))
         (item,) = needle_items(*about)
         ids, book = write(item["context"], item["gen_prefix"]), str(item["document"])

@@ -67,14 +67,14 @@ class RecordStudy:
         """What the dense model answers to one chunk."""
         from ftp_lightning.evaluation.replayed import answered
 
-        questions = self.questions(model, split, task)[chunk * self.items : (chunk + 1) * self.items]
+        questions = self.questions(model, split, task, chunk * self.items, self.items)
         return [answered(*self.loaded(model), question) for question in questions]
 
-    @cache  # noqa: B019
-    def questions(self, model: str, split: str, task: str) -> list[Any]:
+    def questions(self, model: str, split: str, task: str, first: int, count: int) -> list[Any]:
         from ftp_lightning.studies.record_questions import record_questions
 
-        return record_questions(self.loaded(model)[1], dict(self.asked)[model], self.sources, split, task)
+        asked = dict(self.asked)[model]
+        return record_questions(self.loaded(model)[1], asked, self.sources, split, task, first, count)
 
     @cache  # noqa: B019
     def pruner(self, model: str, method: str) -> TokenPruner:
@@ -101,7 +101,7 @@ class RecordStudy:
         from ftp_lightning.data.rows import Row, Rows
 
         asked = dict(self.asked)[model]
-        found = [self.questions(model, "calibration", task)[: self.fit_items] for task, _ in asked.counts]
+        found = [self.questions(model, "calibration", task, 0, self.fit_items) for task, _ in asked.counts]
         rows = Rows([Row(list(question.ids), []) for questions in found for question in questions])
         return fit_compensation(self.loaded(model)[0], rows, rank, batch_size=1, parts="attention+mlp").rounded()
 
