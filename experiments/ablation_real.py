@@ -11,6 +11,7 @@ for word. What is answered, fitted and measured lies in --output: the same comma
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from ftp_lightning import Schedule, StaticRouter
 from ftp_lightning.costs.budget import solve_budget
@@ -45,11 +46,9 @@ PAIRS = (
 
 
 def main() -> None:
-    model, prompts = "smollm2-135m-instruct", "embedded"
-    args = arguments(
-        __doc__, "runs/ablation_real", None, model=model, prompts=prompts, prompt_tokens=192, new_tokens=16, cut=0.2,
-        limit=80, seed=0, variants="",
-    )  # fmt: skip
+    words: dict[str, Any] = {"model": "smollm2-135m-instruct", "prompts": "embedded"}
+    sizes: dict[str, Any] = {"prompt_tokens": 192, "new_tokens": 16}
+    args = arguments(__doc__, "runs/ablation_real", **words, **sizes, cut=0.2, limit=80, seed=0, variants="")
     with sentences():
         from ftp_lightning.evaluation.own_answers import own_answers
         from ftp_lightning.evaluation.record import joined

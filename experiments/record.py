@@ -44,7 +44,8 @@ def cells(args: argparse.Namespace, model: str) -> list[Recorded]:
     methods = [one.strip() for one in args.methods.split(";") if one.strip()] or METHODS[model]
     if args.pruned:
         methods = [f"{args.pruned} at {args.budget}"]
-    counts = [(task, min(count, args.limit or count)) for task, count in ASKED[model].counts]
+    tasks = args.tasks.split(",") if args.tasks else dict(ASKED[model].counts)
+    counts = [(task, min(count, args.limit or count)) for task, count in ASKED[model].counts if task in tasks]
     return [
         Recorded(model, args.split, task, chunk, method)
         for chunk in range(args.chunks)
@@ -56,7 +57,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Recorded]:
 
 def main() -> None:
     about = {"books": "", "squad": "", "model": "", "methods": "", "pruned": "", "budget": 0.2}
-    args = arguments(__doc__, "runs/record", PACKED, **about, split="test", chunks=20, limit=0)
+    args = arguments(__doc__, "runs/record", PACKED, **about, split="test", tasks="", chunks=20, limit=0)
     study = RecordStudy(tuple(ASKED.items()), Sources(args.books, args.squad), CHUNK)
     with sentences():
         for model in [args.model or SMOL]:

@@ -18,10 +18,10 @@ from ftp_lightning.costs.request import row_costs
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import continuation_logits
 from ftp_lightning.evaluation.own_answers import end_tokens, greedy
-from ftp_lightning.lit.lessons import distilled_from
 from ftp_lightning.losses import kl_rows
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.devices import home
+from ftp_lightning.schedule import first_routed
 from ftp_lightning.training.resume import BlockStates, capture, first_needed_block, resume_from
 
 
@@ -82,7 +82,8 @@ def replayed(model, tokenizer, dense: Answered, pruner: TokenPruner) -> Mapping[
     """One item of a record: what the pruner makes of a question, computed from its first pruned block upward."""
     question, answer = dense.question, dense.answer
     ids = torch.tensor([[*question.ids, *answer]], device=home(model))
-    first = first_needed_block(model, distilled_from(pruner), pruner.router.needs, pruner.reads_from)
+    routed = first_routed(pruner.scheduled.sparsity) or 0
+    first = first_needed_block(model, routed, pruner.router.needs, pruner.reads_from)
     states = BlockStates([[] for _ in dense.states.passes])
     states.passes[first] = [dense.states.entering(first)]
     with resume_from(model, first, states), pruner(model):
