@@ -37,7 +37,6 @@ VARIANTS = (
     Recipe("stages without attention, fitted", pruner_with(StaticRouter, RANK), each(stage_schedule)),
     KNOWN["stages, fitted"],
 )
-"""Each beside what it adds to: see `PAIRS`."""
 PAIRS = (
     ("default", "uniform"), ("late blocks", "uniform"), ("stages", "uniform"), ("default, fitted", "default"),
     ("late blocks, fitted", "late blocks"), ("late blocks, distilled", "late blocks, fitted"),

@@ -22,14 +22,9 @@ CUTS = (0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4)
 
 
 def main() -> None:
-    about: dict[str, Any] = {
-        "model": "embedded",
-        "prompts": "embedded",
-        "prompt_tokens": 40,
-        "new_tokens": 8,
-        "population": 400,
-    }
-    args = arguments(__doc__, "runs/promise", **about, repetitions=20, limit=150, keep=0.8)
+    words: dict[str, Any] = {"model": "embedded", "prompts": "embedded"}
+    sizes: dict[str, Any] = {"prompt_tokens": 40, "new_tokens": 8, "population": 400}
+    args = arguments(__doc__, "runs/promise", **words, **sizes, repetitions=20, limit=150, keep=0.8)
     with sentences():
         from ftp_lightning.disk.ready import is_ready, load_pruner
         from ftp_lightning.evaluation.own_answers import own_answers
