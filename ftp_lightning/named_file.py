@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def parse_yaml(text: str, path: str) -> Any:
 
 
 def check_yaml(text: str, path: str) -> None:
-    """UserError for aliases and depth beyond the limits, before anything is built of them; YAMLError where broken."""
+    """UserError for aliases and depth beyond the limits, before anything is built of them, and for a key that is there
+    twice; YAMLError where broken."""
     import yaml
 
     depth = aliases = 0
@@ -92,3 +94,19 @@ def check_yaml(text: str, path: str) -> None:
             raise UserError(f"{path} nests deeper than {DEEPEST} levels\nSettings need two or three.")
         if aliases > MOST_ALIASES:
             raise UserError(f"{path} refers back to itself more than {MOST_ALIASES} times\nWrite the values out.")
+    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+
+
+def _check_keys(root: Any, path: str) -> None:
+    """UserError where a map says a key twice: YAML keeps the last one without a word."""
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))
+        pairs = [pair for pair in node.value if isinstance(pair, tuple)]  # of a map; a sequence has nodes
+        counts = Counter((key.tag, key.value) for key, _ in pairs if isinstance(key.value, str))
+        if twice := next((key for (_, key), count in counts.items() if count > 1), None):
+            raise UserError(f"{path} says {twice[:80]} twice\nLeave one of them out.")
+        nodes += [part for pair in pairs for part in pair] or node.value

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import Interrupted, UserError, file_error
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.fingerprint import PROVENANCE, hash_path
 from ftp_lightning.json_file import parse_json, read_json
 from ftp_lightning.whole_files import inside, set_aside
@@ -96,9 +96,10 @@ def product_text(folder: Path, name: str) -> str | None:
         if path.stat().st_size > _LARGEST_PRODUCT:
             raise ValueError(f"it has more than {_LARGEST_PRODUCT} bytes")
         text = path.read_bytes().decode()
-    except (OSError, ValueError) as error:
-        kind = Interrupted if isinstance(error, OSError) else UserError
-        raise kind(f"{path} cannot be read: {error}\nRun its stage again with --overwrite.") from None
+    except OSError as error:
+        raise file_error(error) or error from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}\nRun its stage again with --overwrite.") from None
     if is_as_written(folder, name) is False:
         raise UserError(f"{path} is not what its stage has written\nPut it back, or run the stage with --overwrite.")
     return text

@@ -15,9 +15,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ftp_lightning.errors import UserError
+from ftp_lightning.errors import UserError, file_error
 from ftp_lightning.fingerprint import digest
-from ftp_lightning.whole_files import write_text
+from ftp_lightning.whole_files import set_aside, write_text
 
 KINDS = ("csv", "tensorboard", "wandb", "none")
 LOGS, RUN = "logs", "run.json"
@@ -166,11 +166,15 @@ def _csv(folder: Path) -> Any:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv that may not be there, or end in the middle of a line."""
+    """The rows of a metrics.csv that may not be there, or end in the middle of a line; a broken one is set aside."""
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        found = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(lines)]
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            found = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(lines)]
+    except (UnicodeDecodeError, csv.Error):
+        set_aside(file, "is broken")
+        return []
     return [row | {"step": int(row["step"])} for row in found if str(row.get("step", "")).isdecimal()]
 
 
@@ -228,7 +232,10 @@ def _run_id(folder: Path, config: dict[str, Any]) -> str:
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["settings"] == settings:
             return known["id"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # it is there, and the logs stay
+            raise file_error(error) or error from None
+    except (ValueError, KeyError, TypeError):
         pass
     shutil.rmtree(file.parent, ignore_errors=True)
     fresh = uuid.uuid4().hex[:8]

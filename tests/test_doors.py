@@ -22,6 +22,8 @@ from ftp_lightning.stages.serve import ServeStage
 
 EXPLODING = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join(['*a' + str(n - 1)] * 9)}]\n" for n in range(1, 20))
 YAMLS = {
+    "a key twice": b"seed: 1\nbudget: 0.3\nseed: 2",
+    "a key twice, deep": b"a: [{x: 1, x: 2}]",
     "exploding": EXPLODING.encode(),
     "deep": b"a: " + b"[" * 5000,
     "deep map": b"{a: " * 300 + b"}" * 300,
@@ -40,6 +42,21 @@ def test_yaml_that_is_none_or_explodes_is_refused(tmp_path, name):
         read_yaml(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="config.yaml"):
         parse("search", ["--config", str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize("content, said", [("# nothing", "holds no settings"), (f"seed: {'9' * 6000}", "digits")])
+def test_a_config_that_says_nothing_or_too_much(tmp_path, content, said):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"config.yaml.*{said}"):
+        parse("search", ["--config", str(tmp_path / "config.yaml")])
+
+
+@pytest.mark.parametrize(
+    "words", [["--seed", "1", "--seed", "x"], ["--seed", "x", "--seed", "1"], ["--seed=1", "--seed=x"]]
+)
+def test_of_a_flag_given_twice_the_wrong_value_is_named(words):
+    with pytest.raises(UserError, match="seed is 'x'"):
+        parse("search", words)
 
 
 def special(tmp_path, kind):

@@ -1,5 +1,7 @@
 """Of a finished run any single file may be lost or damaged: run, report and sweep say so or mend it, and never trip."""
 
+import errno
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -35,6 +37,20 @@ def test_a_product_is_read_as_it_was_written(tmp_path):
     assert found_product(folder, "other.json") is None
     with pytest.raises(UserError, match="other.json is missing"):
         read_product(folder, "other.json")
+
+
+def test_a_product_that_cannot_be_read_just_now_is_no_reason_to_make_it_again(tmp_path, monkeypatch):
+    folder, read = finished(tmp_path / "a"), Path.read_bytes
+
+    def failing(path):
+        if path.name == "metrics.json":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(UserError, match="metrics.json: Stale") as told:
+        read_product(folder, "metrics.json")
+    assert "--overwrite" not in str(told.value)
 
 
 @pytest.mark.parametrize("kind", REPLACED)

@@ -194,3 +194,15 @@ def test_every_run_of_every_study_comes_to_its_end(path, tmp_path, monkeypatch):
         least = {key: value for key, value in small.items() if getattr(given, key)}
         folder = parse(stage, [*words, *(f"--{key}={value}" for key, value in least.items())]).execute()
         assert (folder / "results.json").exists()
+
+
+GRID = {"method": "grid", "parameters": {"seed": {"values": list(range(3000))}, "budget": {"values": [0.1] * 3000}}}
+
+
+def test_a_grid_is_bounded_and_has_runs(tmp_path):
+    with pytest.raises(UserError, match="9,000,000 runs"):
+        expand(GRID)
+    assert [run["seed"] for run in expand(GRID | {"run_cap": 2})] == [0, 1]
+    (tmp_path / "none.yaml").write_text("method: grid\nparameters: {seed: {values: []}}")
+    with pytest.raises(UserError, match="seed .* has no values"):
+        read_sweep(str(tmp_path / "none.yaml"))

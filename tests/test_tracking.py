@@ -1,8 +1,10 @@
 """Loggers write under the stage's folder and nowhere else; what a stage found can be read back; no key is written."""
 
 import csv
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 from wandb_log import read_run
@@ -10,7 +12,7 @@ from wandb_log import read_run
 from ftp_lightning.__main__ import parse
 from ftp_lightning.errors import UserError
 from ftp_lightning.report.tracked import gates_png, schedule_png
-from ftp_lightning.tracking import log_outcome, logging_to, make_logger
+from ftp_lightning.tracking import RUN, _run_id, log_outcome, logging_to, make_logger
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -83,6 +85,16 @@ def test_a_csv_log_that_was_cut_loses_its_last_line_alone(tmp_path):
     assert logged("csv", tmp_path / "logs") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
+@pytest.mark.parametrize("content", [b"step,kl\n1,\xff\xfe\n", b"step,kl\n1," + b"9" * 200_000])
+def test_a_csv_log_that_is_broken_is_set_aside(tmp_path, capsys, content):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/metrics.csv").write_bytes(content)
+    with logging_to("csv", tmp_path, {}, "train") as logger:
+        logger.log_metrics({"loss": 2.0}, step=2)
+    assert logged("csv", tmp_path / "logs") == [(2, 2.0)]
+    assert (tmp_path / "logs/metrics.csv.broken-1").read_bytes() == content and "is broken" in capsys.readouterr().err
+
+
 def test_csv_takes_a_history_after_the_fact(tmp_path):
     with logging_to("csv", tmp_path, {}, "trial") as logger:
         log_outcome(logger, numbers={"kl": 0.5, "kept": None}, history=[{"step": 1, "total": 3.0}])
@@ -150,6 +162,20 @@ def test_an_interrupted_stage_goes_on_in_its_run_and_another_one_does_not(tmp_pa
         ids.append(logger._id)
         assert logger._wandb_init["resume"] == "allow"
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_logs_whose_run_cannot_be_read_just_now_are_kept(tmp_path, monkeypatch):
+    first, read = _run_id(tmp_path, {"seed": 1}), Path.read_text
+
+    def failing(path, *args, **kwargs):
+        if path.name == RUN:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="resume"):
+        patch.setattr(Path, "read_text", failing)
+        _run_id(tmp_path, {"seed": 1})
+    assert _run_id(tmp_path, {"seed": 1}) == first != _run_id(tmp_path, {"seed": 2})
 
 
 def test_under_an_agent_the_run_is_the_agents(tmp_path, wandb_home, monkeypatch):

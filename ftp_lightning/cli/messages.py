@@ -90,12 +90,12 @@ def check_config_file(file: str, settings_class: type[Settings]) -> None:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not a text file"
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:120]
         raise UserError(f"{file}{where}: {problem}\nCorrect the YAML; --print_config writes an example.") from None
-    if not isinstance(found, dict | None):
+    if not isinstance(found, dict):
         raise UserError(f"{file} holds no settings\nWrite one KEY: VALUE per line; --print_config writes an example.")
     known = [item.name for item in fields(settings_class)]
-    for key in found or {}:
+    for key in found:
         if key not in (*known, "config"):
             raise UserError(f"{file}: `{settings_class.stage}` has no setting {key!r}\n{_guess(str(key), known, '')}")
 
@@ -122,10 +122,8 @@ def _all_flags(settings_class: type[Settings]) -> str:
 
 def _value_of(name: str, given: Sequence[str], message: str) -> str:
     """What was given for a flag: on the command line, else what the parser's message quotes."""
-    for word, after in zip(given, [*given[1:], ""]):
-        if word == f"--{name}":
-            return after
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-    quoted = re.search(r"Got value: (.*)", message) or re.search(r"value: '(.*)'", message)
-    return quoted[1].strip() if quoted else "something else"
+    said = [after for word, after in zip(given, [*given[1:], ""]) if word == f"--{name}"]
+    said += [word.partition("=")[2] for word in given if word.startswith(f"--{name}=")]
+    found = re.search(r"Got value: (.*)", message) or re.search(r"value: '(.*)'", message)
+    quoted = found[1].strip() if found else "something else"
+    return quoted if quoted in said or not said else said[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,8 @@ Run = dict[str, Any]
 """Parameter -> value."""
 
 DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
+MOST_RUNS = 10_000
+"""Of one grid [ours]: each takes minutes."""
 AGENT = "Run it with `wandb sweep {}`, then `wandb agent ID`."
 
 
@@ -41,6 +44,8 @@ def _check_is_grid(sweep: dict[str, Any], path: str) -> None:
         listed = isinstance(told, dict) and isinstance(told.get("values", [told.get("value")]), list)
         if not listed or not {"value", "values"} & set(told):
             raise UserError(f"study: parameter {name} of {path} has neither `value` nor a list `values`\n{agent}")
+        if told.get("values") == []:
+            raise UserError(f"study: parameter {name} of {path} has no values, so there is nothing to run\nAdd some.")
 
 
 def with_values(sweep: dict[str, Any], path: str, **given: Any) -> dict[str, Any]:
@@ -60,11 +65,16 @@ def with_values(sweep: dict[str, Any], path: str, **given: Any) -> dict[str, Any
 
 
 def expand(sweep: dict[str, Any]) -> list[Run]:
-    """All runs of a grid, in wandb's order: parameters by name, the last one changing first; at most `run_cap`."""
+    """All runs of a grid, in wandb's order: parameters by name, the last one changing first; at most `run_cap`.
+
+    UserError for more than `MOST_RUNS`.
+    """
     told = sorted(sweep["parameters"].items())
     values = [one["values"] if "values" in one else [one["value"]] for _, one in told]
-    runs = [dict(zip((name for name, _ in told), chosen)) for chosen in itertools.product(*values)]
-    return runs[: sweep.get("run_cap")]
+    if (count := min(math.prod(map(len, values)), sweep.get("run_cap", math.inf))) > MOST_RUNS:
+        raise UserError(f"study: its grid has {count:,} runs, at most {MOST_RUNS:,} are taken\nVary less.")
+    chosen = itertools.islice(itertools.product(*values), sweep.get("run_cap"))
+    return [dict(zip((name for name, _ in told), run)) for run in chosen]
 
 
 def arguments(sweep: dict[str, Any], run: Run) -> tuple[str, list[str]]:
