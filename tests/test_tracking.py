@@ -87,7 +87,8 @@ def test_a_csv_log_that_was_cut_loses_its_last_line_alone(tmp_path):
 
 @pytest.mark.parametrize("content", [b"step,kl\n1,\xff\xfe\n", b"step,kl\n1," + b"9" * 200_000])
 def test_a_csv_log_that_is_broken_is_set_aside(tmp_path, capsys, content):
-    (tmp_path / "logs").mkdir()
+    with logging_to("csv", tmp_path, {}, "train") as logger:
+        logger.log_metrics({"loss": 1.0}, step=1)
     (tmp_path / "logs/metrics.csv").write_bytes(content)
     with logging_to("csv", tmp_path, {}, "train") as logger:
         logger.log_metrics({"loss": 2.0}, step=2)
