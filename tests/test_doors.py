@@ -311,11 +311,17 @@ def test_an_index_names_files_of_its_own_folder(llama, index):
 
 
 def test_what_is_published_and_exported_stays_words():
-    assert [csv_cell(text) for text in ("=1+1", "@x", "-2", "+cmd|x", "plain", -2)] == [
-        "'=1+1", "'@x", "-2", "'+cmd|x", "plain", -2,
+    assert [csv_cell(text) for text in ("=1+1", "@x", "-2", "+cmd|x", "plain", -2, "\n=1", "\uff1d1")] == [
+        "'=1+1", "'@x", "-2", "'+cmd|x", "plain", -2, "'\n=1", "'\uff1d1",
     ]  # fmt: skip
     assert markdown_text("a|b\n# c <script> [x](y)") == r"a\|b \# c \<script\> \[x\](y)"
     assert yaml_text('x"\nlicense: mine') == '"x\\"\\nlicense: mine"'
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "..", ".", "", "x" * 300, "a\nb"])
+def test_the_study_that_a_sweep_names_is_one_folder(name):
+    with pytest.raises(UserError, match="study|empty"):
+        parse("trial", ["--study", name])
 
 
 def test_a_name_is_a_path_only_if_it_can_be_one(tmp_path, monkeypatch):

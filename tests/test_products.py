@@ -76,17 +76,21 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", REPLACED)
-def test_any_single_file_of_a_run_may_be_damaged(whole, tmp_path, monkeypatch, capsys, kind):
-    """The stages' own work is left out: what is made again is nothing here, which the chain must bear as well."""
+@pytest.mark.parametrize("turn", range(2))
+def test_any_single_file_of_a_run_may_be_damaged(whole, tmp_path, monkeypatch, capsys, turn):
+    """Each file in two of the seven ways, which come round in turn: every kind of file gets them all.
+
+    The stages' own work is left out: what is made again is nothing here, which the chain must bear as well.
+    """
     monkeypatch.setattr(page, "draw", lambda plot, rows: None)
     monkeypatch.setattr(run_inputs, "check_inputs", lambda stages: None)
     kinds = {type(stage) for stage in RunStage(output=str(whole)).stages().values()}
     for stage in kinds:
         assert issubclass(stage, StageSettings)
         monkeypatch.setattr(stage, "work", lambda self, folder, progress: None)
-    for path in sorted(path for path in whole.rglob("*") if path.is_file()):
-        copy, content = tmp_path / "copy", REPLACED[kind]
+    kinds_of_damage = list(REPLACED.values())
+    for number, path in enumerate(sorted(path for path in whole.rglob("*") if path.is_file())):
+        copy, content = tmp_path / "copy", kinds_of_damage[(2 * number + turn) % len(kinds_of_damage)]
         shutil.copytree(whole, copy)
         damaged = copy / path.relative_to(whole)
         if content is None:

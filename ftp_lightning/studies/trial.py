@@ -83,6 +83,9 @@ class TrialStage(_Untrained):
 
     def check(self) -> None:
         super().check()
+        named = Path(self.study).name == self.study != ".." and self.study.isprintable()
+        if not named or not 0 < len(self.study) <= 100:
+            raise UserError(f"study is {self.study[:100]!r}, which names no folder\nGive a name without slashes.")
         if self.shard:
             raise UserError("a run of a study is for a model on one device\nLeave --shard out.")
         for name in ("pruned", "schedule", "budgets", "dense"):
