@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from serve_process import Server
+from serve_process import Server, shown
 
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
@@ -60,7 +60,10 @@ def main() -> None:
             print(f"{clients} clients: {sum(same)} of {len(found)} pairs as alone; then {server.memory():.0f} MB")
             for name in ("time_to_first_token_ms", "prefill_ms"):
                 ratio = torch.tensor([dense["ftp"][name] / pruned["ftp"][name] for _, dense, pruned in found])
-                print(f"  dense / pruned {name}: {median_interval(ratio, draw)}, FLOPs limit {limit:.3f}", flush=True)
+                print(
+                    f"  dense / pruned {name}: {shown(median_interval(ratio, draw))}, FLOPs limit {limit:.3f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 import torch
-from serve_process import Server
+from serve_process import Server, shown
 
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
@@ -57,7 +57,7 @@ def main() -> None:
                 ratio, more = times[:, 0] / times[:, 1], 1e3 * (times[:, 0] - times[:, 1])
                 print(
                     f"{len(prompt_ids(tokenizer, prompt))} tokens, {mode}, {name}: served / bare "
-                    f"{median_interval(ratio, draw)}, {median_interval(more, draw)} ms more "
+                    f"{shown(median_interval(ratio, draw))}, {shown(median_interval(more, draw), 0)} ms more "
                     f"than {1e3 * times[:, 1].median():.0f} ms; of processor time {used:.3f}",
                     flush=True,
                 )

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from ftp_lightning.evaluation.statistics import Interval
+
 
 class Server:
     """`ftp-lightning serve` with these flags, for as long as the context lasts."""
@@ -48,6 +50,11 @@ class Server:
         self.client.close()
         self.process.terminate()
         self.process.wait(30)
+
+
+def shown(found: Interval, digits: int = 3) -> str:
+    """A median with its 95 % interval."""
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def _processes(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -93,6 +94,7 @@ def serve(served: Served, host: str, port: int, ready: Callable[[str], None]) ->
     try:
         with wrap_litserve_start(server, worker_monitor=True):
             _wait_for_workers(server)
+            gc.freeze()  # else the end of the interpreter looks through all objects of the libraries: a second or more
             config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
             spec: Any = server.lit_api.spec
             Draining(config, spec.replies, lambda: ready(_address(bound))).run(sockets=[bound])
