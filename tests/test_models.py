@@ -119,6 +119,8 @@ def test_hub_without_network_names_the_remedy(monkeypatch):
         raise OSError("We couldn't connect to the Hub\nand more\nand more")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="Did you mean smollm2-135m-instruct"):
+        load_model("SmolLM2")
     with pytest.raises(UserError, match="prefetch --model some/model") as caught:
         load_model("some/model")
     assert "HF_HUB_OFFLINE=1" in str(caught.value) and len(str(caught.value).splitlines()) <= 3

@@ -287,7 +287,7 @@ def _content(name: str, path: str | None) -> str | None:
         return None
     place = pruner_folder(path) if name == "pruned" else Path(path).expanduser()
     if not place.exists():
-        raise UserError(f"{name}: there is no {path}\nGive --{name} a file or folder that a stage has written.")
+        raise UserError(f"{name}: there is no file or folder {path}\nGive --{name} what a stage has written.")
     if not place.is_file() and not place.is_dir():
         raise UserError(f"{name}: {path} is neither a file nor a folder\nGive --{name} what a stage has written.")
     return hash_path(place)

@@ -151,10 +151,11 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
         if local or not isinstance(error, hub_errors(OSError, ValueError)):
             what = f"model {name}" if is_named(name) or not local else f"model folder {name}"
             raise UserError(f"{what} cannot be loaded\n{cause(error)}") from error
-        if near := get_close_matches(name, [*NAMED, "embedded"], 1, 0.8):
+        begun = [known for known in NAMED if len(name) > 3 and known.startswith(name.lower())]
+        if near := begun or get_close_matches(name, [*NAMED, "embedded"], 1, 0.8):
             raise UserError(f"there is no model {name!r}\nDid you mean {near[0]}?") from error
         raise UserError(
             f"model {name!r} is no local folder and cannot be had from the Hub: {cause(error)}\n"
-            "without network give a local folder, or on a machine with network run\n"
-            f"`python -m ftp_lightning prefetch --model {name}`, then set HF_HUB_OFFLINE=1 here"
+            f"Give a local folder, or run `ftp-lightning prefetch --model {name}` where there is a network.\n"
+            "Then set HF_HUB_OFFLINE=1 here."
         ) from error
