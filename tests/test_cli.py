@@ -1,5 +1,6 @@
 """The command line: one message and status 2 for bad input, nothing left; settings, YAML and flags are one thing."""
 
+import gc
 import json
 import shlex
 from dataclasses import fields
@@ -247,6 +248,15 @@ def test_every_sweep_uses_the_flags_of_its_stage(path):
     for name, values in sweep["parameters"].items():
         for value in values.get("values", [values.get("value", values.get("min"))]):
             assert parse(stage, [f"--{name}={value}"]) is not None
+
+
+def test_the_command_line_looks_for_garbage_seldom(capsys):
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 10)
+        assert main(["--version"]) == 0 and gc.get_threshold()[0] >= 10_000
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_main_tells_the_version(capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def checksum(weights: Mapping[str, Tensor], dtype: str) -> str:
     hashed, sums = hashlib.sha256(), []
     for name, weight in sorted(weights.items()):
         hashed.update(repr((name, tuple(weight.shape))).encode())
-        factors = _noise(min(_PIECE, weight.numel()), weight.device) | 1
+        factors = _odd(weight.device)
         for piece in weight.detach().reshape(-1).split(_PIECE):
             bits = _rounded(piece, dtype).contiguous()
             bits = bits.view(_BITS[bits.element_size()]).to(torch.int64)
@@ -91,6 +92,12 @@ def sketch(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             sums.append((values * signs).sum(1).cpu())
             squares.append(values.square().sum(1).cpu())
     return torch.cat(sums), torch.cat(squares)
+
+
+@cache
+def _odd(device: torch.device) -> Tensor:
+    """(_PIECE,) pseudo-random odd numbers, made once: making them takes longer than using them."""
+    return _noise(_PIECE, device) | 1
 
 
 def _noise(count: int, device: torch.device) -> Tensor:
