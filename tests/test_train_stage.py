@@ -14,6 +14,7 @@ from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.stages.train import TrainStage
 
 SMALL = {"steps": 2, "batch_size": 2, "validations": 1, "validation_windows": 2, "tracking": "none", "device": "cpu"}
+SMALL |= {"prompt_tokens": 48, "continuation_tokens": 16}
 
 
 def train(folder, **changes):
@@ -37,7 +38,8 @@ def family(path):
 
 
 def test_prompts_are_counted_and_trained_on(tmp_path):
-    metrics, pruner = train(tmp_path / "run", data=records(tmp_path / "r.json"), rows="prompts", budget=0.3)
+    about = {"data": records(tmp_path / "r.json"), "rows": "prompts", "prompt_tokens": 192}
+    metrics, pruner = train(tmp_path / "run", **about, budget=0.3)
     assert len(metrics["steps"]) == 2 and metrics["empty_response"] > 0 and metrics["rows"] == 4
     assert pruner.schedule.budget == pytest.approx(0.3)
 
@@ -93,7 +95,7 @@ def test_two_processes_by_a_flag(tmp_path):
     """Also where each holds half of every block, and what a skipped token gets is fitted by both."""
     whole, sharded = ({"budget": 0.3, "processes": 2, "skip": "mean", "shard": shard} for shard in (False, True))
     metrics, pruner = train(tmp_path / "run", **whole)
-    assert len(metrics["steps"]) == 2 and metrics["steps"][0]["seen"] == 2 * 2 * 256
+    assert len(metrics["steps"]) == 2 and metrics["steps"][0]["seen"] == 2 * 2 * 64
     assert pruner.router.parameter_count == 450
     same, other = train(tmp_path / "sharded", **sharded)
     assert same["best_validation_kl"] == pytest.approx(metrics["best_validation_kl"], rel=1e-4)
