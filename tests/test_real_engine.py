@@ -46,12 +46,11 @@ def check_random_case(name, seed):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_random_cases_equal_the_oracle(name):
-    for seed in range(2):
-        check_random_case(name, seed)
+    check_random_case(name, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_many_random_cases_equal_the_oracle(name):
-    for seed in range(2, 30):
+    for seed in range(1, 30):
         check_random_case(name, seed)

@@ -15,7 +15,7 @@ from ftp_lightning.lit.checkpoints import BEST, HISTORY, LAST
 from ftp_lightning.lit.fitting import fit_router
 from ftp_lightning.lit.training_settings import TrainingSettings
 
-SETTINGS = {"steps": 12, "batch_size": 2, "accumulate": 2, "validations": 4, "gates": "gumbel", "seed": 2}
+SETTINGS = {"steps": 9, "batch_size": 2, "accumulate": 2, "validations": 3, "gates": "gumbel", "seed": 2}
 
 
 def train(folder, stop_at=None, number=signal.SIGTERM, fingerprint="same", **changes):
