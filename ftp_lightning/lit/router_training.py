@@ -275,7 +275,7 @@ class RouterTraining(L.LightningModule):
         shares = self.gather([kl.cpu() for kl in self._kl])  # batch n is the n // W-th of process n mod W
         kl = torch.cat([one for batches in zip_longest(*shares) for one in batches if one is not None]).mean()
         self.validations.append({"step": self.global_step, "kl": kl.item()})
-        self.log("validation_kl", kl)
+        self.log("validation_kl", kl, sync_dist=True)  # the same in all, but Lightning warns without
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint |= {"fingerprint": self.fingerprint, "last_sparsity": [self.last_soft, self.last_realised]}
