@@ -151,7 +151,7 @@ def test_answers_are_generated_no_longer_than_they_are(made):
 def test_too_short_a_prompt_is_told_of(records):
     for task in ("ruler_vt", "ruler_niah_multikey", "squad_long"):
         with pytest.raises(
-            UserError, match=rf"{task}: its shortest prompt has \d+ tokens, 40 are allowed\nGive --prompt"
+            UserError, match=rf"{task}: its shortest prompt has \d+ tokens, 40 are allowed\nGive --prompt_tokens \d+: "
         ):
             rows(task, records, prompt_tokens=40)
 

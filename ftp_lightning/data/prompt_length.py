@@ -55,7 +55,7 @@ class PromptLength:
         if (least := tokens(0)) > self.limit:
             raise UserError(
                 f"task {task}: its shortest prompt has {least} tokens, {self.limit} are allowed\n"
-                f"Give --prompt_tokens {least} or more."
+                f"Give --prompt_tokens {-(-5 * least // 128) * 32}: another item's may be longer."
             )
         while low < high:
             middle = (low + high + 1) // 2
