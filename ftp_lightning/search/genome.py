@@ -96,8 +96,8 @@ class Genome:
         levels, modes = genes[:, : self.num_blocks], genes[:, self.num_blocks :]
         sparsity = self._sparsities[np.arange(self.num_blocks), levels]
         missing = sum(self.lower) + self.step * levels.sum(1) - sparsity.sum(1)
-        for place in np.flatnonzero(missing > 1e-11 * self.num_blocks):  # an upper bound has cut something off
-            sparsity[place] = self.planned(individuals[int(place)]).sparsity
+        for place in np.flatnonzero(missing > 1e-11 * self.num_blocks).tolist():  # an upper bound has cut something off
+            sparsity[place] = self.planned(individuals[place]).sparsity
         return np.where(modes == KV.index("evict"), -sparsity, sparsity) if self.settings.search_kv else sparsity
 
     def _canonical(self, genes: Sequence[int]) -> Individual:
