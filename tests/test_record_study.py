@@ -141,11 +141,12 @@ def test_blocks_are_named_one_by_one_or_by_their_ends():
     assert blocks_of("2,4-6,11", 12) == [2, 4, 5, 6, 11]
 
 
-def test_the_page_shows_what_the_stored_rows_say(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("words", "methods"), [((), 7), (("--model", "gemma3-270m", "--split", "validation"), 3)])
+def test_the_page_shows_what_the_stored_rows_say(monkeypatch, capsys, tmp_path, words, methods):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["record.py", "--tables", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["record.py", "--tables", "--output", str(tmp_path), *words])
     runpy.run_path("experiments/record.py", run_name="__main__")
     page = (ROOT / "docs" / "record.md").read_text()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(rows) > 10
+    assert len(rows) > methods + 2  # and two heads, and differences
     assert [row for row in rows if row not in page] == []

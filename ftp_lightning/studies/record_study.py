@@ -147,6 +147,8 @@ def differences(items: DataFrame, pairs: Sequence[tuple[str, str]]) -> str:
 
 def _share(items: DataFrame) -> str:
     needed = items[items["needed"].astype(bool)]
+    if items.empty:
+        return "–"
     return f"{int(needed['right'].sum())} of {len(needed)}, {mean(items, 'kl').value or 0.0:.3f}"
 
 
