@@ -1,6 +1,6 @@
 """Models that `torch.compile` has wrapped: a pruner works through either handle and leaves no trace.
 
-Tracing takes seconds: but for one test the handles run as they are written (stance "force_eager").
+Tracing takes seconds: but for two tests the handles run as they are written (stance "force_eager").
 """
 
 import pytest
@@ -53,19 +53,27 @@ def test_a_pruner_on_a_compiled_model_prunes_through_both_handles(kv, untraced):
     assert not traces(model)
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_compiled_before_used_and_twice():
-    """A model that has run compiled and dense is pruned afterwards; a wrapper of a wrapper is unwrapped, too."""
+@pytest.mark.parametrize("what", ["handle", "blocks"])
+def test_what_dynamo_traces_is_pruned(what):
+    """Also where the model has run compiled and dense before."""
     torch._dynamo.reset()
-    model, pruner = family("llama", torch.float32), TokenPruner(RandomRouter(1), SCHEDULE)
-    handle = compiled(model)
-    dense = handle(IDS).logits
+    model = family("llama", torch.float32, num_hidden_layers=2)
+    pruner = TokenPruner(RandomRouter(1), Schedule([0.0, 0.5]), kv="keep")
     with pruner(model):
         logits = model(IDS).logits
-    with pruner(compiled(handle)):
+    handle = model
+    if what == "handle":
+        handle = compiled(model)
+    else:
+        for block in model.model.layers:
+            block.compile(backend="eager")
+    dense = handle(IDS).logits
+    with pruner(handle):
         torch.testing.assert_close(handle(IDS).logits, logits)
+        assert pruner.trace.sparsity == [0.0, 0.5]
     torch.testing.assert_close(handle(IDS).logits, dense)
+    assert not torch.equal(logits, dense)
 
 
 @torch.no_grad()
@@ -93,6 +101,12 @@ def test_blocks_compiled_one_by_one_are_refused():
         model.model.layers[index] = compiled(layer)
     with pytest.raises(UserError, match="compiled one by one"):
         TokenPruner(RandomRouter(1), SCHEDULE).attach(model)
+
+
+def test_a_function_is_no_model():
+    """What `torch.compile` makes of a compiled model is a function in some versions."""
+    with pytest.raises(UserError, match="is no model"):
+        TokenPruner(RandomRouter(1), SCHEDULE).attach(family("llama").forward)
 
 
 def test_a_compiled_model_is_the_model_that_was_compiled(tmp_path):

@@ -96,4 +96,10 @@ def test_threshold_keeps_what_exceeds_it_and_the_reserved():
 
 def test_fixed_router_wants_one_shape():
     with pytest.raises(ValueError, match="all alike"):
-        FixedRouter([torch.ones(1, 3), torch.ones(1, 4)])
+        FixedRouter([torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)])
+
+
+def test_fixed_router_wants_decisions_and_no_probabilities():
+    with pytest.raises(ValueError, match="masks of bool"):
+        FixedRouter([torch.rand(1, 3)])
+    assert FixedRouter([torch.ones(1, 3, dtype=torch.int64)]).keep[0].dtype == torch.bool

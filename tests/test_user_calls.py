@@ -172,6 +172,23 @@ def test_the_training_forward_leaves_no_cache():
     assert output.past_key_values is None and torch.equal(output.logits, again.logits)
 
 
+def test_what_a_training_forward_is_not():
+    model, pruner = tiny_llama(), TokenPruner(DynamicRouter(), SCHEDULE)
+    for tokens in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"), pruner.masked(tokens):
+            pass
+    with pruner(model), pruner.masked(20), pytest.raises(UserError, match="no training forward"):
+        model.generate(IDS, max_new_tokens=2)
+
+
+def test_what_a_pruner_is_not_made_of():
+    for router, schedule in (("static", SCHEDULE), (DynamicRouter(), [0.0, 0.5]), (DynamicRouter(), "schedule.json")):
+        with pytest.raises(UserError, match="a router and a Schedule"):
+            TokenPruner(router, schedule)
+    with pytest.raises(UserError, match="whole number of queries"):
+        TokenPruner(DynamicRouter(), SCHEDULE, window=2.5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_recompute_drops_what_the_forward_has_dropped(name):
     model = family(name, torch.float32, **({"attention_dropout": 0.3} if name == "llama" else {})).train()

@@ -4,7 +4,9 @@
                   -> run_block, block by block: a `BlockRun` asks the router (`decide`) and runs the kept tokens
                      -> run_projection, attend: ask the `BlockRun` what is wanted of them
 
-All that belongs to one call is in its `Forward`, which the thread's `ambient` holds.
+All that belongs to one call is in its `Forward`, which the thread's `ambient` holds. `torch.compile` does not trace the
+wrappers of model, decoder and blocks: dynamo loses what they write into thread-local state, and the model would run
+dense.
 
 Shapes: B rows, T new tokens of this forward (padding included), D hidden size.
 """
@@ -137,10 +139,13 @@ class Attached:
             if not pruned:
                 return inner(*args, **kwargs)
             check_cache(kwargs.get("past_key_values"))
+            if self.ambient.training is not None:
+                raise UserError("generate makes no training forward.\nCall it outside of `pruner.masked(...)`.")
             generation = Generation.of(self.model, args, kwargs, self.ambient.routes_chunks)
             with self.ambient.having(generation=generation):
                 return inner(*args, **kwargs)
 
+    @torch.compiler.disable
     def run_model(self, inner, *args, **kwargs):
         """The model with its output head: how many last positions it reads."""
         asked = kwargs.get("logits_to_keep")
@@ -151,6 +156,7 @@ class Attached:
         with self.ambient.having(last_tokens=last):
             return inner(*args, **kwargs)
 
+    @torch.compiler.disable
     def run_decoder(self, inner, *args, **kwargs):
         """The decoder: one forward, or two where guesses come with the end of a prompt (assisted decoding)."""
         with self.gate.call() as pruned:
@@ -193,6 +199,7 @@ class Attached:
 
     # ---------------------------------------------------------------- a block's forward, and what is in it
 
+    @torch.compiler.disable
     def run_block(self, index: int, inner, *args, **kwargs):
         forward, plan = self.ambient.forward, self.plan.blocks[index]
         if forward is None:
@@ -298,8 +305,7 @@ class Gate:
 def _last_tokens(asked) -> int | None:
     """How many last positions a `logits_to_keep` reads; None: perhaps all, or only the device knows."""
     if isinstance(asked, Tensor):
-        on_host = asked.device.type == "cpu" and not torch.compiler.is_compiling()
-        return -int(asked.min()) if on_host and asked.numel() and int(asked.max()) < 0 else None
+        return -int(asked.min()) if asked.device.type == "cpu" and asked.numel() and int(asked.max()) < 0 else None
     return asked if isinstance(asked, int) and asked > 0 else None
 
 

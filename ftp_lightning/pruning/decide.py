@@ -133,7 +133,6 @@ class Decision:
     gates: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
-@torch.compiler.disable  # bookkeeping: little to compute, and the counts are the host's
 def decide(run: BlockRun) -> Decision | None:
     """What this block does with the new tokens; None where it computes all of them."""
     if run.plan.removed:

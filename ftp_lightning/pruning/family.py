@@ -41,6 +41,8 @@ def find_decoder(model: nn.Module, check: bool = True) -> tuple[nn.Module, nn.Mo
         UserError: nothing of this kind is in the model, or it does what gathered tokens cannot.
     """
     model = uncompiled(model)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"a {type(model).__name__} is no model.\nGive the pruner the model itself.")
     config = getattr(model, "config", None)
     _check_kind(model, config)
     count = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)

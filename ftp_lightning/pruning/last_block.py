@@ -44,7 +44,7 @@ def _read(run: BlockRun, kept: Kept | None) -> Kept | None:
     keep[:, : tokens - last] = False
     if kept is None and not forward.padded:
         return Kept(keep, [last] * len(keep))
-    if keep.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this would wait for the device
+    if keep.device.type == "cpu":  # elsewhere this would wait for the device
         return Kept(keep, keep.sum(1).tolist())
     return None
 

@@ -93,6 +93,13 @@ class TokenPruner:
         least_tokens: int | Literal["auto"] = 0,
         family: ScheduleFamily | None = None,
     ):
+        if not isinstance(router, Router) or not isinstance(schedule, Schedule | None):
+            raise UserError(
+                f"a TokenPruner is made of a router and a Schedule, not of {type(router).__name__} and "
+                f"{type(schedule).__name__}.\nFor example TokenPruner(StaticRouter(), Schedule([0.0, 0.5]))."
+            )
+        if window != int(window):
+            raise UserError(f"window is {window}, must be a whole number of queries.")
         if schedule is None and not isinstance(router, FixedRouter):
             raise ValueError("a schedule is needed; only a FixedRouter goes without")
         if schedule is not None and isinstance(router, FixedRouter) and router.num_blocks != schedule.num_blocks:
@@ -297,11 +304,13 @@ class TokenPruner:
         default; see `training.gates` for others.
 
         Args:
-            prompt_tokens: of each row, padding included.
+            prompt_tokens: of each row, padding included; at least 1.
             gates: how a decision gets a gradient.
             recompute: activation checkpointing: backward computes whole blocks again instead of keeping what they
                 computed.
         """
+        if prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens is {prompt_tokens}, must be at least 1")
         with self.ambient.having(training=Training(int(prompt_tokens), gates or StraightThrough(), recompute)):
             yield
 

@@ -26,8 +26,8 @@ class FixedRouter(Router):
         num_blocks: entries per list.
 
     Raises:
-        ValueError: `keep` beside lists of parts, or none at all; entries of different shapes, or not two-dimensional;
-        lists of different lengths. A prompt of another shape is refused when it comes.
+        ValueError: `keep` beside lists of parts, or none at all; entries of different shapes, not two-dimensional, or
+        of floating-point numbers; lists of different lengths. A prompt of another shape is refused when it comes.
     """
 
     def __init__(
@@ -127,4 +127,8 @@ class FixedRouter(Router):
 
 
 def _masks(keep: Sequence[Tensor] | None) -> list[Tensor] | None:
-    return None if keep is None else [torch.as_tensor(mask).to(torch.bool) for mask in keep]
+    """The lists as bool tensors; ValueError for probabilities, which say nothing about who is kept."""
+    masks = None if keep is None else [torch.as_tensor(mask) for mask in keep]
+    if masks is not None and any(mask.is_floating_point() for mask in masks):
+        raise ValueError("FixedRouter wants masks of bool, not of floating-point numbers")
+    return None if masks is None else [mask.to(torch.bool) for mask in masks]
