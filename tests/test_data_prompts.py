@@ -160,10 +160,21 @@ def test_a_record_keeps_its_split_as_document_and_as_row(tmp_path, tokenizer):
     assert sorted(seen) == sorted(map(record_text, records))
 
 
+def test_answers_to_one_prompt_share_its_split_and_are_one_document(tmp_path):
+    records = [alpaca(i, output=f"{answer} it is.") for answer in ("One", "Two", "Three") for i in range(40)]
+    source = written(tmp_path, records)
+    found = {split: load_prompts(source, split, TOKENIZER).rows for split in SPLITS}
+    prompts = [{tuple(row.prompt) for row in rows} for rows in found.values()]
+    assert sum(map(len, prompts)) == 40 and sum(map(len, found.values())) == 120
+    for rows, own in zip(found.values(), prompts):
+        assert len({row.document for row in rows}) == len(own)
+        assert len({(tuple(row.prompt), row.document) for row in rows}) == len(own)
+
+
 def test_few_records_cannot_be_split(tmp_path):
     records = [alpaca(i) for i in range(19)]
     assert len(read(tmp_path, records)) == 19
-    with pytest.raises(UserError, match="holds 19 different records, 20 are needed"):
+    with pytest.raises(UserError, match="holds 19 different prompts, 20 are needed"):
         read(tmp_path, records + records, split="training")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation import record as of
+from ftp_lightning.evaluation.pairing import compare
 
 
 def items(method, right, task="t", seed=0, **columns):
@@ -46,6 +47,24 @@ def test_pairs_of_trained_methods_go_by_seed_and_those_of_one_run_by_item():
     once = of.pairs(of.joined([a, items("c", [False, False])]), "a", "c", "right")
     assert len(once) == 4 and once.seed.tolist() == [0, 0, 1, 1]
     assert of.mean(a, "right").seeds == 2
+
+
+def test_items_that_are_not_the_same_make_no_pair():
+    for name in ("document", "hash"):
+        a = items("a", [True] * 3).assign(**{name: [1, 2, 3]})
+        b = items("b", [False] * 3).assign(**{name: [1, 5, None]})
+        found = of.pairs(of.joined([a, b]), "a", "b", "right")
+        assert found.item.tolist() == [0, 2] and list(found.columns).count(name) == 1
+    twice = of.joined([items("a", [True, True]), items("a", [False, False])])
+    with pytest.raises(ValueError, match="a has item 0 of task 't' twice"):
+        of.pairs(twice, "a", "a", "right")
+
+
+def test_a_comparison_of_nothing_claims_nothing():
+    empty = of.joined([])
+    assert of.difference(empty, "a", "b").note == "no items" and of.mean(empty, "right").value is None
+    apart = of.joined([items("a", [True]), items("b", [True]).assign(item=7)]).assign(score=1.0)
+    assert compare(apart, "a", "b") == []
 
 
 def test_documents_of_two_tasks_are_not_one():

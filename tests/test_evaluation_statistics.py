@@ -13,6 +13,7 @@ from ftp_lightning.evaluation.statistics import (
     clustered,
     mcnemar_p,
     paired,
+    ratio_interval,
     retention,
     skill,
     wilson_interval,
@@ -121,6 +122,15 @@ def test_one_document_has_no_interval(documents):
     assert found.scaled(3).value == pytest.approx(7) and found.scaled(3).low is None
     pair = paired([1, 1, 0], [0, 1, 0], documents)
     assert pair.value == pytest.approx(1 / 3) and pair.low is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_an_item_that_is_not_finite_gives_no_interval(value):
+    for found in (clustered([value, 1, 0]), paired([value, 1, 0], [1, 1, 0])):
+        assert found.low is None and found.high is None and "not finite" in found.note and found.sign == 0
+        assert found.value == (float("inf") if value == float("inf") else None)
+    for pruned, dense in (([value, 1.0], [1.0, 1.0]), ([1.0, 1.0], [value, 1.0])):
+        assert ratio_interval([(pruned, dense, 0.25, None, None)]).low is None
 
 
 def test_nothing_and_lengths():

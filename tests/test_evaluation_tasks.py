@@ -175,6 +175,19 @@ def test_a_row_that_differs_in_its_id_alone_is_no_example(tmp_path):
         assert text_before.startswith("Question: Why?") and text_before.count("Is it odd?") == 1
 
 
+def test_a_row_that_asks_the_same_in_other_words_order_is_no_example(tmp_path):
+    """Choices in another order, hence another letter; another case and spacing."""
+    row = {"question": "Is it odd?", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "A"}
+    turned = row | {"choices": {"text": list("zyxw"), "label": list("ABCD")}, "answerKey": "D"}
+    write(tmp_path / "arc_easy_test.jsonl", [row])
+    write(
+        tmp_path / "arc_easy_train.jsonl",
+        [turned] * 20 + [turned | {"question": " is it  ODD?"}] * 20 + [row | {"question": "Why?"}],
+    )
+    for _, text_before in contexts({"arc_easy": task_data.find_files("arc_easy", tmp_path)}, 1):
+        assert text_before.startswith("Question: Why?") and text_before.lower().count("odd?") == 1
+
+
 def test_examples_are_those_that_lm_eval_draws_by_default(ftp, model, tokenizer, tmp_path):
     for split, count in (("test", 2), ("train", 40)):
         arc = [

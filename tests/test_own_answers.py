@@ -134,6 +134,12 @@ def side_by_side(work):
         return [future.result() for future in [pool.submit(work), pool.submit(work)]]
 
 
+@pytest.mark.parametrize("rows,new_tokens", [([], 3), ([Row([3, 4], [], "chat", 0)], 0)])
+def test_nothing_asked_is_an_error_and_not_endless(tiny, rows, new_tokens):
+    with pytest.raises(ValueError, match="at least 1"):
+        own_answers(tiny, Rows(rows), new_tokens)
+
+
 def test_of_several_processes_one_asks_and_the_others_read(tiny, monkeypatch, tmp_path):
     model, rows = tiny
     asked, real, both = [], module.greedy, threading.Event()

@@ -61,11 +61,12 @@ def load_prompts(
 
     All hold before `text`, which some data sets give beside them. A record without an answer gives a row without a
     continuation. Where no template says otherwise the prompt begins as the tokenizer begins a text, and EOS comes last.
-    The split is that of the record as a document, by the hash of its text; duplicates count once.
+    The split is that of the record as a document, by the hash of its text; duplicates count once. Records with one
+    prompt and different answers go where the first of them goes, and are one document in intervals.
 
     Longer prompts than `prompt_tokens` are left out and counted, as are prompts and responses without words;
     continuations are cut at `continuation_tokens`. Raises UserError for text without records, records without a prompt,
-    fewer than 20 records that are to be split, and where nothing is left.
+    fewer than 20 prompts that are to be split, and where nothing is left.
     """
     check_split(split)
     exchanges = _of_split(source, split, read_records(source, partial(_exchange, tokenizer=tokenizer)))
@@ -113,12 +114,16 @@ def _of_split(source: str, split: str, exchanges: Iterable[_Exchange]) -> list[_
     for exchange in exchanges:
         if exchange.text.strip():
             by_text.setdefault(exchange.text, exchange)
-    if split != "all" and len(by_text) < MANY_DOCUMENTS:  # as documents each of them would be cut into all splits
+    first: dict[str, str] = {}  # whose split all records of one prompt share
+    for text, exchange in by_text.items():
+        first.setdefault(exchange.prompt.strip() or text, text)
+    if split != "all" and len(first) < MANY_DOCUMENTS:  # as documents each of them would be cut into all splits
         raise UserError(
-            f"{source} holds {len(by_text)} different records, {MANY_DOCUMENTS} are needed to tell splits apart\n"
+            f"{source} holds {len(first)} different prompts, {MANY_DOCUMENTS} are needed to tell splits apart\n"
             "give more records, or take all of them by --split all"
         )
-    return [by_text[text] for text in split_documents(list(by_text), split)]
+    chosen = set(split_documents(list(first.values()), split))
+    return [one for text, one in by_text.items() if first[one.prompt.strip() or text] in chosen]
 
 
 def _rows(
@@ -129,8 +134,9 @@ def _rows(
 ) -> Rows:
     rows: list[Row] = []
     left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
-    cut = 0
-    for document, exchange in enumerate(exchanges):
+    cut, documents = 0, dict[str, int]()
+    for number, exchange in enumerate(exchanges):
+        document = documents.setdefault(exchange.prompt, number)
         prompt, response = _tokens(exchange, tokenizer)
         if not exchange.prompt.strip() or not prompt:
             left_out["empty_prompt"] += 1

@@ -43,8 +43,11 @@ def own_answers(
         prompts: rows whose continuations are replaced; with `only_missing` those that have one keep it.
         folder: None keeps nothing.
 
-    Raises UserError where a prompt and its answer do not fit the model, or all answers are empty.
+    Raises UserError where a prompt and its answer do not fit the model, or all answers are empty; ValueError without
+    prompts, or for answers of no tokens.
     """
+    if not len(prompts) or new_tokens < 1:
+        raise ValueError(f"{len(prompts)} prompts and {new_tokens} new tokens: each must be at least 1")
     asked = [i for i, row in enumerate(prompts.rows) if not (only_missing and row.continuation)]
     _check_positions(model, prompts.subset(asked).prompt_tokens + new_tokens)
     ends = end_tokens(model)

@@ -16,7 +16,7 @@ RECORD = "record.jsonl"
 
 
 def compare(items: DataFrame, a: str, b: str) -> list[dict[str, Any]]:
-    """Per task A against B, over the items that both have scored; tasks without scores are left out.
+    """Per task A against B, over the items that both have scored; tasks without such items are left out.
 
     difference: mean score of A minus that of B, with its 95 % interval. lost: items that B alone has right; gained:
     that A alone has; p: McNemar's on the two.
@@ -27,6 +27,8 @@ def compare(items: DataFrame, a: str, b: str) -> list[dict[str, Any]]:
     for task, own in known.groupby("task", sort=False):
         if {a, b} <= set(own["method"]):
             apart, right = difference(own, a, b, "score"), pairs(own, a, b, "right")
+            if not apart.items:
+                continue
             lost, gained = outcomes(right["a"].tolist(), right["b"].tolist())
             ends = {"difference": apart.value, "low": apart.low, "high": apart.high}
             counts = {"lost": lost, "gained": gained, "p": mcnemar_p(lost, gained)}

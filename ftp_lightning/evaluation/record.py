@@ -33,6 +33,7 @@ KEY = ["task", "item"]
 COLUMNS = ["method", "seed", *KEY]
 """Those that every record has."""
 DENSE = "dense"
+_WHOSE = ("document", "hash")
 
 
 def record(items: Iterable[Mapping[str, Any]], method: str, task: str, seed: int = 0) -> DataFrame:
@@ -101,14 +102,30 @@ def outcomes(right: Sequence[Any], other: Sequence[Any]) -> tuple[int, int]:
 def pairs(items: DataFrame, a: str, b: str, column: str) -> DataFrame:
     """Task, item, document, hash and seed of the items that both methods have measured, and the two values `a` and `b`.
 
-    A method that was measured once (dense, or one that no seed changes) is held against every seed of the other.
+    A method that was measured once (dense, or one that no seed changes) is held against every seed of the other. Items
+    of one number whose documents or words differ are not the same item: they make no pair. ValueError where a method
+    has an item twice under one seed.
     """
-    one, two = (items[(items["method"] == name) & items[column].notna()] for name in (a, b))
+    one, two = (_measured(items, name, column) for name in (a, b))
     both_vary = min(len(set(side["seed"])) for side in (one, two)) > 1
     key = [*KEY, "seed"] if both_vary else KEY
-    left = one.reindex(columns=[*KEY, "document", "hash", "seed", column]).rename(columns={column: "a"})
-    right = two.reindex(columns=[*key, column]).rename(columns={column: "b"})
-    return left.merge(right, on=key).astype({"a": float, "b": float})
+    left = one.reindex(columns=[*KEY, *_WHOSE, "seed", column]).rename(columns={column: "a"})
+    right = two.reindex(columns=[*key, *_WHOSE, column]).rename(columns={column: "b"})
+    both = left.merge(right, on=key, suffixes=("", " b"))
+    for name in _WHOSE:
+        own, other = both[name], both.pop(f"{name} b")
+        both = both[own.isna() | other.isna() | (own == other)]
+    return both.astype({"a": float, "b": float})
+
+
+def _measured(items: DataFrame, method: str, column: str) -> DataFrame:
+    """The items of a method that have this column, each once under a seed; else ValueError."""
+    own = items[(items["method"] == method) & items[column].notna()] if column in items else items.iloc[:0]
+    twice = own[own.duplicated([*KEY, "seed"])]
+    if len(twice):
+        task, item = twice.iloc[0][KEY]
+        raise ValueError(f"{method} has item {item} of task {task!r} twice: no telling which one is meant")
+    return own
 
 
 def documents(items: DataFrame) -> list[tuple[Any, ...]]:

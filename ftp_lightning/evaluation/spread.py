@@ -52,6 +52,8 @@ def spread_of(data: Any, documents: Labels, seeds: Labels) -> Spread:
     if clusters < 2:
         note = "one document: no interval" if clusters else "no items"
         return Spread(math.inf, math.inf, n, clusters, several, note=note)
+    if not np.isfinite(data).all():
+        return Spread(math.inf, math.inf, n, clusters, several, note="an item is not finite: no interval")
     variance, df = jackknife(data, document)
     quantile = t_quantile(df)
     reach, distinct = quantile * math.sqrt(variance), float(n)

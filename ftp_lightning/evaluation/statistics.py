@@ -26,7 +26,7 @@ class Interval:
     """A value and its 95 % interval [low, high].
 
     Attributes:
-        value: the mean (or ratio) over all items; None without items.
+        value: the mean (or ratio) over all items; None without items, or where one of them is no number.
         low, high: the interval's ends; None where the data cannot give one, and then `note` says why.
         items, clusters, seeds: how many items, documents and seeds it stands on.
     """
@@ -103,7 +103,7 @@ def paired(a: Sequence[float], b: Sequence[float], documents: Labels = None, see
 
 
 def _between(data: Any, spread: Spread, low: float | None, high: float | None) -> Interval:
-    value = float(data.mean()) if len(data) else None
+    value = None if not len(data) or np.isnan(data).any() else float(data.mean())
     return Interval(value, low, high, len(data), spread.clusters, spread.seeds, spread.note)
 
 
@@ -202,8 +202,10 @@ def ratio_interval(tasks: Sequence[Task]) -> Interval | None:
     ratios, reaches, items, clusters, note = [], [], 0, 0, ""
     for scores, dense_scores, chance, documents, seeds in tasks:
         pruned, dense = np.asarray(scores, dtype=float), np.asarray(dense_scores, dtype=float)
-        above = float(dense.mean()) - chance
         base = clustered(dense_scores, documents)
+        if not (np.isfinite(pruned).all() and np.isfinite(dense).all()):
+            return Interval(None, None, None, len(dense), base.clusters, note="an item is not finite: no ratio")
+        above = float(dense.mean()) - chance
         if above <= 0 or (base.low is not None and base.low <= chance):
             return Interval(None, None, None, len(dense), base.clusters, note="dense is at chance: no ratio")
         ratio = (float(pruned.mean()) - chance) / above

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftp_lightning.errors import UserError
@@ -14,6 +14,8 @@ FEWSHOT_SEED = 1234
 
 IDENTIFIERS = ("id", "idx", "ind", "index")
 """Fields that number rows; two rows that differ in them alone ask the same."""
+ANSWERS = ("answer", "answerKey", "label", "target", "validated_answers")
+"""Fields that hold or number the right answer: what is asked does not depend on them."""
 
 
 def set_shots(name: str, task: Any, num_fewshot: int | None) -> None:
@@ -40,9 +42,9 @@ def set_shots(name: str, task: Any, num_fewshot: int | None) -> None:
 
 
 class OtherRows:
-    """A sampler of lm-eval that leaves out every row with the content of the asked one.
+    """A sampler of lm-eval that leaves out every row that asks the same as the asked one.
 
-    lm-eval does so only where examples and items come from a split of one name. Where no example has that content, the
+    lm-eval does so only where examples and items come from a split of one name. Where no example asks the same, the
     draws are lm-eval's own.
     """
 
@@ -73,11 +75,24 @@ class OtherRows:
         return self.sampler.replace_df(rows).sample(n)
 
     def _content(self, row: Mapping[str, Any]) -> str:
-        """The fields the task reads; of an unknown task all that number nothing."""
+        """What a row asks: the words of the fields the task reads (of an unknown task all that number nothing), in any
+        order of its choices, and in any case and spacing."""
         keys = [key for key in declared(self.name).needs if key in row] or [
             key for key in row if key not in IDENTIFIERS
         ]
-        return json.dumps({key: row[key] for key in keys}, sort_keys=True, default=str)
+        asked = [key for key in keys if key not in ANSWERS] or keys
+        return json.dumps(sorted(words for key in asked for words in _words(row[key])))
+
+
+def _words(value: Any) -> Iterator[str]:
+    """All texts and numbers in a value, however deep."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _words(one)
+    else:
+        yield " ".join(str(value).split()).casefold()
 
 
 def _leave_asked_row_out(name: str, task: Any) -> None:
