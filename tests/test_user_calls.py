@@ -435,3 +435,29 @@ def test_a_pruner_does_not_keep_the_model_that_it_was_attached_to(tmp_path):
     del model
     gc.collect()
     assert kept() is None
+
+
+# ---------------------------------------------------------------- copies, and another text beside
+
+
+def test_a_copy_of_a_pruner_is_attached_to_nothing_but_with_its_model():
+    model, pruner = tiny_llama(), TokenPruner(DynamicRouter(), SCHEDULE)
+    with pruner(model):
+        logits, copies = model(IDS).logits, [copy.copy(pruner), copy.deepcopy(pruner)]
+        pairs = [copy.deepcopy({"model": model, "pruner": pruner}), copy.deepcopy({"pruner": pruner, "model": model})]
+    for one in copies:
+        with one(model):
+            assert torch.equal(model(IDS).logits, logits)
+        assert one.trace is not pruner.trace
+    for pair in pairs:
+        assert pair["model"].pruner is pair["pruner"] is not pruner
+        assert torch.equal(pair["model"](IDS).logits, logits)
+        pair["pruner"].detach()
+        assert torch.equal(pair["model"](IDS).logits, model(IDS).logits)
+
+
+def test_guidance_leaves_the_trace_of_the_prompt_that_was_given():
+    model, pruner = tiny_llama(), TokenPruner(DynamicRouter(), SCHEDULE)
+    with pruner(model):
+        model.generate(IDS, max_new_tokens=3, do_sample=False, guidance_scale=1.5, attention_mask=torch.ones_like(IDS))
+    assert [keep.shape for keep in pruner.trace.prompt.keep] == [IDS.shape] * 4

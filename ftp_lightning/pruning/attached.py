@@ -192,7 +192,9 @@ class Attached:
             raise
         finally:
             ambient.forward = outer
-        forward.trace.prompt = forward.trace if forward.routed is not None else pruner.trace.prompt
+        other_text = ambient.generation is not None and generation is None
+        own_prompt = forward.routed is not None and not other_text
+        forward.trace.prompt = forward.trace if own_prompt else pruner.trace.prompt
         ambient.last = forward.trace, forward.routings
         pruner.latest.told = threading.get_ident(), forward.trace, forward.routings
         return output
