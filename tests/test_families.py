@@ -3,7 +3,8 @@ away what was skipped."""
 
 import pytest
 import torch
-from families import CONFIGS, MORE, family
+import transformers
+from families import CONFIGS, MORE, SHAPE, family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import masked_dense, stock_visibility
@@ -101,6 +102,16 @@ def test_the_oracle_disagrees_with_a_window_that_is_made_up(monkeypatch):
     monkeypatch.setattr(site, "sliding_window", lambda attention: 3)
     with pytest.raises(AssertionError):
         check(family("llama"), TokenPruner(RandomRouter(1), SCHEDULE), [18], 2, "left", [2], 1e-11)
+
+
+@pytest.mark.parametrize("kind", [transformers.MistralConfig, transformers.MiniMaxConfig])
+def test_one_mask_for_all_blocks_goes_before_their_kinds(kind):
+    """These models do not tell blocks with a window from others, whatever `layer_types` says."""
+    experts = {"num_local_experts": 2} if kind is transformers.MiniMaxConfig else {}
+    config = kind(**SHAPE | experts, head_dim=8, sliding_window=6, layer_types=["full_attention"] * 4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert windows(stock_visibility(model, TEXT[0])) == [6] * 4
+    assert [sliding_window(find_attention(block)) for block in find_blocks(model)] == [6] * 4
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -226,13 +227,23 @@ def key_value_projections(attention: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(projection for projection in found if projection is not None) if apart else ()
 
 
+@functools.cache
+def _knows_sliding_blocks(attention: type[nn.Module]) -> bool:
+    """Whether the model's code tells blocks with a window from others."""
+    try:
+        return "sliding_attention" in inspect.getsource(sys.modules[attention.__module__])
+    except (OSError, TypeError, KeyError):  # no source at hand
+        return True
+
+
 def sliding_window(attention: nn.Module) -> int | None:
     """How far back a query of this block sees, in tokens; None = all the way.
 
-    `config.layer_types` is asked first: the stock model makes its masks by it, and some families (EXAONE 4) carry a
-    window in the attention of full blocks, too.
+    `config.layer_types` is asked first where the stock model makes its masks by it: some families (EXAONE 4) carry a
+    window in the attention of full blocks, too. Others (MiniMax, Mistral) know one mask for all, and whether
+    `config.sliding_window` is set decides.
     """
-    kinds = getattr(attention.config, "layer_types", None)
+    kinds = getattr(attention.config, "layer_types", None) if _knows_sliding_blocks(type(attention)) else None
     is_full = kinds[attention.layer_idx] == "full_attention" if kinds else not getattr(attention, "is_sliding", True)
     if is_full:
         return None
