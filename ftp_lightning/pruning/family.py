@@ -228,10 +228,10 @@ def key_value_projections(attention: nn.Module) -> tuple[nn.Module, ...]:
 
 
 @functools.cache
-def _knows_sliding_blocks(attention: type[nn.Module]) -> bool:
-    """Whether the model's code tells blocks with a window from others."""
+def _knows_sliding_blocks(module: str) -> bool:
+    """Whether the code of a model, the module of its attention, tells blocks with a window from others."""
     try:
-        return "sliding_attention" in inspect.getsource(sys.modules[attention.__module__])
+        return "sliding_attention" in inspect.getsource(sys.modules[module])
     except (OSError, TypeError, KeyError):  # no source at hand
         return True
 
@@ -243,7 +243,9 @@ def sliding_window(attention: nn.Module) -> int | None:
     window in the attention of full blocks, too. Others (MiniMax, Mistral) know one mask for all, and whether
     `config.sliding_window` is set decides.
     """
-    kinds = getattr(attention.config, "layer_types", None) if _knows_sliding_blocks(type(attention)) else None
+    kinds = (
+        getattr(attention.config, "layer_types", None) if _knows_sliding_blocks(type(attention).__module__) else None
+    )
     is_full = kinds[attention.layer_idx] == "full_attention" if kinds else not getattr(attention, "is_sliding", True)
     if is_full:
         return None
