@@ -48,6 +48,14 @@ def test_decode_policies_are_compared(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_promise_of_tune_is_checked_on_other_documents(monkeypatch, capsys, tmp_path):
+    words = ["--population", 60, "--limit", 34, "--new_tokens", 3, "--keep", 0.3, "--repetitions", 1]
+    run(monkeypatch, "promise.py", *words, "--output", tmp_path)
+    said = capsys.readouterr().out
+    assert "answers to fresh prompts, held" in said and "held in 1 of 1 tunings" in said
+
+
+@pytest.mark.slow
 def test_the_ablation_says_what_a_variant_adds_and_goes_on(monkeypatch, capsys, tmp_path):
     words = ["--model", "embedded", "--limit", 34, "--prompt_tokens", 48, "--new_tokens", 6, "--output", tmp_path]
     words += ["--variants", "uniform;late blocks;late blocks, fitted"]
