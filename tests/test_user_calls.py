@@ -185,6 +185,8 @@ def test_what_a_pruner_is_not_made_of():
     for router, schedule in (("static", SCHEDULE), (DynamicRouter(), [0.0, 0.5]), (DynamicRouter(), "schedule.json")):
         with pytest.raises(UserError, match="a router and a Schedule"):
             TokenPruner(router, schedule)
+    said = "TokenPruner(StaticRouter, 2 blocks, budget=0.25, kv=keep, choice=topk, decode=dense, skip=identity)"
+    assert repr(TokenPruner(StaticRouter(), Schedule([0.0, 0.5]), kv="keep")) == said
     with pytest.raises(UserError, match="whole number of queries"):
         TokenPruner(DynamicRouter(), SCHEDULE, window=2.5)
 

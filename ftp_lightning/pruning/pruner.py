@@ -164,6 +164,11 @@ class TokenPruner:
         else:
             super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        budget = "no schedule" if self.schedule is None else f"budget={self.schedule.budget:.3g}"
+        about = f"kv={kv_text(self.kv)}, choice={self.choice}, decode={self.decode}, skip={self.skip}"
+        return f"TokenPruner({type(self.router).__name__}, {len(self.kv)} blocks, {budget}, {about})"
+
     def __copy__(self) -> TokenPruner:
         return self.changed()
 
