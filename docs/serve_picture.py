@@ -1,6 +1,6 @@
 """The picture of the server's page, docs/pictures/serve.png: a long prompt on a real model, as it is measured.
 
-    python docs/serve_picture.py [--tokens 3000] [--budget 0.33] [--output docs/pictures/serve.png]
+    python docs/serve_picture.py [--tokens 4000] [--budget 0.33] [--output docs/pictures/serve.png]
 
 It serves the ready-made pruner of SmolLM2 (`make models`), and asks it in Chromium by `docs/screenshots.py`.
 """
@@ -23,7 +23,7 @@ MODEL = "smollm2-135m-instruct"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--budget", type=float, default=0.33)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "pictures/serve.png")
     asked = parser.parse_args()
@@ -37,6 +37,7 @@ def main() -> None:
     try:
         url = next(server.stdout or iter([])).split()[1]
         with Browser(program) as browser:
+            browser.dress("light")
             browser.ask("Page.navigate", url=url)
             browser.wait_for("Page.loadEventFired")
             fill = f"at('prompt').value = {prompt}; at('budget').value = {asked.budget}; show()"

@@ -321,3 +321,17 @@ def test_a_client_that_leaves_a_stream_stops_the_computation():
         metrics = httpx.get(f"{url}/metrics").text
     assert found["ftp"]["time_to_first_token_ms"] < 3000 and time.monotonic() - begin < 5
     assert "ftp_clients_gone_total 1.0" in metrics
+
+
+def test_a_worker_gives_back_freed_memory_once_when_nothing_waits(monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr("ftp_lightning.serving.worker.give_back", lambda: calls.append(1))
+    monkeypatch.setattr("ftp_lightning.serving.worker.IDLE", 0.01)
+    monkeypatch.setattr("ftp_lightning.serving.worker.RESTS", 3)
+    with client() as one:
+        for number in (1, 2):  # after the start, and after an answer
+            while len(calls) < number:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert len(calls) == number
+            complete(one, "a", max_tokens=1)

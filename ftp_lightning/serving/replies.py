@@ -82,8 +82,8 @@ class Replies:
         self.server.response_buffer[uid] = item
         ended = False
         try:
-            await asyncio.to_thread(self._queue.put, (self.server.app.response_queue_id, uid, since, ask))
             watch = _Watch(self, item, request, since)
+            await asyncio.to_thread(self._queue.put, (self.server.app.response_queue_id, uid, since, ask))
             while not ended:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(item.event.wait(), LOOK)
