@@ -8,11 +8,11 @@ import random
 
 import torch
 from openai import OpenAI
-from serve_process import Server
 
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
+from ftp_lightning.studies.served import Server
 
 
 def main() -> None:

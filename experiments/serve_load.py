@@ -9,11 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from serve_process import Server, shown
 
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation.speed.timing import median_interval
+from ftp_lightning.studies.served import Server, shown
 
 
 def main() -> None:

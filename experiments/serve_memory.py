@@ -7,7 +7,7 @@ import argparse
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-from serve_process import Server
+from ftp_lightning.studies.served import Server
 
 WORDS = "the boy saw a small red house by the sea and the old man told him of ships and gold".split()
 

@@ -8,12 +8,12 @@ import time
 from functools import partial
 
 import torch
-from serve_process import Server, shown
 
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.evaluation.speed.timing import interleaved, median_interval, seconds
+from ftp_lightning.studies.served import Server, shown
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A server on a free port, for the other `serve_` experiments: its address, its answers and its memory."""
+"""A server on a free port, for the `serve_` experiments: its address, its answers and its memory."""
 
 from __future__ import annotations
 
