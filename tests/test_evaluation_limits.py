@@ -74,7 +74,7 @@ def test_a_dense_block_of_a_padded_batch_keeps_its_padding():
 def test_every_length_is_measured_once_and_in_turn_with_the_whole(model, monkeypatch):
     order = []
 
-    def seconds(run, device):
+    def seconds(run, device, clock):
         tokens = run().shape[1]
         order.append(tokens)
         return float(tokens)

@@ -102,4 +102,5 @@ def test_fixed_router_wants_one_shape():
 def test_fixed_router_wants_decisions_and_no_probabilities():
     with pytest.raises(ValueError, match="masks of bool"):
         FixedRouter([torch.rand(1, 3)])
-    assert FixedRouter([torch.ones(1, 3, dtype=torch.int64)]).keep[0].dtype == torch.bool
+    for dtype in (torch.int64, torch.float32):
+        assert FixedRouter([torch.ones(1, 3, dtype=dtype)]).keep[0].dtype == torch.bool

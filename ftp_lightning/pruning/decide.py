@@ -164,8 +164,8 @@ def route(run: BlockRun, part: str, score: Tensor | None = None) -> tuple[Kept, 
             score = pruner.router.score(context) if by_rank else pruner.router.probability(context)
         if by_rank:
             counts = forward.counts[run.plan.index]
-            last = forward.chosen
-            if last is not None and score is forward.ranked_by and (counts, place) == (last.counts, last.keep.device):
+            last = forward.chosen if part == "block" and score is forward.ranked_by else None
+            if last is not None and (counts, place) == (last.counts, last.keep.device):
                 return last, None  # the router ranks once for all blocks, and this one keeps as many as the last
             keep = choose_topk(score, routed, counts, context.kept)
         else:

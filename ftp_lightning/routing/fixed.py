@@ -27,7 +27,7 @@ class FixedRouter(Router):
 
     Raises:
         ValueError: `keep` beside lists of parts, or none at all; entries of different shapes, not two-dimensional, or
-        of floating-point numbers; lists of different lengths. A prompt of another shape is refused when it comes.
+        of numbers other than 0 and 1; lists of different lengths. A prompt of another shape is refused when it comes.
     """
 
     def __init__(
@@ -128,7 +128,10 @@ class FixedRouter(Router):
 
 def _masks(keep: Sequence[Tensor] | None) -> list[Tensor] | None:
     """The lists as bool tensors; ValueError for probabilities, which say nothing about who is kept."""
-    masks = None if keep is None else [torch.as_tensor(mask) for mask in keep]
-    if masks is not None and any(mask.is_floating_point() for mask in masks):
-        raise ValueError("FixedRouter wants masks of bool, not of floating-point numbers")
-    return None if masks is None else [mask.to(torch.bool) for mask in masks]
+    if keep is None:
+        return None
+    masks = [torch.as_tensor(mask) for mask in keep]
+    kept = [mask.to(torch.bool) for mask in masks]
+    if any(mask.is_floating_point() and not mask.equal(own.to(mask)) for mask, own in zip(masks, kept)):
+        raise ValueError("FixedRouter wants masks of bool, or of 0 and 1; these hold other numbers")
+    return kept
