@@ -264,7 +264,8 @@ CONFIGS = {
     "num_hidden_layers": [10**9, 0, -1, "3", 3.5, 999], "vocab_size": [10**12, 0, 9_999_999], "hidden_size": [10**9],
     "num_attention_heads": [0, 3], "head_dim": [0, 15], "intermediate_size": [10**12], "num_labels": [10**9],
     "hidden_act": ["nosuch"], "model_type": [["llama"]], "attn_implementation": ["evil/kernel"],
-    "quantization_config": [{"quant_method": "gptq", "bits": 4}, []],
+    "quantization_config": [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, {"quant_method": "no"}, []],
+    "dtype": [5],
 }  # fmt: skip
 
 

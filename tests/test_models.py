@@ -208,7 +208,7 @@ def a_pickle_of_garbage(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def a_quantisation_that_is_not_installed(folder):
+def a_quantisation_that_the_weights_lack(folder):
     change_config(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 16})
 
 
@@ -236,7 +236,7 @@ def no_list_of_shards(folder):
         (an_unknown_weight, "unexpected model.layers.0.extra.weight"),
         (a_weight_of_another_shape, "mismatched model.norm.weight ((31,) instead of (32,))"),
         (a_pickle_of_garbage, "cannot be loaded"),
-        (a_quantisation_that_is_not_installed, "cannot be loaded"),
+        (a_quantisation_that_the_weights_lack, "are quantised"),
         (a_field_of_another_type, "num_hidden_layers"),
         (an_unknown_model_type, "fancy"),
         (an_unknown_rope, "spiral"),

@@ -22,6 +22,7 @@ KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_att
 """Attention implementations that are part of transformers; any other name would be downloaded and run."""
 _READ = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")
 """Endings of what transformers reads of a folder."""
+_PLAIN = ("F64", "F32", "F16", "BF16")
 _LARGEST_CONFIG, _LARGEST_INDEX, _LARGEST_HEADER = 4 * 2**20, 256 * 2**20, 100_000_000
 
 
@@ -41,9 +42,16 @@ def check_folder(folder: Path, name: str, weights: bool) -> None:
         for key in ("attn_implementation", "_attn_implementation"):
             if part.get(key) not in (None, *KERNELS) and not isinstance(part.get(key), dict):
                 raise UserError(f"config.json of {name} asks for the attention {str(part[key])[:60]!r}\nRemove {key}.")
+        for key in ("dtype", "torch_dtype"):
+            if not isinstance(part.get(key), str | None):
+                raise UserError(
+                    f"config.json of {name} says {key} {str(part[key])[:40]}, must be a name\nRemove {key}."
+                )
     if weights:
         _check_index(folder, name)
         _check_against_weights(folder, parts[-1], name)
+        if config.get("quantization_config") is not None:
+            _check_quantised(folder, config["quantization_config"], name)
 
 
 def _object(path: Path, most: int) -> dict[str, Any]:
@@ -106,13 +114,34 @@ def _check_against_weights(folder: Path, config: dict[str, Any], name: str) -> N
         )
 
 
+def _check_quantised(folder: Path, quantised: Any, name: str) -> None:
+    """UserError where config.json names a quantisation and all tensors are plain: the libraries would pass over it."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {key: about for file in files for key, about in _header(file).items() if key != "__metadata__"}
+    plain = all(isinstance(about, dict) and about.get("dtype") in _PLAIN for about in tensors.values())
+    if tensors and plain and not any("scale" in key for key in tensors):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"config.json of {name} says that its weights are quantised ({str(method)[:40]}); they are plain numbers\n"
+            "Remove quantization_config, or give the quantised files."
+        )
+
+
 def _tensors(file: Path) -> int:
     """How many tensors a file of safetensors says it holds; UserError where it is none."""
+    return len(_header(file))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What a file of safetensors says of its tensors, by name; UserError where it is none."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(_LARGEST_HEADER, file.stat().st_size):
                 raise ValueError("its header is longer than the file")
-            return len(json.loads(stream.read(length)))
+            found = json.loads(stream.read(length))
+            if not isinstance(found, dict):
+                raise ValueError("its header is no object")
+            return found
     except (OSError, ValueError, struct.error, RecursionError, TypeError) as error:
         raise UserError(f"{file} is no file of weights: {str(error)[:120]}\nCopy it again.") from None
