@@ -133,7 +133,7 @@ MUTATIONS = {
         "test_policies.py::test_strict_stays_within_its_allowance_at_every_prefix"),
     "a crop leaves the account of what it removed": (
         P, "account[:, : self.seen] for part", "account for part",
-        "test_policies.py::test_crop_leaves_nothing_of_what_it_removed"),
+        "test_policies.py::test_a_second_prompt_takes_the_place_of_what_a_crop_removed"),
     "beams leave their scores behind": (
         P, "self.scores.map(change)", "pass",
         "test_policies.py::test_rows_of_a_cache_move_with_all_that_is_known_of_them"),

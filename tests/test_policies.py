@@ -240,6 +240,21 @@ def test_crop_leaves_nothing_of_what_it_removed(name, decode, kv, chunk):
 
 
 @pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_a_second_prompt_takes_the_place_of_what_a_crop_removed(kv):
+    """Its tokens are a prompt's, whatever the removed continuation did in their places."""
+    pruner = pruner_of("random", "strict", kv, NONE_DENSE)
+    with torch.no_grad(), pruner(MODEL):
+        cropped, never = prefill(pruner, TEXT), prefill(pruner, TEXT)
+        run_on(pruner, cropped, TEXT[:, PROMPT : PROMPT + 6])
+        cropped.crop(-6)
+        for cache in (cropped, never):
+            with pruner.prompt():
+                MODEL(TEXT.flip(0)[:, PROMPT : PROMPT + 6], past_key_values=cache)
+        again, expected = (run_on(pruner, cache, TEXT[:, PROMPT : PROMPT + 7]) for cache in (cropped, never))
+        assert same(again, expected)
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
 @pytest.mark.parametrize("decode", ["dense", "threshold", "strict"])
 @pytest.mark.parametrize("name", ["random", "dynamic"])
 def test_rows_of_a_cache_move_with_all_that_is_known_of_them(name, decode, kv):
