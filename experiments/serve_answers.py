@@ -6,13 +6,12 @@ python experiments/serve_answers.py --pruned embedded --prompts 200
 import argparse
 import random
 
-import torch
 from openai import OpenAI
 
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
-from ftp_lightning.studies.served import Server
+from ftp_lightning.studies.served import Server, generated
 
 
 def main() -> None:
@@ -26,18 +25,6 @@ def main() -> None:
     model.pruner.detach()
     words = " ".join(load_documents("embedded", "test")).split()
 
-    def generated(prompt: str, mode: str) -> str:
-        ids = torch.tensor([prompt_ids(tokenizer, prompt)])
-        if mode == "always":
-            pruner.attach(model)
-        try:
-            said = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.new_tokens, do_sample=False
-            )
-        finally:
-            pruner.detach()
-        return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
-
     different = changed = 0
     with Server("--pruned", asked.pruned) as server:
         openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -45,7 +32,9 @@ def main() -> None:
             start = draw.randrange(len(words) - 300)
             prompt, right = " ".join(words[start : start + draw.randrange(8, 120)]), {}
             for mode in ("off", "always"):
-                right[mode], fields = generated(prompt, mode), {"max_tokens": asked.new_tokens, "ftp_mode": mode}
+                attached = pruner if mode == "always" else None
+                ids, fields = prompt_ids(tokenizer, prompt), {"max_tokens": asked.new_tokens, "ftp_mode": mode}
+                right[mode] = generated(model, tokenizer, attached, ids, asked.new_tokens)
                 by_package = openai.completions.create(
                     model=asked.pruned, prompt=prompt, temperature=0, max_tokens=asked.new_tokens,
                     extra_body={"ftp_mode": mode},

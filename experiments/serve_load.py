@@ -13,7 +13,7 @@ import torch
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation.speed.timing import median_interval
-from ftp_lightning.studies.served import Server, shown
+from ftp_lightning.studies.served import Server, generated, shown
 
 
 def main() -> None:
@@ -31,16 +31,6 @@ def main() -> None:
     lengths = list(map(int, asked.tokens.split(",")))
     prompts = [ids[97 * number :][:length] for number in range(4) for length in lengths]
 
-    def alone(prompt: list[int], mode: str) -> str:
-        one = torch.tensor([prompt])
-        if mode == "always":
-            pruner.attach(model)
-        try:
-            said = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=8, do_sample=False)
-        finally:
-            pruner.detach()
-        return tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True)
-
     def client(server: Server, seed: int) -> list[tuple[int, dict, dict]]:  # raises where an answer is lost
         choose, found, end = random.Random(seed), [], time.monotonic() + asked.seconds
         while time.monotonic() < end:
@@ -50,7 +40,7 @@ def main() -> None:
             found.append((prompt, dense, server.ask(prompts[prompt], max_tokens=8, ftp_mode="always", **more)))
         return found
 
-    right = [[alone(prompt, mode) for mode in ("off", "always")] for prompt in prompts]
+    right = [[generated(model, tokenizer, one, prompt, 8) for one in (None, pruner)] for prompt in prompts]
     with Server("--pruned", asked.pruned) as server:
         for clients in map(int, asked.clients.split(",")):
             with ThreadPoolExecutor(clients) as pool:

@@ -13,7 +13,7 @@ from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.evaluation.speed.timing import interleaved, median_interval, seconds
-from ftp_lightning.studies.served import Server, shown
+from ftp_lightning.studies.served import Server, generated, shown
 
 
 def main() -> None:
@@ -33,16 +33,8 @@ def main() -> None:
 
     def bare(mode: str) -> None:
         begin = time.process_time()
-        ids = torch.tensor([prompt_ids(tokenizer, prompt)])
-        if mode == "always":
-            pruner.attach(model)
-        try:
-            said = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.new_tokens, do_sample=False
-            )
-        finally:
-            pruner.detach()
-        tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        attached = pruner if mode == "always" else None
+        generated(model, tokenizer, attached, prompt_ids(tokenizer, prompt), asked.new_tokens)
         spent.append(time.process_time() - begin)
 
     with Server("--pruned", asked.pruned) as server:

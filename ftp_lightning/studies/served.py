@@ -1,4 +1,4 @@
-"""A server on a free port, for the `serve_` experiments: its address, its answers and its memory."""
+"""A server on a free port, for the `serve_` experiments: its address, answers and memory; and `generate` without it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from ftp_lightning.evaluation.statistics import Interval
+from ftp_lightning.pruning import TokenPruner
 
 
 class Server:
@@ -50,6 +53,16 @@ class Server:
         self.client.close()
         self.process.terminate()
         self.process.wait(30)
+
+
+def generated(model: Any, tokenizer: Any, pruner: TokenPruner | None, ids: list[int], new_tokens: int) -> str:
+    """What bare `generate` answers to these tokens, greedily; pruner: attached meanwhile, None: dense."""
+    prompt = torch.tensor([ids])
+    with nullcontext() if pruner is None else pruner(model):
+        said = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
+        )
+    return tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
 
 
 def shown(found: Interval, digits: int = 3) -> str:
