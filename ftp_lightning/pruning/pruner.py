@@ -93,19 +93,7 @@ class TokenPruner:
         least_tokens: int | Literal["auto"] = 0,
         family: ScheduleFamily | None = None,
     ):
-        if not isinstance(router, Router) or not isinstance(schedule, Schedule | None):
-            raise UserError(
-                f"a TokenPruner is made of a router and a Schedule, not of {type(router).__name__} and "
-                f"{type(schedule).__name__}.\nFor example TokenPruner(StaticRouter(), Schedule([0.0, 0.5]))."
-            )
-        if window != int(window):
-            raise UserError(f"window is {window}, must be a whole number of queries.")
-        if schedule is None and not isinstance(router, FixedRouter):
-            raise ValueError("a schedule is needed; only a FixedRouter goes without")
-        if schedule is not None and isinstance(router, FixedRouter) and router.num_blocks != schedule.num_blocks:
-            raise ValueError(f"FixedRouter decides {router.num_blocks} blocks, the schedule has {schedule.num_blocks}")
-        if schedule is not None:
-            router.check_schedule(schedule)
+        _check_made_of(router, schedule, window)
         self.router, self.schedule = router, schedule
         blocks = router.num_blocks if schedule is None else schedule.num_blocks
         if family is not None and family.num_blocks != blocks:
@@ -411,6 +399,23 @@ def _parts(parts: str | Sequence[str], blocks: int) -> tuple[str, ...]:
     if len(found) != blocks:
         raise UserError(f"parts lists {len(found)} blocks, the schedule {blocks}.")
     return tuple(_one_of("parts", part, tuple(ADDRESSED)) for part in found)
+
+
+def _check_made_of(router: Router, schedule: Schedule | None, window: int) -> None:
+    """UserError or ValueError where router, schedule and window do not go together, or are something else."""
+    if not isinstance(router, Router) or not isinstance(schedule, Schedule | None):
+        raise UserError(
+            f"a TokenPruner is made of a router and a Schedule, not of {type(router).__name__} and "
+            f"{type(schedule).__name__}.\nFor example TokenPruner(StaticRouter(), Schedule([0.0, 0.5]))."
+        )
+    if window != int(window):
+        raise UserError(f"window is {window}, must be a whole number of queries.")
+    if schedule is None and not isinstance(router, FixedRouter):
+        raise ValueError("a schedule is needed; only a FixedRouter goes without")
+    if schedule is not None and isinstance(router, FixedRouter) and router.num_blocks != schedule.num_blocks:
+        raise ValueError(f"FixedRouter decides {router.num_blocks} blocks, the schedule has {schedule.num_blocks}")
+    if schedule is not None:
+        router.check_schedule(schedule)
 
 
 def _check_score(score: AttentionScore, router: Router) -> None:
