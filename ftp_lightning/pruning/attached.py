@@ -182,7 +182,8 @@ class Attached:
         forward = open_forward(self, arguments, past, generation)
         if forward.training is not None:
             arguments |= {"use_cache": False, "past_key_values": None}
-        outer, ambient.forward = ambient.forward, forward
+        # of a forward that changes nothing the wrappers know nothing, so that they cost next to nothing
+        outer, ambient.forward = ambient.forward, forward if forward.active else None
         try:
             if self.plan.needs.scout is not None and forward.routed is not None and forward.active:
                 forward.scouted = scouted(self, inner, arguments, forward)
@@ -192,6 +193,8 @@ class Attached:
             raise
         finally:
             ambient.forward = outer
+        if not forward.active:
+            forward.note_dense(len(self.blocks))
         other_text = ambient.generation is not None and generation is None
         own_prompt = forward.routed is not None and not other_text
         forward.trace.prompt = forward.trace if own_prompt else pruner.trace.prompt
@@ -205,9 +208,6 @@ class Attached:
     def run_block(self, index: int, inner, *args, **kwargs):
         forward, plan = self.ambient.forward, self.plan.blocks[index]
         if forward is None:
-            return inner(*args, **kwargs)
-        if not forward.active:
-            forward.note(forward.real, forward.real)
             return inner(*args, **kwargs)
         if plan.site.place is not None:
             args, kwargs = brought(args, kwargs, plan.site.place)
@@ -240,10 +240,12 @@ class Attached:
         """The attention function of a block: over the keys that its tokens may see."""
         forward, plan = self.ambient.forward, self.plan.blocks[index]
         run = None if forward is None else forward.run
+        if run is None:
+            return plan.stock(module, query, key, value, mask, **kwargs)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if run is not None and run.wants_scores:
+        if run.wants_scores:
             run.tapped = Tapped(query, key, scaling, kwargs.get("softcap"), plan.site.window)
-        if run is None or run.sight is None:
+        if run.sight is None:
             return plan.stock(module, query, key, value, mask, **kwargs)
         kwargs.pop("position_ids", None)  # gaps in them would pass for packed texts; rotations are done
         output, weights = attend(plan, run.sight, module, query, key, value, kwargs)

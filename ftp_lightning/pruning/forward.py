@@ -49,7 +49,7 @@ class Forward:
         new: the tokens of this forward.
         padded: whether there is padding.
         routed: the tokens that are ranked together; None for a continuation.
-        active: some block does something else than the stock model.
+        active: some block does something else than the stock model; else the wrappers of blocks do not see it.
         training: the differentiable forward, with these settings.
         ask: what finds the tokens that enter a part of a block; None: all do (a continuation under `decode="dense"`).
         plain_step: one continuation token a row, none of them padded or free to skip a block.
@@ -115,6 +115,11 @@ class Forward:
         trace.keep.append(attention if whole else attention | mlp)
         trace.keep_attention.append(attention)
         trace.keep_mlp.append(mlp)
+
+    def note_dense(self, blocks: int) -> None:
+        """So many blocks ran as they are, on all tokens."""
+        trace = self.trace
+        trace.keep, trace.keep_attention, trace.keep_mlp = ([self.real] * blocks for _ in range(3))
 
     def go_to(self, place: torch.device) -> None:
         """Take along to this device what blocks look at."""
