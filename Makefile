@@ -4,8 +4,8 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 RUN ?= runs/demo
 PROCESSES ?= 2
-# One stage by PROCESSES processes that are started once and share the work; torch's advice to DDP is not shown.
-TOGETHER = OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(PYTHON) -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node $(PROCESSES) -m ftp_lightning
+# One stage by PROCESSES processes that are started once and share the work.
+TOGETHER = OMP_NUM_THREADS=1 $(PYTHON) experiments/together.py $(PROCESSES)
 WISHES = $(if $(MODEL),--model=$(MODEL)) $(if $(BUDGET),--budget=$(BUDGET)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 .DEFAULT_GOAL := help

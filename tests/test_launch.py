@@ -1,11 +1,15 @@
 """The same command under every launcher finds the same; who a process is comes from the launcher's own variables."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import script
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ftp_lightning.errors import Interrupted, UserError
 from ftp_lightning.launcher import Place, forget, launched, place
@@ -65,6 +69,32 @@ def test_interrupted_is_an_error_that_is_told():
     assert issubclass(Interrupted, UserError)
 
 
+@pytest.mark.parametrize(
+    ("failed", "status", "said"),
+    [
+        (2, 2, ""),
+        (143, 143, ""),
+        (-signal.SIGKILL, 137, "process 1 was ended by SIGKILL"),
+        (signal.SIGTERM, 143, ""),
+        (None, 0, ""),
+    ],
+)
+def test_our_launcher_adds_no_traceback_to_a_refusal(monkeypatch, capsys, failed, status, said):
+    together = script("experiments/together.py")
+
+    def run(arguments):
+        assert arguments.training_script == "ftp_lightning" and arguments.training_script_args == ["search", "-x"]
+        if isinstance(failed, signal.Signals):
+            raise SignalException("stopped", failed)
+        if failed is not None:
+            raise ChildFailedError("stage", {1: ProcessFailure(1, 4242, failed, "none")})
+
+    monkeypatch.setattr(together, "run", run)
+    assert together.main("2", "search", "-x") == status
+    err = capsys.readouterr().err
+    assert err.startswith(said) and len(err.splitlines()) == 2 * bool(said)
+
+
 def run(*command, status=0, **env):
     done = subprocess.run(
         [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True
@@ -105,15 +135,8 @@ def test_two_processes_of_a_launcher_find_what_one_finds(kind, tmp_path):
 
 @pytest.mark.slow
 def test_a_stage_of_one_process_and_a_refusal_end_for_all(tmp_path):
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        2,
-        ROOT / "experiments" / "launch.py",
-    )
-    run(*torchrun, "sensitivity", *TINY, "--windows", 2, "--output", tmp_path / "s")
+    together = (sys.executable, ROOT / "experiments" / "together.py", 2)
+    run(*together, "sensitivity", *TINY, "--windows", 2, "--output", tmp_path / "s")
     assert (tmp_path / "s" / "provenance.json").exists()
-    refused = run(*torchrun, *SEARCH, "--schedule", tmp_path / "missing", "--output", tmp_path / "n", status=1).stderr
-    assert refused.count("there is no") == 1 and not (tmp_path / "n").exists()
+    refused = run(*together, *SEARCH, "--schedule", tmp_path / "missing", "--output", tmp_path / "n", status=2).stderr
+    assert refused.count("there is no") == 1 and len(refused.splitlines()) <= 3 and not (tmp_path / "n").exists()
