@@ -1,6 +1,8 @@
 """Several threads on one pruned model: each gets its own right answer; attach and detach wait for calls."""
 
 import copy
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +184,46 @@ def test_attaching_while_another_thread_runs_the_stock_model():
     call.join(20)
     handle.remove()
     assert torch.equal(found[0], expected)
+    pruner.detach()
+
+
+def test_of_two_threads_that_attach_a_pruner_each_one_is_refused(monkeypatch):
+    """Both would find the model free where neither waits for the other."""
+    model, pruners = tiny_llama(), [TokenPruner(RandomRouter(number), SCHEDULE) for number in range(2)]
+    monkeypatch.setattr(RandomRouter, "check_model", lambda *_: time.sleep(0.05))
+
+    def attach(pruner):
+        try:
+            pruner.attach(model)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(attach, pruners))
+    assert sorted(text is None for text in said) == [False, True] and "another pruner" in str(said)
+    for pruner in pruners:
+        pruner.detach()
+    assert "forward" not in model.model.__dict__
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not():
+    model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
+    inside, go_on = threading.Event(), threading.Event()
+    pruner.attach(model)
+    handle = slow_block(model, inside, go_on)
+    call = threading.Thread(target=lambda: model(torch.randint(3, 64, (1, 12))))
+    call.start()
+    assert inside.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        pruner.detach()
+        os._exit(0)
+    go_on.set()
+    call.join(20)
+    handle.remove()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     pruner.detach()
 
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -264,9 +266,15 @@ class Gate:
         self._changed = threading.Condition()
         self._inside: dict[int, int] = {}  # thread -> how deep it is in calls
         self._state = "open"
+        _GATES.add(self)
 
     def __reduce__(self):
         return Gate, ()
+
+    def forked(self) -> None:
+        """In a process that was forked: of its parent's threads only this one is there."""
+        own = threading.get_ident()
+        self._changed, self._inside = threading.Condition(), {t: n for t, n in self._inside.items() if t == own}
 
     @contextmanager
     def call(self) -> Iterator[bool]:
@@ -304,6 +312,11 @@ class Gate:
                 raise
             before, self._state = self._state, "closed"
             return before != "closed"
+
+
+_GATES: weakref.WeakSet[Gate] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [gate.forked() for gate in _GATES])
 
 
 def _last_tokens(asked) -> int | None:

@@ -28,6 +28,8 @@ from ftp_lightning.training.gates import StraightThrough
 DEFAULT_KV = "evict"
 """The kv mode where neither pruner nor schedule says one (paper)."""
 CHOICES = ("topk", "threshold")
+_ATTACHING = threading.RLock()
+"""One thread at a time attaches: what it checks would not hold beside another one."""
 
 
 def _no_model() -> nn.Module | None:
@@ -223,6 +225,11 @@ class TokenPruner:
         UserError where one is in force already, the block counts differ, or a loaded pruner was made for another base
         model.
         """
+        with _ATTACHING:
+            self._attach(model)
+        return self
+
+    def _attach(self, model: nn.Module) -> None:
         from ftp_lightning.disk.pruned_folder import check_base
         from ftp_lightning.pruning.calls import WrappedMethod, uncompiled
         from ftp_lightning.pruning.devices import home
@@ -246,7 +253,6 @@ class TokenPruner:
             check_base(self._base, model)
         self.router.to(home(model))
         self.is_attached(Attached(self, model, decoder, blocks))
-        return self
 
     def is_attached(self, attached: Attached) -> None:
         """Note where this pruner is in force."""
@@ -255,9 +261,11 @@ class TokenPruner:
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`; calls of other threads are waited for."""
-        if self._attached is not None:
-            self._attached.undo()
-            self._attached = None
+        attached = self._attached
+        if attached is not None:
+            attached.undo()
+            if self._attached is attached:  # another thread may have attached it anew
+                self._attached = None
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[TokenPruner]:
