@@ -46,10 +46,10 @@ def git_commit() -> str | None:
         return None
     command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        said = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return said.decode(errors="replace").strip() or None
 
 
 def versions() -> dict[str, str | None]:

@@ -10,7 +10,7 @@ import pytest
 
 from ftp_lightning.artifact import LOCK, STATE, StageFolder
 from ftp_lightning.errors import Interrupted, UserError
-from ftp_lightning.fingerprint import hash_path
+from ftp_lightning.fingerprint import git_commit, hash_path
 from ftp_lightning.lock import Lock
 from ftp_lightning.whole_files import make_folder
 
@@ -332,3 +332,22 @@ def test_every_error_of_the_system_is_a_sentence_and_others_stay_what_they_are(t
         raise FileNotFoundError(errno.ENOENT, "no such file", "x")
     with pytest.raises(OSError, match="of a library"), folder(tmp_path):
         raise OSError("of a library")
+
+
+@pytest.mark.parametrize(
+    ("git", "commit"),
+    [
+        ("echo 0a1b2c", "0a1b2c"),
+        ("echo HEAD; echo fatal: ambiguous argument >&2; exit 128", None),  # a repository without commits
+        ("printf 'fatal: dubious ownership in /caf\\351' >&2; exit 128", None),  # bytes that are no UTF-8
+        (None, None),
+    ],
+)
+def test_a_commit_that_git_cannot_tell_is_left_blank(tmp_path, monkeypatch, git, commit):
+    if git is not None:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setattr("ftp_lightning.fingerprint.PACKAGE", tmp_path / "package")
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=None)
+    assert git_commit() == commit
