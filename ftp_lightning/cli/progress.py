@@ -39,6 +39,11 @@ class Progress:
 
     `before` and `share`: which part of a whole chain lay before this stage and which part it is (both in [0, 1]);
     from them and the chain's start the time left for all of it is estimated.
+
+    Attributes:
+        finished_before: the part of the chain that an earlier command had finished: it took no time now.
+        after: seconds of what follows the chain, whatever the model is.
+        idle: whether this stage was finished before.
     """
 
     def __init__(
@@ -49,8 +54,11 @@ class Progress:
         started: float | None = None,
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
+        finished_before: float = 0.0,
+        after: float = 0.0,
     ):
         self.label, self.before, self.share = label, before, share
+        self.finished_before, self.after, self.idle = finished_before, after, False
         self.stream, self.now = stream or sys.stderr, now
         self.started = now() if started is None else started
         self._last_shown = -float("inf")
@@ -58,21 +66,32 @@ class Progress:
 
     def place(self) -> dict:
         """What another process needs to continue this progress: `Progress(**place)`."""
-        return {"label": self.label, "before": self.before, "share": self.share, "started": self.started}
+        names = ("label", "before", "share", "started", "finished_before", "after")
+        return {name: getattr(self, name) for name in names}
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._close()
         print(_shown(f"{self.label}: {text}", self.stream), file=self.stream, flush=True)
 
-    def step(self, done: float, total: float, what: str) -> None:
-        """Show that `done` of `total` steps are done; `what` names the current one."""
+    def done_already(self, text: str) -> None:
+        """Print that an earlier command has finished this stage."""
+        self.idle = True
+        self.say(text)
+
+    def step(self, done: float, total: float, what: str, at_most: float | None = None) -> None:
+        """Show that `done` of `total` steps are done; `what` names the current one.
+
+        at_most: seconds that are left where a stage may end sooner; else they are estimated from the steps.
+        """
         now, terminal = self.now(), self.stream.isatty()
         if now - self._last_shown < (0.2 if terminal else EVERY):
             return
         self._last_shown = now
         fraction = min(1.0, done / max(total, 1e-9))
-        text = f"{self.label}: {what}, {self._time(now, fraction)}"
+        left = self._left(now, fraction) if at_most is None else max(0.0, at_most)
+        text = f"{self.label}: {what}, {clock(now - self.started)}"
+        text += "" if left is None else f", {'about' if at_most is None else 'at most'} {clock(left)} left"
         if terminal:
             self._draw(text, self.before + self.share * fraction)
         else:
@@ -82,10 +101,11 @@ class Progress:
         """Print the last line of the stage, with the time it took."""
         self.say(f"{text} ({clock(self.now() - self.started)})")
 
-    def _time(self, now: float, fraction: float) -> str:
+    def _left(self, now: float, fraction: float) -> float | None:
+        """Seconds left; None as long as too little is done to tell."""
         elapsed, part = now - self.started, self.before + self.share * fraction
-        left = f", about {clock(elapsed * (1 - part) / part)} left" if part > 0.01 and elapsed > 1 else ""
-        return f"{clock(elapsed)}{left}"
+        done = part - self.finished_before
+        return elapsed * (1 - part) / done + self.after if done > 0.01 and elapsed > 1 else None
 
     def _draw(self, text: str, part: float) -> None:
         from rich.console import Console

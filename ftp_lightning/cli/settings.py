@@ -197,7 +197,7 @@ class StageSettings(ModelSettings):
         again = self.overwrite or (self.repeats and (read_provenance(self.folder) or {}).get("stage") == self.stage)
         with StageFolder(self.folder, self.stage, self.config(), self.identity(), self.command(), again) as folder:
             if folder.finished:
-                progress.say(f"{self.folder} is done already; --overwrite runs it again")
+                progress.done_already(f"{self.folder} is done already; --overwrite runs it again")
             else:
                 self.work(folder, progress)
         return self.folder

@@ -13,6 +13,7 @@ from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import PrunedSettings, RowsSettings
 from ftp_lightning.data.task_names import MADE, OURS
 from ftp_lightning.errors import UserError
+from ftp_lightning.stages.run_work import evaluated
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +162,7 @@ def _measured(settings: EvaluateStage, bench: Bench, methods: Methods, progress:
 
     def tell(done: int, what: str) -> None:
         if progress is not None:
-            progress.step(done, len(methods) + 1, what)
+            progress.step(evaluated(settings, len(methods), done), evaluated(settings, len(methods)), what)
 
     tell(0, "dense")
     parts, first = [bench.dense], "prompt" if settings.mode == "both" else settings.mode

@@ -102,16 +102,18 @@ class RunStage(BudgetSettings, RowsSettings):
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.report import build_report, headline
         from ftp_lightning.stages.run_inputs import check_inputs
-        from ftp_lightning.stages.run_work import shares
+        from ftp_lightning.stages.run_work import REPORT, shares
 
-        started, before, stages = time.monotonic(), 0.0, self.stages()
+        started, before, finished, stages = time.monotonic(), 0.0, 0.0, self.stages()
         if self.estimate is not None:
             return self._say_estimates(stages)
         share_of = shares(stages, check_inputs(stages))
         for number, (name, settings) in enumerate(stages.items(), start=1):
             label = f"[{number}/{len(stages) + 1}] {name}"
-            settings.execute(Progress(label, before, share_of[name], started))
+            shown = Progress(label, before, share_of[name], started, finished_before=finished, after=REPORT)
+            settings.execute(shown)
             before += share_of[name]
+            finished += share_of[name] if shown.idle else 0.0
         write_text(self.folder / "rounds.json", json.dumps(gains(self.folder, self.rounds), indent=1) + "\n")
         page = build_report(self.folder)
         say(headline(read_product(self.folder / "evaluate", "results.json")))

@@ -19,6 +19,10 @@ PRUNED_ALONE = 0.6
 """Cost of a forward with one pruned block, of which the blocks before it are known [ours, measured]."""
 STORY = 400
 """Tokens of the context of `story_ending` and `story_name`, of which there are about 120 [ours]."""
+PREFILLS, WARM_UP = 20, 3
+"""Prefills of a benchmark's cell beside its timed pairs, and pairs that are not timed [ours, measured]."""
+REPORT = 10.0
+"""Seconds that the report takes after the chain, whatever the model is [ours, measured]."""
 
 
 def shares(stages: dict[str, Any], blocks: int) -> dict[str, float]:
@@ -43,18 +47,32 @@ def _sensitivity(settings: Any, blocks: int) -> float:
     return settings.windows * _row(settings) * (1 + PRUNED_ALONE * blocks * len(settings.levels))
 
 
+def searched(settings: Any, generation: int) -> float:
+    """Work of one search up to the end of a generation; generation 0 is what it starts from."""
+    return settings.windows * _row(settings) * (STARTS + CHILD * generation * settings.offspring)
+
+
 def _search(settings: Any, blocks: int) -> float:
-    return settings.windows * _row(settings) * (STARTS + CHILD * settings.generations * settings.offspring)
+    return searched(settings, settings.generations)
 
 
 def _train(settings: Any, blocks: int) -> float:
     return TRAINED * settings.steps * settings.batch_size * settings.processes * _row(settings)
 
 
-def _evaluate(settings: Any, blocks: int) -> float:
-    methods = len(settings.compare) + 2
+def evaluated(settings: Any, methods: int, done: int | None = None) -> float:
+    """Work of an evaluation of `methods` methods beside dense, up to the questions of method number `done`.
+
+    Texts come first, of all methods. Number 0 is dense, which is asked twice: with and without the facts. None: all.
+    """
+    texts = methods * 2 * (settings.windows or 41) * _row(settings)
     items = sum(120 * STORY if task in ("story_ending", "story_name") else _items(settings) for task in settings.tasks)
-    return methods * 2 * (settings.windows or 41) * _row(settings) + QUESTION * (methods + 2) * items
+    times = methods + 2 if done is None else done + 1 if done else 0
+    return texts + QUESTION * times * items
+
+
+def _evaluate(settings: Any, blocks: int) -> float:
+    return evaluated(settings, len(settings.compare) + 2)
 
 
 def _items(settings: Any) -> int:
@@ -62,7 +80,8 @@ def _items(settings: Any) -> int:
 
 
 def _benchmark(settings: Any, blocks: int) -> float:
-    return 2 * (settings.pairs + 1) * sum(settings.lengths or LENGTHS)
+    """Pairs are timed twice: for the speed-up, and for the router's share."""
+    return (4 * (settings.pairs + WARM_UP) + PREFILLS) * sum(settings.lengths or LENGTHS)
 
 
 WORK: dict[str, Callable[[Any, int], float]] = {

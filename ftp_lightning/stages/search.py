@@ -13,6 +13,7 @@ from ftp_lightning.cli.option import check_bounds, check_reachable, option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import BUDGET_LENGTH, BudgetSettings, RowsSettings, StageSettings, picked
 from ftp_lightning.errors import UserError
+from ftp_lightning.stages.run_work import searched
 
 if TYPE_CHECKING:
     import torch
@@ -274,7 +275,8 @@ class _Listener:
         budget = f"budget {current['settings']['budget']:.0%}, " if self.searches > 1 else ""
         best = f"best {self.settings.criterion} {entry['best']:.3g}, {entry['forward_tokens']:,} forward tokens"
         what = f"{budget}generation {generation} of {total}, {best}"
-        self.progress.step(step, self.searches * (total + 1), what)
+        whole = searched(self.settings, total)
+        self.progress.step(done * whole + searched(self.settings, generation), self.searches * whole, what)
 
     def going_on(self, state: dict) -> None:
         current = state.get("current", state)

@@ -85,7 +85,7 @@ class TuneStage(StageSettings):
         self._check_reachable(parts)  # prompts that are answered by nothing are gone
 
         def tell(what: str) -> None:
-            progress.step(allowance.spent, allowance.seconds, what)  # what is left is left at most
+            progress.step(allowance.spent, allowance.seconds, what, allowance.left)
 
         def note() -> None:
             folder.save_state({"seconds": allowance.spent})
