@@ -22,6 +22,7 @@ from ftp_lightning.baselines.skip_gpt import SkipGPTRouter
 from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.baselines.zero_tprune import PageRankSelector
 from ftp_lightning.costs.flops import row_flops
+from ftp_lightning.costs.least_tokens import routed_from
 from ftp_lightning.costs.request import planned_cut, realised_cut, row_costs, scout_flops
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
@@ -434,6 +435,24 @@ def test_methods_at_equal_flops_cost_what_the_pruner_asked_about_costs(name):
     chosen = TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.3), kv="evict")
     found = compared(name, chosen)
     assert planned_cut(MODEL, found, 200) == pytest.approx(planned_cut(MODEL, chosen, 200), abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["uniform", "late_blocks", "fast_kv"])
+@pytest.mark.parametrize("least", [150, "auto"])
+def test_a_method_computes_those_prompts_densely_that_the_pruner_does(name, least):
+    chosen = TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.3), kv="evict", least_tokens=least)
+    found, start = compared(name, chosen), routed_from(MODEL, chosen)
+    assert planned_cut(MODEL, chosen, start - 1) == planned_cut(MODEL, found, start - 1) == 0.0
+    assert planned_cut(MODEL, found, start) > 0.02 and routed_from(MODEL, found) == start
+    text = TEXT[:1].repeat(1, 1 + 149 // TEXT.shape[1])
+    with torch.no_grad(), found(MODEL):
+        MODEL(text[:, :149])
+    assert found.trace.too_short and found.trace.sparsity == [0.0] * BLOCKS
+
+
+def test_removed_parts_are_entered_by_no_prompt_however_short():
+    removed = TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.0), removed=[(1, "block")], least_tokens=150)
+    assert routed_from(MODEL, removed) == 0 and planned_cut(MODEL, removed, 100) > 0.1
 
 
 @pytest.mark.parametrize("name", EQUAL_TOKENS)

@@ -143,6 +143,8 @@ def _with_cut(
 def budget_with_cut(model: nn.Module, pruner, reduction: float, length: int) -> float:
     """The budget at which a pruner's family has the FLOPs cut of a prompt of `length` tokens nearest `reduction`.
 
+    That of a prompt which is routed: where the pruner computes prompts of this length densely, none is cut.
+
     Args:
         pruner: a `TokenPruner` that carries a family.
 
@@ -151,10 +153,11 @@ def budget_with_cut(model: nn.Module, pruner, reduction: float, length: int) -> 
     """
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
-    top, costs = pruner.family.budgets[-1], block_costs(model, pruner.skip_rank)
+    routed, costs = pruner.changed(least_tokens=0), block_costs(model, pruner.skip_rank)
+    top = pruner.family.budgets[-1]
 
     def saved(budget: float) -> float:
-        return planned_cut(model, pruner.at(budget), length, costs=costs)
+        return planned_cut(model, routed.at(budget), length, costs=costs)
 
     if reduction > saved(top):
         raise _out_of_reach(reduction, length, saved(top))

@@ -18,6 +18,18 @@ MARGIN = 2.0
 LONGEST = 1 << 20
 
 
+def routed_from(model: nn.Module, pruner) -> int:
+    """Tokens from which on `pruner` routes a prompt of `model`: its `least_tokens`, with "auto" worked out.
+
+    0 where parts are removed: they are entered by no token of any prompt.
+    """
+    if pruner.removed:
+        return 0
+    if pruner.least_tokens != "auto":
+        return pruner.least_tokens
+    return 0 if pruner.schedule is None else least_tokens(model, pruner.schedule, pruner.kv)
+
+
 def least_tokens(model: nn.Module, schedule: Schedule, kv: str | Sequence[str]) -> int:
     """The shortest prompt whose saved FLOPs are worth the overhead: dense(T) - pruned(T) >= 2 N_routed overhead.
 

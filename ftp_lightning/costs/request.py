@@ -20,6 +20,7 @@ from ftp_lightning.costs.flops import (
     row_flops,
     stored_tokens,
 )
+from ftp_lightning.costs.least_tokens import routed_from
 from ftp_lightning.costs.per_block import BlockCost, block_costs, remaining_costs
 from ftp_lightning.pruning.trace import Trace
 from ftp_lightning.routing.base import Scout
@@ -41,8 +42,11 @@ def planned_cut(
 ) -> float:
     """Share of the FLOPs of a prompt of `tokens` and `new_tokens` decoding steps that the pruner saves, for planning.
 
-    Negative where looking costs more than skipping saves. costs: `block_costs` at the pruner's skip rank, if at hand.
+    Negative where looking costs more than skipping saves, 0 for prompts shorter than the pruner's `least_tokens`.
+    costs: `block_costs` at the pruner's skip rank, if at hand.
     """
+    if tokens < routed_from(model, pruner):
+        return 0.0
     costs = block_costs(model, pruner.skip_rank) if costs is None else costs
     head, schedule = head_flops(model), pruner.schedule
     even = Schedule.uniform(len(costs), 0.0)

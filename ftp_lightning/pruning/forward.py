@@ -215,7 +215,7 @@ def _open_prompt(attached: Attached, forward: Forward) -> None:
     real = forward.real if training is None else forward.real[:, : training.prompt_tokens]
     forward.routed = routed = RoutedTokens.of(real, forward.padded, starts)
     # skipping would cost a short prompt more than it saves; what follows a routed prompt is routed
-    fresh = not forward.past and training is None and not attached.pruner.removed
+    fresh = not forward.past and training is None
     if plan.changes and fresh and max(routed.lengths) < plan.least_tokens:
         forward.active, forward.trace.too_short = False, True
     if not forward.active or isinstance(attached.pruner.router, FixedRouter):

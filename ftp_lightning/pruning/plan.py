@@ -68,6 +68,8 @@ class Plan:
     @staticmethod
     def of(pruner: TokenPruner, model: nn.Module, sites: list[Site]) -> Plan:
         """UserError where decisions address parts of a block that are not understood."""
+        from ftp_lightning.costs.least_tokens import routed_from
+
         router, schedule = pruner.router, pruner.schedule
         fixed = router if isinstance(router, FixedRouter) else None
         named = "attention+mlp" if fixed is not None and fixed.by_parts else "block"
@@ -103,16 +105,8 @@ class Plan:
             routes=routes,
             changes=routes or bool(pruner.removed),
             enters_parts=enters_parts,
-            least_tokens=_least_tokens(pruner, model),
+            least_tokens=routed_from(model, pruner),
         )
-
-
-def _least_tokens(pruner: TokenPruner, model: nn.Module) -> int:
-    from ftp_lightning.costs.least_tokens import least_tokens
-
-    if pruner.least_tokens != "auto":
-        return pruner.least_tokens
-    return 0 if pruner.schedule is None else least_tokens(model, pruner.schedule, pruner.kv)
 
 
 def _is_read(pruner: TokenPruner, blocks: tuple[BlockPlan, ...], index: int) -> bool:

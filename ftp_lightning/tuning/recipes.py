@@ -145,7 +145,7 @@ def distilled(ground: Ground) -> TokenPruner:
 
 def given(pruner: TokenPruner) -> Recipe:
     """The family of a pruner that was found before: its blocks from the last one down, as far as the cut asks for."""
-    form = pruner.scheduled
+    form, of_any_length = pruner.scheduled, pruner.changed(least_tokens=0)
     routed = [block for block in reversed(range(form.num_blocks)) if form.sparsity[block] > 0.0]
 
     def member(amount: float) -> Schedule:
@@ -155,10 +155,11 @@ def given(pruner: TokenPruner) -> Recipe:
 
     def schedules(ground: Ground, _: TokenPruner, cuts: Sequence[float]) -> dict[float, Schedule]:
         amounts = list(range(len(routed) + 1))
-        saved = [planned_cut(ground.model, pruner.with_schedule(member(amount)), ground.length) for amount in amounts]
+        tried = (of_any_length.with_schedule(member(amount)) for amount in amounts)
+        saved = [planned_cut(ground.model, pruner, ground.length) for pruner in tried]
         return {cut: member(float(np.interp(cut, saved, amounts))) for cut in cuts if cut <= saved[-1]}
 
-    return Recipe("given", lambda ground: pruner.changed(least_tokens=0), schedules)
+    return Recipe("given", lambda ground: of_any_length, schedules)
 
 
 def _by_attention() -> UntrainedRouter:
