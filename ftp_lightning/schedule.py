@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, SupportsFloat
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.json_file import finite_numbers, read_json
@@ -42,7 +44,8 @@ class Schedule:
         seen: task -> the last place that a search has looked at, in [0, 1].
 
     Raises:
-        ValueError: no block, a number outside [0, 1], an unknown mode, or modes for another number of blocks.
+        ValueError: no list of numbers, no block, a number outside [0, 1], an unknown mode, or modes for another number
+            of blocks.
     """
 
     sparsity: tuple[float, ...]
@@ -52,7 +55,7 @@ class Schedule:
     def __init__(
         self, sparsity: Sequence[float], kv: str | Sequence[str] | None = None, seen: Mapping[str, float] | None = None
     ):
-        values = tuple(float(s) + 0.0 for s in sparsity)  # + 0.0: no negative zero
+        values = _numbers(sparsity)
         if not values:
             raise ValueError("a schedule needs at least one block, got none")
         for block, s in enumerate(values):
@@ -65,7 +68,7 @@ class Schedule:
     @classmethod
     def uniform(cls, num_blocks: int, budget: float) -> Schedule:
         """The schedule with the same sparsity `budget` in each of `num_blocks` blocks."""
-        return cls([budget] * num_blocks)
+        return cls([budget] * _blocks(num_blocks))
 
     @classmethod
     def stages(
@@ -85,7 +88,11 @@ class Schedule:
         Raises:
             ValueError: no stage, first blocks that do not rise or lie outside of the model, or what `Schedule` refuses.
         """
-        starts = [first for first, _ in stages]
+        try:
+            starts = [operator.index(first) for first, _ in stages]
+        except (TypeError, ValueError):
+            raise ValueError(f"stages are {stages!r}, must be pairs (first block, sparsity)") from None
+        num_blocks = _blocks(num_blocks)
         if not starts or starts != sorted({*starts}) or not 0 <= starts[0] <= starts[-1] < num_blocks:
             raise ValueError(f"stages begin at blocks {starts}; these must rise and lie in 0 to {num_blocks - 1}")
         sparsity = [0.0] * num_blocks
@@ -123,7 +130,13 @@ class Schedule:
             kv: the mode of all blocks, or one per block, in place of the default's. The budget goes to blocks that
                 `keep` first, from the last on, then evenly to blocks that `evict`. So "keep" spends it in late blocks
                 alone, "evict" evenly behind the dense ones.
+
+        Raises:
+            ValueError: a budget outside [0, 1], no whole number of blocks, or what `Schedule` refuses.
         """
+        num_blocks = _blocks(num_blocks)
+        if not isinstance(budget, SupportsFloat) or not 0.0 <= float(budget) <= 1.0:
+            raise ValueError(f"budget is {budget!r}, must be in [0, 1]")
         late = max(1, round(_LATE * num_blocks))
         dense = min(max(1, round(_DENSE * num_blocks)), num_blocks - late)
         modes = kv_modes(["evict"] * (num_blocks - late) + ["keep"] * late if kv is None else kv, num_blocks)
@@ -198,6 +211,29 @@ class Schedule:
         raise UserError(f"{path} is not a schedule: {reason}\nMake one with `ftp-lightning search` or Schedule.save.")
 
 
+def _numbers(sparsity: Any) -> tuple[float, ...]:
+    """One number per block; ValueError where it is none. + 0.0: no negative zero."""
+    try:
+        if isinstance(sparsity, str | bytes | Mapping):
+            raise TypeError("no list")
+        return tuple(float(s) + 0.0 for s in sparsity)
+    except (TypeError, ValueError):
+        told = repr(sparsity)
+        short = told if len(told) < 60 else f"{told[:57]}..."
+        raise ValueError(f"sparsity is {short}, must be one number per block, as [0.0, 0.4]") from None
+
+
+def _blocks(number: Any) -> int:
+    """A number of blocks; ValueError where it is none."""
+    try:
+        blocks = operator.index(number)
+    except TypeError:
+        blocks = 0
+    if blocks < 1:
+        raise ValueError(f"num_blocks is {number!r}, must be a whole number: a schedule needs at least one block")
+    return blocks
+
+
 def _seen(seen: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(seen, Mapping) or not all(isinstance(s, int | float) and 0 <= s <= 1 for s in seen.values()):
         raise ValueError("seen must give a number in [0, 1] for each task")
@@ -206,7 +242,7 @@ def _seen(seen: Mapping[str, float]) -> dict[str, float]:
 
 def kv_modes(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
     """One kv mode per block. ValueError for an unknown mode, or a list for another number of blocks."""
-    modes = (kv,) * blocks if isinstance(kv, str) else tuple(kv)
+    modes = (kv,) * blocks if isinstance(kv, str) or not isinstance(kv, Iterable) else tuple(kv)
     for mode in modes:
         if mode not in KV:
             raise ValueError(f"kv is {mode!r}; this version knows {', '.join(KV)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ class ScheduleFamily:
 
     def __init__(self, schedules: Mapping[float, Schedule] | list[Schedule] | tuple[Schedule, ...]):
         given = schedules.values() if isinstance(schedules, Mapping) else schedules
+        given = [*given] if isinstance(given, Iterable) else [given]
+        if not all(isinstance(schedule, Schedule) for schedule in given):
+            raise ValueError(f"a family is made of schedules, and not of {schedules!r}")
         found = tuple(sorted(given, key=lambda schedule: schedule.budget))
         if not found:
             raise ValueError("a family needs at least one schedule, got none")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.decide import kept_tokens
 from ftp_lightning.schedule import Schedule, level_step
+from ftp_lightning.schedule_family import ScheduleFamily
 
 unit = st.floats(0.0, 1.0)
 
@@ -39,6 +40,35 @@ def test_a_value_outside_the_unit_interval_names_its_block(value):
 def test_an_empty_schedule_is_refused():
     with pytest.raises(ValueError, match="at least one block"):
         Schedule([])
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: Schedule(3), "sparsity is 3, must be one number per block"),
+        (lambda: Schedule(None), "sparsity is None, must be one number per block"),
+        (lambda: Schedule("01"), "sparsity is '01', must be one number per block"),
+        (lambda: Schedule([0.1, None]), r"sparsity is \[0.1, None\], must be one number per block"),
+        (lambda: Schedule({0: 0.1}), "must be one number per block"),
+        (lambda: Schedule([0.1, 0.2], kv=3), "kv is 3; this version knows evict, keep"),
+        (lambda: Schedule.uniform(2.5, 0.3), "num_blocks is 2.5, must be a whole number"),
+        (lambda: Schedule.uniform("a", 0.3), "num_blocks is 'a', must be a whole number"),
+        (lambda: Schedule.uniform(0, 0.3), "num_blocks is 0, .* at least one block"),
+        (lambda: Schedule.uniform(3, "much"), "must be one number per block"),
+        (lambda: Schedule.stages(6, 3), r"stages are 3, must be pairs \(first block, sparsity\)"),
+        (lambda: Schedule.stages(6, [(1.5, 0.2)]), "must be pairs"),
+        (lambda: Schedule.stages(None, [(1, 0.2)]), "num_blocks is None"),
+        (lambda: Schedule.default(12, None), r"budget is None, must be in \[0, 1\]"),
+        (lambda: Schedule.default(12, 1.5), r"budget is 1.5, must be in \[0, 1\]"),
+        (lambda: Schedule.default(12, math.nan), r"budget is nan, must be in \[0, 1\]"),
+        (lambda: Schedule.default("a", 0.3), "num_blocks is 'a'"),
+        (lambda: ScheduleFamily(3), "a family is made of schedules, and not of 3"),
+        (lambda: ScheduleFamily([0.3]), r"a family is made of schedules, and not of \[0.3\]"),
+    ],
+)
+def test_what_makes_no_schedule_is_refused_in_a_sentence(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
 
 
 def test_equality_hash_and_key_go_by_value():
