@@ -24,6 +24,7 @@ SERVED = Served(
     model="embedded", revision=None, dtype="float32", device="cpu", pruned=None, schedule=None, budget=None, mode="off",
     least_tokens="0", dense_structured=False, chat_template="plain", max_batch=8, workers=1, max_new_tokens=16,
     max_prompt_tokens=None, max_waiting=64, max_body=200_000, timeout=60.0, log_prompts=False, key=None,
+    kv=None, seed=None,
 )  # fmt: skip
 
 

@@ -4,15 +4,17 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from served import address, client, embedded, inside
+from served import SERVED, address, client, embedded, inside
 
 from ftp_lightning import Schedule, ScheduleFamily, StaticRouter, TokenPruner, UserError
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.serving.engine import Row, answer, padded
 from ftp_lightning.serving.options import Ask
+from ftp_lightning.serving.plan import Plan
 from ftp_lightning.serving.stops import Text
 from ftp_lightning.serving.worker import together
 
@@ -80,6 +82,25 @@ def test_a_seed_draws_what_generate_draws(asked, settings):
     torch.manual_seed(5)
     wanted = generated(text(1, 30), do_sample=True, top_k=0, **settings)
     assert complete(asked, text(1, 30), **{"temperature": 1.0} | settings, seed=5)["choices"][0]["text"] == wanted
+
+
+def test_the_servers_seed_is_that_of_requests_without_one():
+    torch.manual_seed(5)
+    wanted = generated(text(1, 30), do_sample=True, top_k=0)
+    with client(seed=5) as one:
+        found = [complete(one, text(1, 30), temperature=1.0, **own)["choices"][0]["text"] for own in ({}, {"seed": 6})]
+    assert found[0] == wanted != found[1]
+
+
+def test_kv_is_that_of_the_flag_else_that_of_the_schedule(tmp_path):
+    Schedule.default(12, 0.4).save(tmp_path / "schedule.json")
+    TokenPruner(StaticRouter(), Schedule.default(12, 0.4)).save(tmp_path / "pruned", base="embedded")
+    for how in ({"budget": 0.3}, {"schedule": str(tmp_path / "schedule.json")}, {"pruned": str(tmp_path / "pruned")}):
+        served = replace(SERVED, **how)
+        assert Plan.of(served, 12).pruner_of(0.2).kv == Schedule.default(12, 0.2).kv
+        assert Plan.of(replace(served, kv="keep"), 12).pruner_of(0.2).kv == ("keep",) * 12
+        with pytest.raises(UserError, match="kv lists 2 blocks.*\n.*Give --kv one mode, or one per block"):
+            Plan.of(replace(served, kv=("keep", "evict")), 12)
 
 
 def test_a_temperature_of_nearly_nothing_is_greedy(asked):

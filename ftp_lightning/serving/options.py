@@ -19,6 +19,7 @@ class Served:
     pruned: str | None
     schedule: str | None
     budget: float | None
+    kv: str | tuple[str, ...] | None
     mode: str
     least_tokens: str
     dense_structured: bool
@@ -30,6 +31,7 @@ class Served:
     max_waiting: int
     max_body: int
     timeout: float
+    seed: int | None
     log_prompts: bool
     key: str | None
 

@@ -30,12 +30,14 @@ class Plan:
 
     Attributes:
         budget: of requests that give none.
+        kv: modes in place of those of the schedules, see `Schedule`; None: theirs.
     """
 
     blocks: int
     pruner: TokenPruner | None
     family: ScheduleFamily | None
     budget: float
+    kv: str | tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, served: Served, blocks: int) -> Plan:
@@ -55,8 +57,13 @@ class Plan:
             )
         if budget is None:
             budget = DEFAULT_BUDGET if family is None else family.budgets[-1]
-        plan = cls(blocks, pruner, family, budget)
-        plan.schedule(budget)
+        plan = cls(blocks, pruner, family, budget, served.kv)
+        try:
+            plan.schedule(budget)
+        except UserError:
+            raise
+        except ValueError as error:  # modes for another number of blocks
+            raise UserError(f"{error}\nGive --kv one mode, or one per block.") from None
         return plan
 
     @property
@@ -67,7 +74,10 @@ class Plan:
     def schedule(self, budget: float | None) -> Schedule:
         """The schedule of a budget. UserError above what was searched."""
         budget = self.budget if budget is None else budget
-        return Schedule.default(self.blocks, budget) if self.family is None else self.family.at(budget)
+        if self.family is None:
+            return Schedule.default(self.blocks, budget, self.kv)
+        found = self.family.at(budget)
+        return found if self.kv is None else found.under(self.kv)
 
     def pruner_of(self, budget: float | None) -> TokenPruner:
         """A pruner under the schedule of a budget, for a model whose identity has been checked.

@@ -66,7 +66,7 @@ class Prompts:
             max_tokens=self._room(len(ids), wanted),
             temperature=fields.temperature,
             top_p=fields.top_p,
-            seed=fields.seed,
+            seed=self.served.seed if fields.seed is None else fields.seed,
             stop=tuple(fields.stop),
             stream=fields.stream,
             mode=fields.ftp_mode or self._mode(fields.ftp_budget),

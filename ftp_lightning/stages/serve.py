@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from ftp_lightning.cli.kv import AUTO, given_modes, kv_option
 from ftp_lightning.cli.option import option
 from ftp_lightning.cli.progress import Progress
 from ftp_lightning.cli.settings import Settings
@@ -29,6 +30,11 @@ class ServeStage(Settings):
     pruned: str | None = option(None, "folder of a pruner, or the name of a ready-made one (docs/models.md)")
     schedule: str | None = option(None, "schedule.json or schedules.json; replaces that of --pruned")
     budget: float | None = option(None, "budget of requests that give none", least=0.0, below=1.0)
+    kv: str = kv_option(
+        AUTO,
+        "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or the default schedule",
+        AUTO,
+    )
     ftp_mode: Literal["off", "auto", "always"] | None = option(
         None, "prune never, from --least_tokens on, always; by default auto where a pruner or budget is given, else off"
     )
@@ -48,6 +54,9 @@ class ServeStage(Settings):
     max_waiting: int = option(64, "requests at once, waiting and running; more are refused (429)", least=1)
     max_body: int = option(2_000_000, "bytes of a request; larger ones are refused (413)", least=1000)
     timeout: float = option(600.0, "seconds until a request is given up (504)", above=0.0)
+    seed: int | None = option(
+        None, "seed of requests that give none; by default each of them draws anew", least=0, most=2**32 - 1
+    )
     log_prompts: bool = option(False, "write prompts into the log, too")
 
     def check(self) -> None:
@@ -60,7 +69,7 @@ class ServeStage(Settings):
 
         served = Served(
             **{name: getattr(self, name) for name in Served.__dataclass_fields__ if hasattr(self, name)}
-            | {"model": self._model(), "mode": self._mode(), "key": self._key()}
+            | {"model": self._model(), "mode": self._mode(), "key": self._key(), "kv": given_modes(self.kv)}
         )
         log_to_stderr()
         how = f"--ftp_mode {served.mode}" + (f", pruner {self.pruned}" if self.pruned else "")
