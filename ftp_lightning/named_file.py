@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from ftp_lightning.errors import UserError
 
 LARGEST_TEXT, LARGEST_YAML = 2 * 2**30, 256 * 1024
 """Bytes of a text and of a file of settings [ours]: texts are read whole, settings take a few kB."""
-DEEPEST, MOST_ALIASES = 40, 100
-"""How deep YAML may nest, and how often it may refer back [ours]: a few lines of references expand to gigabytes."""
 
 
 def named_path(text: str | os.PathLike, what: str = "the path") -> Path:
@@ -69,44 +66,11 @@ def parse_yaml(text: str, path: str) -> Any:
     """The value that YAML text from `path` says. UserError where it is broken, or explodes."""
     import yaml
 
+    from ftp_lightning.yaml_file import load_yaml
+
     try:
-        check_yaml(text, path)
-        return yaml.safe_load(text)
+        return load_yaml(text, path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}\nCorrect it.") from None
-
-
-def check_yaml(text: str, path: str) -> None:
-    """UserError for aliases and depth beyond the limits, before anything is built of them, and for a key that is there
-    twice; YAMLError where broken."""
-    import yaml
-
-    depth = aliases = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        aliases += isinstance(event, yaml.AliasEvent)
-        if depth > DEEPEST:
-            raise UserError(f"{path} nests deeper than {DEEPEST} levels\nSettings need two or three.")
-        if aliases > MOST_ALIASES:
-            raise UserError(f"{path} refers back to itself more than {MOST_ALIASES} times\nWrite the values out.")
-    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-
-
-def _check_keys(root: Any, path: str) -> None:
-    """UserError where a map says a key twice: YAML keeps the last one without a word."""
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
-            continue
-        seen.add(id(node))
-        pairs = [pair for pair in node.value if isinstance(pair, tuple)]  # of a map; a sequence has nodes
-        counts = Counter((key.tag, key.value) for key, _ in pairs if isinstance(key.value, str))
-        if twice := next((key for (_, key), count in counts.items() if count > 1), None):
-            raise UserError(f"{path} says {twice[:80]} twice\nLeave one of them out.")
-        nodes += [part for pair in pairs for part in pair] or node.value

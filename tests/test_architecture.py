@@ -26,6 +26,7 @@ CORE = (
     "errors",
     "json_file",
     "named_file",
+    "yaml_file",
     "whole_files",
 )
 EDGES = ("lit", "search", "evaluation", "report", "data", "models", "artifact", "fingerprint", "tracking", "hub") + (

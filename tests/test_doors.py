@@ -6,6 +6,7 @@ import os
 from datetime import datetime
 
 import pytest
+import yaml
 from tiny import random_llama
 
 from ftp_lightning import UserError
@@ -16,12 +17,14 @@ from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.template import checked, limited, rendered
 from ftp_lightning.evaluation.harness.task_data import by_subject
 from ftp_lightning.models import load_model
-from ftp_lightning.named_file import named_path, read_named_text, read_yaml
+from ftp_lightning.named_file import named_path, parse_yaml, read_named_text, read_yaml
 from ftp_lightning.serving.prompts import template_named
 from ftp_lightning.stages.serve import ServeStage
 
 EXPLODING = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join(['*a' + str(n - 1)] * 9)}]\n" for n in range(1, 20))
+MERGING = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 16))
 YAMLS = {
+    "merging": MERGING.encode(),
     "a key twice": b"seed: 1\nbudget: 0.3\nseed: 2",
     "a key twice, deep": b"a: [{x: 1, x: 2}]",
     "exploding": EXPLODING.encode(),
@@ -42,6 +45,14 @@ def test_yaml_that_is_none_or_explodes_is_refused(tmp_path, name):
         read_yaml(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="config.yaml"):
         parse("search", ["--config", str(tmp_path / "config.yaml")])
+
+
+def test_yaml_is_parsed_once_and_says_what_pyyaml_reads(monkeypatch):
+    text = "base: &base {a: 1, b: [x, 0.5]}\nown: {<<: *base, a: 2}\nagain: *base\nday: 2026-07-26\n"
+    expected, texts, begin = yaml.safe_load(text), [], yaml.reader.Reader.__init__
+    monkeypatch.setattr(yaml.reader.Reader, "__init__", lambda self, text: texts.append(text) or begin(self, text))
+    assert parse_yaml(text, "config.yaml") == expected and expected["own"] == {"a": 2, "b": ["x", 0.5]}
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize("content, said", [("# nothing", "holds no settings"), (f"seed: {'9' * 6000}", "digits")])

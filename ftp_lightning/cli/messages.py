@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ftp_lightning.cli.flags import choices_of
 from ftp_lightning.cli.settings import Settings
 from ftp_lightning.errors import UserError
-from ftp_lightning.named_file import LARGEST_YAML, check_yaml, read_named_text
+from ftp_lightning.named_file import LARGEST_YAML, read_named_text
 
 _KEY = re.compile(r"""(?:Parser key "|argument --)(\w+)""")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
@@ -81,13 +81,13 @@ def check_config_file(file: str, settings_class: type[Settings]) -> None:
     """
     import yaml
 
+    from ftp_lightning.yaml_file import load_yaml
+
     try:
-        text = file if file.startswith("{") else read_named_text(file, LARGEST_YAML)
-        check_yaml(text, file)
-        found = yaml.safe_load(text)
+        found = load_yaml(file if file.startswith("{") else read_named_text(file, LARGEST_YAML), file)
     except UserError as error:
         raise UserError(f"the config file {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:120]

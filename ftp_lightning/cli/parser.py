@@ -83,12 +83,18 @@ class Maybe:
 
 
 @cache
+def _hints(settings_class: type[Settings]) -> dict[str, Any]:
+    """The type of every field."""
+    return get_type_hints(settings_class)
+
+
+@cache
 def parser_of(settings_class: type[Settings]) -> Parser:
     """One flag per field, with its type, default and help; `--config` may be given several times, later ones win."""
     parser = Parser(prog=f"ftp-lightning {settings_class.stage}", default_env=False, allow_abbrev=False, add_help=False)
     parser.settings_class = settings_class
     parser.add_argument("--config", action=ActionConfigFile)
-    hints = get_type_hints(settings_class)
+    hints = _hints(settings_class)
     for field in fields(settings_class):
         raw = as_given if field.metadata["read"] else words
         kind = _kind(raw if field.metadata["raw"] else hints[field.name])
@@ -156,7 +162,7 @@ def parse_settings(settings_class: type[Chosen], arguments: Sequence[str]) -> Ch
             raise UserError(f"the arguments were not understood\n{remedy}") from None
         return None
     values = {field.name: namespace[field.name] for field in fields(settings_class)}
-    hints = get_type_hints(settings_class)
+    hints = _hints(settings_class)
     for name, value in values.items():
         if value is None and type(None) not in get_args(hints[name]):
             raise UserError(f"{name} is null\nGive --{name} a value, or leave it out.")
