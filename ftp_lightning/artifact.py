@@ -168,7 +168,7 @@ class StageFolder:
     def place(self, name: str) -> Path:
         """The path for somebody else's file or folder; the first of a new run takes the former run's away."""
         if inside(self.path, name) is None:
-            raise ValueError(f"{name!r} is no name of a file in {self.path}")
+            raise ValueError(f"{name!r} is not the name of a file in {self.path}")
         if not self._files:
             self._forget_former()
         if name in KEPT:

@@ -64,9 +64,9 @@ class AttentionScore:
             if name == "blocks" and isinstance(self.blocks, tuple):
                 _check_blocks(self.blocks)
             elif getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}.")
+                raise UserError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}.")
         if isinstance(self.window, str) and self.window not in ("exact", "question"):
-            raise UserError(f"window is {self.window!r}; this version knows a number of queries, exact and question.")
+            raise UserError(f"window is {self.window!r}; must be a number of queries, exact or question.")
         if not isinstance(self.window, str) and not _is_count(self.window, 1):
             raise UserError(f"window is {self.window}, must be at least 1 query.")
         if not _is_count(self.window_end, 0):
@@ -74,9 +74,11 @@ class AttentionScore:
         if not _is_count(self.kernel_size, 3) or self.kernel_size % 2 == 0:
             raise UserError(f"kernel_size is {self.kernel_size}, must be an odd whole number, at least 3.")
         if self.window == "question" and self.window_end:
-            raise UserError("window_end is given beside window='question', whose span has its own end: leave it out.")
+            raise UserError(
+                "window_end cannot be combined with window='question', which has its own end: leave it out."
+            )
         if self.pooling == "none" and self.kernel_size != AttentionScore.kernel_size:
-            raise UserError("kernel_size is given without pooling: add pooling='max' or pooling='average'.")
+            raise UserError("kernel_size has no effect without pooling: add pooling='max' or pooling='average'.")
 
     @property
     def greatest(self) -> bool:
@@ -114,13 +116,15 @@ class AttentionScore:
         """
         if isinstance(attention, AttentionScore):
             if window not in (DEFAULT_WINDOW, attention.window):
-                raise UserError(f"window is {window} beside {attention}, which has its own: leave window out.")
+                raise UserError(
+                    f"window={window} cannot be combined with {attention}, which has its own window. Leave window out."
+                )
             return attention
         if isinstance(attention, Mapping):
             return AttentionScore(**{"window": window, **attention})
         plain = AttentionScore(window)
         if attention not in ("window", "exact"):
-            raise UserError(f"attention is {attention!r}; this version knows window, exact and an AttentionScore.")
+            raise UserError(f"attention is {attention!r}, must be window, exact or an AttentionScore.")
         return plain if attention == "window" else AttentionScore("exact")
 
     def said(self) -> str | dict[str, Any]:

@@ -28,7 +28,7 @@ def read_device_map(text: str) -> str | dict[str, str | int] | None:
     try:
         said = read_json(Path(text).expanduser(), LARGEST)
     except (OSError, ValueError):
-        raise UserError(f"device_map is {text!r}, no JSON file\nGive none, auto, or such a file.") from None
+        raise UserError(f"device_map is {text!r}; it is not a JSON file\nGive none, auto, or such a file.") from None
     if not isinstance(said, dict) or not said or not all(map(_is_place, said.values())):
         raise UserError(f'{text} is no device map\nIt looks like {{"model.embed_tokens": 0, "model.layers": 1, ...}}.')
     return said

@@ -14,7 +14,7 @@ def read_json(path: str | os.PathLike, most: int) -> Any:
     path = Path(path)
     size = path.stat().st_size
     if not path.is_file() and not path.is_dir():  # a pipe would be waited for; a folder says so itself
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     if size > most:
         raise ValueError(f"it has {size} bytes, at most {most} are expected")
     return parse_json(path.read_bytes())

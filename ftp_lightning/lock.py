@@ -51,7 +51,7 @@ class Lock:
             raise file_error(error) or error from None
         if not stat.S_ISREG(os.fstat(found).st_mode):
             os.close(found)
-            raise UserError(f"{self.path} is no file, but the lock of this folder has that name\nRemove it.")
+            raise UserError(f"{self.path} is not a file, but the lock of this folder has that name\nRemove it.")
         return found
 
     def _is_there(self) -> bool:

@@ -15,9 +15,9 @@ from ftp_lightning.fingerprint import version_of
 REQUIRED = ("torch", "transformers", "lightning", "accelerate", "safetensors", "huggingface_hub", "datasets", "lm_eval")
 """Packages that are shown with their versions; the others of pyproject.toml are shown where something is wrong."""
 OPTIONAL = {
-    "gguf": "reads GGUF files, which the named models are",
+    "gguf": "GGUF files, which the named models are",
     "peft": "adapters on a pruned model",
-    "tensorboard": "--tracking tensorboard",
+    "tensorboard": "for --tracking tensorboard",
     "torchao": "quantised models",
 }
 WANTED_MEMORY, WANTED_DISK = 4.0, 2.0

@@ -19,11 +19,13 @@ def named_path(text: str | os.PathLike, what: str = "the path") -> Path:
     if not written.strip():
         raise UserError(f"{what} is empty: is a variable not set?\nGive a value, or leave it out.")
     if "\0" in written or not _encodes(written):
-        raise UserError(f"{what} is {written[:80]!r}, which cannot be a name\nRemove what is no character.")
+        raise UserError(
+            f"{what} is {written[:80]!r}, which cannot be the name of a file\nRemove the unprintable characters."
+        )
     try:
         return Path(written).expanduser()
     except RuntimeError:
-        raise UserError(f"{what} is {written[:80]!r}, and there is no such user\nWrite the folder out.") from None
+        raise UserError(f"{what} is {written[:80]!r}, and there is no such user\nWrite the full path.") from None
 
 
 def _encodes(text: str) -> bool:
@@ -40,12 +42,12 @@ def read_named(path: str | os.PathLike, most: int = LARGEST_TEXT) -> bytes:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is no file\nGive the path of a file.")
+            raise UserError(f"{path} is not a file\nGive the path of a file.")
         if found.st_size > most:
             raise UserError(f"{path} has {found.st_size:,} bytes, at most {most:,} are read\nGive a smaller file.")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}\nGive the path of a file that can be.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}\nGive the path of a readable file.") from None
 
 
 def read_named_text(path: str | os.PathLike, most: int = LARGEST_TEXT) -> str:
@@ -73,4 +75,4 @@ def parse_yaml(text: str, path: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}\nCorrect it.") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}\nCorrect it.") from None

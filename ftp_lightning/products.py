@@ -92,7 +92,7 @@ def product_text(folder: Path, name: str) -> str | None:
         return None
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         if path.stat().st_size > _LARGEST_PRODUCT:
             raise ValueError(f"it has more than {_LARGEST_PRODUCT} bytes")
         text = path.read_bytes().decode()

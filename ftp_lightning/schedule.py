@@ -245,7 +245,7 @@ def kv_modes(kv: str | Sequence[str], blocks: int) -> tuple[str, ...]:
     modes = (kv,) * blocks if isinstance(kv, str) or not isinstance(kv, Iterable) else tuple(kv)
     for mode in modes:
         if mode not in KV:
-            raise ValueError(f"kv is {mode!r}; this version knows {', '.join(KV)}.")
+            raise ValueError(f"kv is {mode!r}, must be one of {', '.join(KV)}.")
     if len(modes) != blocks:
         raise ValueError(f"kv lists {len(modes)} blocks, the schedule {blocks}.")
     return modes

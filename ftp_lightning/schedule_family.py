@@ -100,7 +100,9 @@ class ScheduleFamily:
             reason = f"it has no {error}"
         except (ValueError, TypeError) as error:
             reason = str(error)
-        raise UserError(f"{path} is no family of schedules: {reason}\nMake one with `ftp-lightning search --budgets`.")
+        raise UserError(
+            f"{path} is not a family of schedules: {reason}\nMake one with `ftp-lightning search --budgets`."
+        )
 
 
 def _modes_between(low: Schedule, high: Schedule, t: float) -> list[str] | None:

@@ -336,7 +336,7 @@ def test_options_that_a_router_would_not_read_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             TokenPruner(router, schedule, attention=score)
-    with pytest.raises(UserError, match="leave window out"):
+    with pytest.raises(UserError, match="Leave window out"):
         TokenPruner(StaticRouter(), schedule, attention=AttentionScore(8), window=9)
 
 

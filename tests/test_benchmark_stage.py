@@ -138,7 +138,7 @@ def test_a_cell_that_does_not_fit_is_left_out_and_told(command, tmp_path, monkey
     assert [row["length"] for row in found["rows"]] == [16]
     assert [(left["length"], left["reason"]) for left in found["left_out"]] == [(32, "out of memory")]
     status, said = command("--lengths", "32", "--output", "other")
-    assert status == 2 and "no cell fits" in said and not (tmp_path / "other").exists()
+    assert status == 2 and "no prompt fits" in said and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ def test_a_run_hands_the_kind_on_to_both_searches():
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["benchmark", "--budget_kind", "flops"], ["without a budget"]),
-        (["evaluate", "--budget_kind", "flops", "--schedule", "s.json"], ["without a budget"]),
+        (["benchmark", "--budget_kind", "flops"], ["needs a budget"]),
+        (["evaluate", "--budget_kind", "flops", "--schedule", "s.json"], ["needs a budget"]),
         (["search", "--budget_length", "512"], ["budget of tokens", "--budget_kind flops"]),
         (["run", "--budget_length", "512"], ["budget of tokens"]),
         (["search", "--budget_kind", "time"], ["budget_kind", "time"]),

@@ -43,7 +43,7 @@ def test_help_answers_for_every_stage(command, stage):
 def test_no_stage_and_an_unknown_one_are_told(command):
     assert command()[0] == 2
     refused(command("evalute"), "no stage 'evalute'", "evaluate")
-    refused(command("sweep"), "no study is given")
+    refused(command("sweep"), "sweep needs a study")
 
 
 @pytest.mark.parametrize(

@@ -143,5 +143,5 @@ def test_remedies_are_sentences():
     from ftp_lightning.cli.messages import shown
     from ftp_lightning.errors import UserError
 
-    assert shown(UserError("a.txt is empty\ngive it more text")) == "a.txt is empty\nGive it more text."
+    assert shown(UserError("a.txt is empty\nGive it more text")) == "a.txt is empty\nGive it more text."
     assert shown(UserError("x\n`make models` helps\n\nfour")) == "x\n`make models` helps.\n"

@@ -444,7 +444,7 @@ def test_broken_folders_are_refused_in_words(tmp_path):
             TokenPruner.load(folder)
 
     file.unlink()
-    refused("is no file")
+    refused("is not a file")
     file.write_bytes(good[:-100])
     refused("cannot be read")
     file.write_bytes(good + b"x" * 10_000)

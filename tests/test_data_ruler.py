@@ -208,7 +208,7 @@ def test_missing_records_are_told_of(records, tmp_path):
     with pytest.raises(UserError, match="holds no squad.jsonl"):
         rows("ruler_qa", tmp_path)
     (tmp_path / "squad.jsonl").write_text(records.read_text().splitlines()[0])
-    with pytest.raises(UserError, match="has no passage beside it without its answer"):
+    with pytest.raises(UserError, match="has no other passage that lacks its answer"):
         rows("squad_long", tmp_path)
 
 

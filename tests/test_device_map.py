@@ -120,14 +120,14 @@ def test_a_stage_finds_the_same(stage, command, tmp_path):
 
 
 REFUSED = [
-    ("benchmark", ["--device_map=auto"], "for a model on one device"),
-    ("trial", ["--device_map=auto"], "for a model on one device"),
-    ("search", ["--device_map=auto", "--device=cpu"], "device is given beside device_map"),
-    ("search", ["--device_map=auto", "--processes=2"], "processes want one each"),
-    ("train", ["--device_map=auto", "--shard"], "both say where the blocks lie"),
-    ("train", ["--shard", "--budget=0.3", "--steps=1", "--model=random:tiny"], "shard is given to one process"),
-    ("trial", ["--shard"], "for a model on one device"),
-    ("search", ["--device_map=nowhere"], "no JSON file"),
+    ("benchmark", ["--device_map=auto"], "works on one device only"),
+    ("trial", ["--device_map=auto"], "works on one device only"),
+    ("search", ["--device_map=auto", "--device=cpu"], "--device cannot be combined with --device_map"),
+    ("search", ["--device_map=auto", "--processes=2"], "--processes needs one for each process"),
+    ("train", ["--device_map=auto", "--shard"], "both place the blocks"),
+    ("train", ["--shard", "--budget=0.3", "--steps=1", "--model=random:tiny"], "--shard needs more than one process"),
+    ("trial", ["--shard"], "works on one device only"),
+    ("search", ["--device_map=nowhere"], "not a JSON file"),
 ]
 
 
@@ -141,7 +141,7 @@ def test_what_does_not_go_together_is_refused(stage, words, said, command, tmp_p
 def test_maps_that_are_none_are_refused(tmp_path):
     for text in ("[]", "{}", '{"model": true}', '{"model": -1}', "{"):
         (tmp_path / "map.json").write_text(text)
-        with pytest.raises(UserError, match="device map|no JSON"):
+        with pytest.raises(UserError, match="device map|not a JSON"):
             load_model("random:tiny", device_map=str(tmp_path / "map.json"))
     (tmp_path / "map.json").write_text('{"model": "disk", "lm_head": "cpu"}')
     with pytest.raises(UserError, match="cannot be spread so"):

@@ -174,7 +174,7 @@ def test_no_name_in_data_becomes_a_path(tmp_path, subject):
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".pdf", ".gz"])
 def test_tables_and_archives_are_not_read_as_prose(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_text("id,text\n1,words and words\n" * 100)
-    with pytest.raises(UserError, match="no plain text"):
+    with pytest.raises(UserError, match="not plain text"):
         load_documents(str(tmp_path / f"a{suffix}"), "all")
 
 

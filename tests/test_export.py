@@ -121,7 +121,7 @@ def test_what_cannot_be_exported_is_said(exported, command, tmp_path):
     for flags, words in (
         ([], "needs a pruner"),
         (["--pruned", "nowhere", "--output", "x"], "not a pruner"),
-        (["--pruned", pruned, "--output", "mine"], "is no export"),
+        (["--pruned", pruned, "--output", "mine"], "is not an export"),
         (["--pruned", "nameless", "--output", "x"], "names no base"),
         (["--pruned", pruned, "--output", "x", "--model", "random:tiny"], "another base model"),
         (["--pruned", "nameless", "--output", "x", "--model", "random:tiny"], "12 blocks"),

@@ -97,7 +97,7 @@ def test_json_that_breaks_parsers(tmp_path, text):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "pruner.json").write_text(text)
     assert read_or_refuse(TokenPruner.load, tmp_path / "p") is None
-    with pytest.raises(UserError, match="no sensitivity"):
+    with pytest.raises(UserError, match="not a sensitivity"):
         load_sensitivity(str(tmp_path / "s.json"), 3)
 
 

@@ -59,13 +59,13 @@ def test_an_error_of_the_clients_http_library_is_a_sentence_wherever_the_hub_is_
     def fail(*_, **__):
         raise transport_error()
 
-    with pytest.raises(UserError, match="org/name cannot be had from the Hub: no route to host\n"):
+    with pytest.raises(UserError, match="org/name cannot be downloaded from the Hub: no route to host\n"):
         _attempt("org/name", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match="not to be had as a Hub data set .no route to host"):
+    with pytest.raises(UserError, match="the Hub data set cannot be loaded .no route to host"):
         hub_records("org/name", str)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(UserError, match="cannot be had from the Hub: no route to host"):
+    with pytest.raises(UserError, match="cannot be loaded from the Hub: no route to host"):
         load_tokenizer("org/name")
 
 

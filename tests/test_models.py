@@ -141,7 +141,7 @@ def test_auto_device_is_what_is_there(monkeypatch):
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert resolve_device("auto").type == expected
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         resolve_device("cuda")
 
 

@@ -179,9 +179,9 @@ def broken(file: Path, how: str) -> str:
 
 REFUSED = {
     "architecture": "architecture fancy is not supported",
-    "truncated": "is no whole GGUF file",
-    "header": "is no whole GGUF file",
-    "text": "is no whole GGUF file: GGUF magic invalid",
+    "truncated": "is not a complete GGUF file",
+    "header": "is not a complete GGUF file",
+    "text": "is not a complete GGUF file: GGUF magic invalid",
     "weights": "missing model.layers.1.mlp.up_proj.weight",
     "missing": "there is no GGUF file",
     "folder": "has no config.json",

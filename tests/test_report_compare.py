@@ -72,7 +72,7 @@ def test_a_difference_is_claimed_only_where_its_interval_excludes_zero(pair):
 
 def test_the_same_run_twice_or_alone_is_refused(pair):
     for folders in ([pair[0], pair[0]], [pair[0]]):
-        with pytest.raises(UserError, match="two runs or more"):
+        with pytest.raises(UserError, match="two different runs or more"):
             read_runs(folders)
 
 

@@ -99,9 +99,9 @@ def test_two_processes_find_the_modes_that_one_finds(command):
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["--kv", "evict"], ["kv is given", "--search_kv"]),
+        (["--kv", "evict"], ["--kv cannot be combined", "--search_kv"]),
         ([*FLOPS, "--max_sparsity", "0.9"], ["max_sparsity", "--search_kv"]),
-        ([*FLOPS[:2], "--budgets", "0.2,0.3"], ["family", "--search_kv"]),
+        ([*FLOPS[:2], "--budgets", "0.2,0.3"], ["several FLOPs budgets", "--search_kv"]),
         ([*FLOPS[:2], "--budget", "0.97"], ["cannot be reached"]),
     ],
 )

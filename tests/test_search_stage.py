@@ -127,7 +127,7 @@ def test_killed_and_started_again_it_finds_the_same(tmp_path):
         (["--stage_windows", "4,2", "--survivors", "2,1"], ["stage_windows"]),
         (["--stage_windows", "2,4", "--survivors", "2"], ["one number for each stage"]),
         (["--budgets", "0.2,1.2"], ["budgets is 1.2"]),
-        (["--budgets", "0.2", "--budget", "0.4"], ["--budget and --budgets"]),
+        (["--budgets", "0.2", "--budget", "0.4"], ["--budget cannot be combined with --budgets"]),
         (["--max_sparsity", "0.2"], ["a budget of 0.3 does not fit", "0.2"]),
         (["--max_sparsity", "1,1"], ["2 values were given for 3 blocks"]),
         (["--min_sparsity", "0.9,0,0", "--max_sparsity", "0.5"], ["block 0", "0.9 to 0.5"]),

@@ -10,6 +10,7 @@ from served import address, embedded
 from test_docs import DOCS, blocks, commands
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
+from ftp_lightning.__main__ import parse
 
 EXAMPLES = blocks(DOCS / "serve.md", "python")
 OFFERED = "http://127.0.0.1:8000"
@@ -44,6 +45,12 @@ def test_the_python_examples_run(number, server, folder, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(said.strip()) > 10
     assert "openai" not in code or re.search(r" [1-9]\d*$", said.strip()), "no token was skipped"
+
+
+def test_the_server_of_the_page_answers_chats():
+    """The embedded model has no chat template: a server without a plain one refuses the page's own client."""
+    words = next(words for block in blocks(DOCS / "serve.md", "bash") for words in commands(block))
+    assert words[:2] == ["ftp-lightning", "serve"] and parse("serve", words[2:]).chat_template == "plain"
 
 
 def test_curl_is_answered(server):

@@ -142,7 +142,7 @@ def test_dense_blocks_that_leave_no_room_are_refused(tmp_path, given, message):
 
 def test_dense_blocks_beside_a_schedule_are_refused(tmp_path):
     Schedule.uniform(12, 0.3).save(tmp_path / "schedule.json")
-    with pytest.raises(UserError, match="dense is about a uniform schedule"):
+    with pytest.raises(UserError, match="--dense makes a uniform schedule"):
         train(tmp_path / "run", schedule=str(tmp_path / "schedule.json"), dense=1)
 
 

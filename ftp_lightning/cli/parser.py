@@ -73,7 +73,7 @@ class Maybe:
         if given is None or (isinstance(given, str) and given.strip() == "null"):
             return None
         if isinstance(given, bool) or (self.kind is int and isinstance(given, float)):
-            raise ValueError(f"{given} is no {self.kind.__name__}")
+            raise ValueError(f"{given} is not of type {self.kind.__name__}")
         return self.kind(given)
 
     def __repr__(self) -> str:

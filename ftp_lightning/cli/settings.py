@@ -35,6 +35,8 @@ class Settings(ABC):
     stage: ClassVar[str]
     first_flags: ClassVar[tuple[str, ...]] = ()
     """Flags that `--help` shows before all others, see `cli.flags`."""
+    hidden_flags: ClassVar[tuple[str, ...]] = ()
+    """Flags that the stage refuses, so that no help shows them."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -112,12 +114,15 @@ class ModelSettings(Settings):
         if read_device_map(self.device_map) is None:
             return
         if not self.spreads:
-            raise UserError(f"{self.stage} is for a model on one device\nLeave --device_map out.")
+            raise UserError(f"{self.stage} works on one device only\nLeave --device_map out.")
         if self.device != "auto":
-            raise UserError("device is given beside device_map, which says it of every block\nLeave one of them out.")
+            raise UserError(
+                "--device cannot be combined with --device_map: the map places every block\nRemove one of them."
+            )
         if getattr(self, "processes", 1) > 1:
             raise UserError(
-                "device_map spreads one model over all devices, processes want one each\nLeave one of them out."
+                "--device_map spreads one model over all devices, and --processes needs one for each process\n"
+                "Remove one of them."
             )
 
     @property
@@ -173,10 +178,12 @@ class BudgetSettings(ModelSettings):
         """UserError where the kind has nothing to say something about, or the budget is out of reach."""
         if self.budget_kind == "tokens":
             if self.budget_length != BUDGET_LENGTH:
-                raise UserError("budget_length is given for a budget of tokens\nAdd --budget_kind flops.")
+                raise UserError(
+                    "--budget_length has no effect on a budget of tokens\nAdd --budget_kind flops, or leave it out."
+                )
             check_reachable(self.budget or 0.0, self.prompt_tokens)
         elif self.budget is None and not getattr(self, "budgets", ()):
-            raise UserError("budget_kind flops is given without a budget\nGive --budget, or leave --budget_kind out.")
+            raise UserError("--budget_kind flops needs a budget\nGive --budget, or leave --budget_kind out.")
 
 
 class StageSettings(ModelSettings):

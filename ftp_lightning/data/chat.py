@@ -47,7 +47,7 @@ def chat_question(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     """
     question = str(messages[-1]["content"]).strip() if messages and messages[-1]["role"] == "user" else ""
     if not question:
-        raise UserError("a chat's question is its last message: it must be a user's, and not be blank.")
+        raise UserError("a chat's question is its last message: it must come from the user and must not be blank.")
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template: give the span of the question yourself.")
     if not tokenizer.is_fast:

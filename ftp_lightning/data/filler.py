@@ -20,7 +20,7 @@ class Filler:
         self.sentences = [sentences_of(text) for text in documents]
         self.cumulative = list(accumulate(map(len, self.sentences)))
         if not any(self.sentences):
-            raise UserError("the text has no sentences to set facts between\ngive more text")
+            raise UserError("the text has no sentences to set facts between\nGive more text")
 
     def draw(self, rng: random.Random, tokens: int) -> tuple[str, int]:
         """Sentences of at least `tokens` tokens, joined by spaces, and the index of the document they start in.
@@ -40,7 +40,7 @@ class Filler:
         rest, more = self._take(others, need - found)
         if found + more < tokens:
             raise UserError(
-                f"the text has {found + more} tokens, {tokens} are needed\ngive more text or shorter prompts"
+                f"the text has {found + more} tokens, {tokens} are needed\nGive more text or shorter prompts"
             )
         return " ".join(stretch + rest), document
 

@@ -120,7 +120,7 @@ def _of_split(source: str, split: str, exchanges: Iterable[_Exchange]) -> list[_
     if split != "all" and len(first) < MANY_DOCUMENTS:  # as documents each of them would be cut into all splits
         raise UserError(
             f"{source} holds {len(first)} different prompts, {MANY_DOCUMENTS} are needed to tell splits apart\n"
-            "give more records, or take all of them by --split all"
+            "Give more records, or take all of them by --split all"
         )
     chosen = set(split_documents(list(first.values()), split))
     return [one for text, one in by_text.items() if first[one.prompt.strip() or text] in chosen]

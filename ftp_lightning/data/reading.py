@@ -154,7 +154,7 @@ def _mixed(
     """The passage at a random place among as many others as fit, and the same with another one in its place."""
     if not others:
         raise UserError(
-            f"task {task}: question {question.id} has no passage beside it without its answer\nGive more records."
+            f"task {task}: question {question.id} has no other passage that lacks its answer\nGive more records."
         )
     *fill, instead = others
     share = rng.random()

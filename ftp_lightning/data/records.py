@@ -113,7 +113,7 @@ def jsonl_records(path: Path, make: Callable[[Any], T]) -> list[T]:
     with _opened(path) as lines:
         for number, line in enumerate(iter(partial(lines.readline, LONGEST_LINE + 1), b""), 1):
             if len(line) > LONGEST_LINE:
-                raise UserError(f"{path}, line {number} has more than {LONGEST_LINE} bytes\nrepair or remove the line")
+                raise UserError(f"{path}, line {number} has more than {LONGEST_LINE} bytes\nRepair or remove the line")
             if line.strip():
                 made.append(_line_record(path, number, line, make))
     return made
@@ -124,18 +124,18 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """A file of records, a regular one. UserError where it cannot be read."""
     try:
         if not path.is_file():
-            raise UserError(f"{path} is no file\nGive the path of a JSONL file.")
+            raise UserError(f"{path} is not a file\nGive the path of a JSONL file.")
         with path.open("rb") as lines:
             yield lines
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}\nGive a file that can be.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}\nGive a readable file.") from None
 
 
 def _line_record(path: Path, number: int, line: bytes, make: Callable[[Any], T]) -> T:
     try:
         return make(parse_json(line))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        raise UserError(f"{path}, line {number}: {error}\nrepair or remove the line") from None
+        raise UserError(f"{path}, line {number}: {error}\nRepair or remove the line") from None
 
 
 def json_records(path: Path, make: Callable[[Any], T]) -> list[T]:
@@ -145,7 +145,7 @@ def json_records(path: Path, make: Callable[[Any], T]) -> list[T]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}\nfor one record per line name it .jsonl") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}\nGive a file that can be.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}\nGive a readable file.") from None
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a JSON array of records, not {type(records).__name__}")
     return [_array_record(path, i, record, make) for i, record in enumerate(records, 1)]
@@ -155,7 +155,7 @@ def _array_record(path: Path, number: int, record: Any, make: Callable[[Any], T]
     try:
         return make(record)
     except ValueError as error:
-        raise UserError(f"{path}, record {number}: {error}\nrepair or remove the record") from None
+        raise UserError(f"{path}, record {number}: {error}\nRepair or remove the record") from None
 
 
 def hub_records(name: str, make: Callable[[Any], T]) -> list[T]:
@@ -165,20 +165,21 @@ def hub_records(name: str, make: Callable[[Any], T]) -> list[T]:
 
     repository, _, config = name.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
-        raise UserError(f"data source {name}: no such file, and no name of a Hub data set\nGive a file or folder.")
+        raise UserError(
+            f"data source {name}: there is no such file, and no Hub data set has such a name\nGive a file or folder."
+        )
     try:
         parts = load_dataset(repository, config or None)
     except hub_errors(OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
-            f"data source {name}: no such file, and not to be had as a Hub data set ({_first_line(error)})\n"
-            "give a local file or folder, or fetch it where there is network: python -m ftp_lightning prefetch --data "
-            + name
+            f"data source {name}: there is no such file, and the Hub data set cannot be loaded ({_first_line(error)})\n"
+            "Give a local file or folder, or where there is a network run: ftp-lightning prefetch --data " + name
         ) from None
     records = parts["train" if "train" in parts else next(iter(parts))]
     try:
         return [make(record) for record in records]
     except ValueError as error:
-        raise UserError(f"data set {name}: {error}\nsave it as JSONL in such a form and give that file") from None
+        raise UserError(f"data set {name}: {error}\nSave it as JSONL in such a form and give that file") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -44,7 +44,7 @@ def load_documents(source: str, split: str) -> list[str]:
     words = sum(map(word_count, documents))
     if words < MINIMUM_WORDS:
         raise UserError(
-            f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\ngive it more text"
+            f"{source}: the split {split!r} holds {words} words, at least {MINIMUM_WORDS} are needed\nGive it more text"
         )
     return documents
 
@@ -58,7 +58,7 @@ def word_count(text: str) -> int:
 def check_split(split: str) -> None:
     """UserError where this is neither a split nor "all"."""
     if split not in (*SPLITS, "all"):
-        raise UserError(f"unknown split {split!r}\nchoose one of: {', '.join(SPLITS)}, all")
+        raise UserError(f"unknown split {split!r}\nChoose one of: {', '.join(SPLITS)}, all")
 
 
 def split_documents(documents: Sequence[str], split: str) -> list[str]:
@@ -124,7 +124,7 @@ def read_records(source: str, make: Callable[[Any], T]) -> list[T]:
         return _READERS[path.suffix.lower()](path, make)
     if path.suffix.lower() in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
         raise UserError(
-            f"data source {source} does not exist\ngive a text file, a folder of .txt files, JSON(L), or 'embedded'"
+            f"data source {source} does not exist\nGive a text file, a folder of .txt files, JSON(L), or 'embedded'"
         )
     return hub_records(source, make)
 
@@ -139,12 +139,12 @@ def _read(source: str) -> list[str]:
 def _read_folder(folder: Path) -> list[str]:
     files = sorted(folder.glob("*.txt"))
     if not files:
-        raise UserError(f"data folder {folder} holds no .txt files\nput one text per file there, or name a .jsonl file")
+        raise UserError(f"data folder {folder} holds no .txt files\nPut one text per file there, or name a .jsonl file")
     return [document for file in files for document in _read_text(file)]
 
 
 def _read_text(path: Path) -> list[str]:
     if path.suffix.lower() in _TABLES:
-        raise UserError(f'{path} is no plain text\nGive text, or its records as .jsonl: {{"text": ...}} per line.')
+        raise UserError(f'{path} is not plain text\nGive text, or its records as .jsonl: {{"text": ...}} per line.')
     text = read_named_text(path)
     return [normalise_book(part) for part in text.split("\f")]

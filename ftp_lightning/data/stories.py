@@ -50,7 +50,7 @@ def _parse_story(chunk: str) -> Story:
 def load_stories(split: str) -> list[Story]:
     """The embedded stories of `split`, one of SPLITS, in file order. An unknown split is a UserError."""
     if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}\nchoose one of: {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}\nChoose one of: {', '.join(SPLITS)}")
     return list(_read(split))
 
 

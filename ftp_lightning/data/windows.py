@@ -41,7 +41,7 @@ def plain_windows(
     first = _streams(tokens, size, tokenizer.eos_token_id, None)
     if not first:
         total = sum(map(len, tokens))
-        raise UserError(f"the text has {total} tokens, one window needs {size}\ngive more text or shorter windows")
+        raise UserError(f"the text has {total} tokens, one window needs {size}\nGive more text or shorter windows")
     rows = _cut(first, size, None) if count is None else []
     while count is not None and len(rows) < count:
         one_pass = _cut(_streams(tokens, size, tokenizer.eos_token_id, rng), size, rng)

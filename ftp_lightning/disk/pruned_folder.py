@@ -296,7 +296,7 @@ def _read(
     most = size + _HEADER + _HEADER_PER_TENSOR * len(wanted)
     try:
         if not path.is_file():
-            raise UserError(f"{path} is no file, the {what}'s weights should be.")
+            raise UserError(f"{path} is not a file; it should hold the {what}'s weights.")
         if path.stat().st_size > most:
             raise UserError(f"{path} has {path.stat().st_size} bytes; the {what} it should hold has at most {most}.")
         state = load_file(path)

@@ -86,7 +86,7 @@ class TrainingSettings:
             raise UserError(f"temperature is {self.temperature}, must be two positive numbers: at first and at last.")
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}.")
+                raise UserError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}.")
 
     @property
     def validation_interval(self) -> int:

@@ -33,7 +33,7 @@ def check_folder(folder: Path, name: str, weights: bool) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix in _READ and not path.is_file():
             raise UserError(
-                f"{path.name} of {name} is no file, or a link to none\nGive the complete files of one model."
+                f"{path.name} of {name} is not a file, or is a broken link\nGive the complete files of one model."
             )
     config = _object(folder / "config.json", _LARGEST_CONFIG)
     parts = [config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict))]
@@ -90,7 +90,7 @@ def _check_index(folder: Path, name: str) -> None:
     for file in files:
         if not file or Path(file).name != file or not (folder / file).is_file():
             raise UserError(
-                f"{path.name} of {name} names {file[:60]!r}, which is no file of that folder\n"
+                f"{path.name} of {name} names {file[:60]!r}, which is not a file of that folder\n"
                 "Give the complete files of one model."
             )
 
@@ -141,7 +141,7 @@ def _header(file: Path) -> dict[str, Any]:
                 raise ValueError("its header is longer than the file")
             found = json.loads(stream.read(length))
             if not isinstance(found, dict):
-                raise ValueError("its header is no object")
+                raise ValueError("its header is not an object")
             return found
     except (OSError, ValueError, struct.error, RecursionError, TypeError) as error:
-        raise UserError(f"{file} is no file of weights: {str(error)[:120]}\nCopy it again.") from None
+        raise UserError(f"{file} is not a file of weights: {str(error)[:120]}\nCopy it again.") from None

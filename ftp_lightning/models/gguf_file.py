@@ -167,7 +167,7 @@ def _check_whole(file: Path) -> str | None:
     except OSError:
         raise
     except Exception as error:
-        raise UserError(f"{file} is no whole GGUF file: {cause(error)}\nDownload it again.") from error
+        raise UserError(f"{file} is not a complete GGUF file: {cause(error)}\nDownload it again.") from error
 
 
 def _split_digits(tokenizer: Any) -> None:

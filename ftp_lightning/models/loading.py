@@ -40,7 +40,7 @@ def load_model(
     Raises UserError for everything that can be wrong with these values, with its remedy.
     """
     if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}\nchoose one of: {', '.join(DTYPES)}")
+        raise UserError(f"unknown dtype {dtype!r}\nChoose one of: {', '.join(DTYPES)}")
     where = read_device_map(device_map)
     place = torch.device("cpu") if where is not None else resolve_device(device)
     if name.startswith("random:"):
@@ -107,12 +107,12 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}\nchoose auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"unknown device {name!r}\nChoose auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"device {name!r} is not there\nchoose auto, cpu, cuda or cuda:N")
+        raise UserError(f"device {name!r} does not exist\nChoose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         found = torch.cuda.device_count()
-        raise UserError(f"device {name!r} is not there: this machine shows {found} CUDA devices\nchoose auto or cpu")
+        raise UserError(f"device {name!r} does not exist: this machine has {found} CUDA devices\nChoose auto or cpu")
     return device
 
 
@@ -122,13 +122,13 @@ def _checked(name: str, revision: str | None, weights: bool) -> str:
     if not name or not path.is_dir():
         if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(
-                f"model folder {name!r} does not exist\ngive a folder, a Hub name, 'embedded' or 'random:SHAPE'"
+                f"model folder {name!r} does not exist\nGive a folder, a Hub name, 'embedded' or 'random:SHAPE'"
             )
         return name
     if not (path / "config.json").is_file():
-        raise UserError(f"model folder {name} has no config.json\ngive a folder as `save_pretrained` writes it")
+        raise UserError(f"model folder {name} has no config.json\nGive a folder as `save_pretrained` writes it")
     if weights and not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
-        raise UserError(f"model folder {name} has no weights (*.safetensors or pytorch_model*.bin)\ncopy them there")
+        raise UserError(f"model folder {name} has no weights (*.safetensors or pytorch_model*.bin)\nCopy them there")
     check_folder(path, name, weights)
     return str(path)
 
@@ -155,7 +155,7 @@ def _pretrained(loader: str, where: str, name: str, revision: str | None, **opti
         if near := begun or get_close_matches(name, [*NAMED, "embedded"], 1, 0.8):
             raise UserError(f"there is no model {name!r}\nDid you mean {near[0]}?") from error
         raise UserError(
-            f"model {name!r} is no local folder and cannot be had from the Hub: {cause(error)}\n"
+            f"model {name!r} is not a local folder and cannot be loaded from the Hub: {cause(error)}\n"
             f"Give a local folder, or run `ftp-lightning prefetch --model {name}` where there is a network.\n"
             "Then set HF_HUB_OFFLINE=1 here."
         ) from error

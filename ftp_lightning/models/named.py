@@ -88,7 +88,7 @@ def locate(name: str, revision: str | None = None) -> str:
     if name not in NAMED:
         path = Path(name).expanduser()
         if not path.is_file():
-            raise UserError(f"there is no GGUF file {name}\ngive the path of one, or another --model")
+            raise UserError(f"there is no GGUF file {name}\nGive the path of one, or another --model")
         return str(converted(name, [path]))
     model, snapshot = NAMED[name], _snapshot(NAMED[name], revision)
     folder = snapshot or converted(name, _package_files(name, revision), model.sha256)

@@ -53,7 +53,7 @@ def random_config(shape: str) -> "LlamaConfig":
 
     if shape not in SHAPES:
         raise UserError(
-            f"unknown random shape {shape!r}\nchoose one of: {', '.join(f'random:{name}' for name in SHAPES)}"
+            f"unknown random shape {shape!r}\nChoose one of: {', '.join(f'random:{name}' for name in SHAPES)}"
         )
     return LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=1, pad_token_id=2)
 

@@ -43,7 +43,7 @@ def find_decoder(model: nn.Module, check: bool = True) -> tuple[nn.Module, nn.Mo
     """
     model = uncompiled(model)
     if not isinstance(model, nn.Module):
-        raise UserError(f"a {type(model).__name__} is no model.\nGive the pruner the model itself.")
+        raise UserError(f"a {type(model).__name__} is not a model.\nGive the pruner the model itself.")
     config = getattr(model, "config", None)
     _check_kind(model, config)
     count = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)

@@ -185,7 +185,7 @@ def check_call(attached: Attached, arguments: dict, past: int) -> None:
     training = attached.ambient.training
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise UserError(
-            "a TokenPruner reads padding from a (batch, tokens) attention_mask; masks of other shapes are refused."
+            "a TokenPruner reads padding from a (batch, tokens) attention_mask; other masks are not supported."
         )
     if positions is not None and mask is None:
         wanted = arguments.get("use_cache")

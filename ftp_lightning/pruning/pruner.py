@@ -146,7 +146,7 @@ class TokenPruner:
         if name in _SETTINGS and "_model" in self.__dict__:  # it is made
             if self._attached is not None:
                 raise UserError(
-                    f"{name} is set while the pruner is attached, and would not take effect.\n"
+                    f"{name} cannot be changed while the pruner is attached: it would have no effect.\n"
                     f"Detach it first, or attach another one: pruner.changed({name}=...)."
                 )
             own = ("ambient", "latest")
@@ -397,7 +397,7 @@ class TokenPruner:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise UserError(f"{name} is {value!r}; this version knows {', '.join(allowed)}.")
+        raise UserError(f"{name} is {value!r}, must be one of {', '.join(allowed)}.")
     return value
 
 

@@ -33,7 +33,7 @@ def check_cache(cache) -> None:
         return
     if not hasattr(cache, "layers"):
         raise UserError(
-            f"past_key_values is a {type(cache).__name__}, which is no key-value cache of a decoder.\n"
+            f"past_key_values is a {type(cache).__name__}, which is not a key-value cache of a decoder.\n"
             "Leave it out, or pass a DynamicCache."
         )
     offloaded = getattr(cache, "offloading", False)

@@ -28,7 +28,7 @@ def scouted(attached: Attached, inner, arguments: dict, prompt: Forward) -> Tens
     assert scout is not None and routed is not None  # else nobody asks
     width = routed.real.shape[1]
     if prompt.past:
-        raise UserError("this router looks at whole prompts; chunks on a filled cache are refused.")
+        raise UserError("this router looks at whole prompts; chunks on a filled cache are not supported.")
     first = split_arguments(arguments, width, 0)[0] if width < prompt.real.shape[1] else arguments
     seen = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     about = {name: first[name] for name in seen if first.get(name) is not None}

@@ -28,9 +28,7 @@ def read_runs(folders: list[Path]) -> Runs:
     """
     paths = [folder.resolve() for folder in folders]
     if len(paths) < 2 or len({*paths}) < len(paths):
-        raise UserError(
-            "a comparison needs two runs or more, each named once\nGive report the folders of several runs."
-        )
+        raise UserError("a comparison needs two different runs or more\nGive `report` the folders of several runs.")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1

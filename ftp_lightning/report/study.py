@@ -84,7 +84,7 @@ def what_is_wrong(study: Any) -> str | None:
             if not isinstance(values, list) or len(values) != len(row["seeds"]):
                 return f"row {row.get('label')!r}: {name} must have one value per seed"
             if any(value is not None and not isinstance(value, int | float) for value in values):
-                return f"row {row.get('label')!r}: {name} holds what is no number"
+                return f"row {row.get('label')!r}: {name} holds something that is not a number"
     if None in labels or len({*labels}) < len(labels):
         return "every row must have a label of its own"
     if study.get("baseline") is not None and study["baseline"] not in labels:

@@ -53,7 +53,7 @@ def router_class(name: str) -> type[Router]:
     kind = ROUTERS.get(name) or OWN_ROUTERS.get(name)
     if kind is None:
         raise UserError(
-            f"router {str(name)[:80]!r} is unknown; this version knows {', '.join(ROUTERS)}.\n"
+            f"router {str(name)[:80]!r} is unknown, must be one of {', '.join(ROUTERS)}.\n"
             "If it is a class of your own, import the module that defines it first."
         )
     return kind

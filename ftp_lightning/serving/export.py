@@ -136,6 +136,6 @@ def _check_target(target: Path, again: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / CUSTOM / "generate.py").is_file():
-        raise UserError(f"{target} exists and is no export; it is left as it is\nGive another --output.")
+        raise UserError(f"{target} exists and is not an export; it is left as it is\nGive another --output.")
     if not again:
-        raise UserError(f"{target} holds an export already\nGive --overwrite to replace it, or another --output.")
+        raise UserError(f"{target} already holds an export\nGive --overwrite to replace it, or another --output.")

@@ -92,7 +92,7 @@ class Prompts:
 
     def _rendered(self, chat: Chat) -> str:
         if not self.template:
-            sentence = "this model has no chat template: use /v1/completions, or start the server with --chat_template"
+            sentence = "this model has no chat template: use /v1/completions, or serve it with --chat_template plain"
             raise Refused(400, sentence, param="messages")
         if chat.tools and "tools" not in str(self.template):
             raise Refused(400, "this model's chat template knows no tools", param="tools")

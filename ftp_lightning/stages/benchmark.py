@@ -81,11 +81,15 @@ class BenchmarkStage(PrunedSettings):
         """UserError for two flags that say the same thing."""
         single = [name for name in ("budget", "schedule", "pruned") if getattr(self, name) is not None]
         if self.budgets and single:
-            raise UserError(f"budgets are given beside --{single[0]}, which has its own\nLeave one of them out.")
+            raise UserError(
+                f"--budgets cannot be combined with --{single[0]}, which sets a budget\nRemove one of them."
+            )
         if self.modes and self.kv != "auto":
-            raise UserError("modes are given beside --kv\nLeave one of them out.")
+            raise UserError("--modes cannot be combined with --kv\nRemove one of them.")
         if self.pruned and self.router != "auto":
-            raise UserError("router is given beside --pruned, which has its own\nLeave one of them out.")
+            raise UserError(
+                "--router cannot be combined with --pruned: the pruner has its own router\nRemove one of them."
+            )
 
     def work(self, folder: StageFolder, progress: Progress) -> None:
         import torch
@@ -116,7 +120,7 @@ class BenchmarkStage(PrunedSettings):
             progress.say(note)
         rows = found["rows"]
         if not rows:
-            raise UserError("no cell fits the device's memory\nGive shorter --lengths or smaller --batches.")
+            raise UserError("no prompt fits the device's memory\nGive shorter --lengths or smaller --batches.")
         folder.write_json("benchmark.json", found)
         write_benchmark(rows, folder.place)
         folder.write_json("metrics.json", {"speedup": {_name(row): row["speedup"] for row in rows}})

@@ -44,7 +44,7 @@ def told(report: Report) -> str:
         f"  {free} of {memory} GB memory free, {disk} GB disk free",
         f"  GPUs: {gpus}",
         *("", "Packages"),
-        *(f"  {name:16} {version or 'not installed'}" for name, version in report.packages.items()),
+        *(f"  {name:16} {version or _missing(name)}" for name, version in report.packages.items()),
         *("", "Models"),
         *(f"  {name:22} {title or 'not installed'}" for name, title in report.models.items()),
         *("", "Tracking", f"  wandb {report.tracking['wandb'] or 'not installed'}, mode {report.tracking['mode']}"),
@@ -52,3 +52,9 @@ def told(report: Report) -> str:
         *(f"  {problem['what']}: {problem['remedy']}" for problem in report.problems),
     ]
     return "\n".join(lines)
+
+
+def _missing(name: str) -> str:
+    from ftp_lightning.machine import OPTIONAL
+
+    return f"not installed (optional: {OPTIONAL[name]})" if name in OPTIONAL else "not installed"

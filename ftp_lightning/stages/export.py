@@ -28,7 +28,7 @@ class ExportStage(Settings):
 
     def check(self) -> None:
         if not (self.pruned and self.output):
-            raise UserError("export needs a pruner and a place\nGive --pruned FOLDER and --output FOLDER.")
+            raise UserError("export needs a pruner and an output folder\nGive --pruned FOLDER and --output FOLDER.")
 
     def execute(self, progress: Progress | None = None) -> Path:
         from ftp_lightning.serving.export import export

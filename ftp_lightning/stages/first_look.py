@@ -29,6 +29,7 @@ class TryStage(GenerateStage):
 
     words: tuple[str, ...] = option((), "the prompt; by default a built-in one", positional=True)
     model: str = option(AUTO_MODEL, f"any model; `auto` is {REAL} where it is installed, else {OWN}")
+    max_new_tokens: int = option(32, "tokens to generate", least=1, most=10**6)
     pairs: int = option(2, "timings of the first token, dense and pruned in turn", least=1, most=10_000)
 
     def __post_init__(self) -> None:
@@ -47,17 +48,20 @@ class TryStage(GenerateStage):
         return super().continued(model, tokenizer)
 
     def chosen(self, model: Any) -> Any:
-        """What the flags ask for, else the ready-made pruner of this model, else the default schedule."""
-        from ftp_lightning.disk.ready import is_ready
+        """What --pruned or --schedule ask for, else the ready-made pruner of this model, at --budget where its family
+        goes so far, else the default schedule."""
         from ftp_lightning.pruning import TokenPruner
         from ftp_lightning.routing import StaticRouter
         from ftp_lightning.schedule import Schedule
         from ftp_lightning.stages.inputs import load_pruner, num_blocks
 
-        if self.pruned or self.schedule or self.budget is not None:
+        if self.pruned or self.schedule:
             return super().chosen(model)
-        if is_ready(self.model):
-            return load_pruner(self.model, model)
+        if self._takes_ready():
+            pruner = load_pruner(self.model, model)
+            return pruner if self.budget is None else pruner.at(self.budget)
+        if self.budget is not None:
+            return super().chosen(model)
         return TokenPruner(StaticRouter(), Schedule.default(num_blocks(model), SMALL_BUDGET))
 
     def _question(self, tokenizer: Any) -> str:
@@ -70,13 +74,22 @@ class TryStage(GenerateStage):
 
         print_continued(found, self.model, self._pruner_name())
 
+    def _takes_ready(self) -> bool:
+        """Whether this model has a ready-made pruner whose family goes as far as --budget."""
+        from ftp_lightning.disk.ready import is_ready, load_pruner
+
+        if not is_ready(self.model) or self.budget is None:
+            return is_ready(self.model)
+        family = load_pruner(self.model).family
+        return family is not None and self.budget <= family.budgets[-1]
+
     def _pruner_name(self) -> str:
-        from ftp_lightning.disk.ready import is_ready
+        from ftp_lightning.cli.coloured import READY
 
         if self.pruned or self.schedule:
             return str(self.pruned or self.schedule)
-        if self.budget is None and is_ready(self.model):
-            return "ready-made for this model"
+        if self._takes_ready():
+            return READY if self.budget is None else f"{READY}, at budget {self.budget:g}"
         return f"the default schedule, budget {SMALL_BUDGET if self.budget is None else self.budget:g}"
 
 

@@ -317,7 +317,7 @@ def load_sensitivity(path: str, blocks: int) -> dict[str, Any]:
         if any(len(finite_numbers(row, "kl")) != len(levels) for row in found["kl"]):
             raise ValueError("kl has other levels")
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no sensitivity.json\nMake one with `ftp-lightning sensitivity`.") from None
+        raise UserError(f"{path} is not a sensitivity.json\nMake one with `ftp-lightning sensitivity`.") from None
     if set(measured) != {blocks}:
         raise UserError(f"{path} was measured on {measured[0]} blocks, the model has {blocks}\nMeasure this model's.")
     return found

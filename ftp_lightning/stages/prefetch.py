@@ -28,7 +28,7 @@ class PrefetchStage(Settings):
 
     def check(self) -> None:
         if not (self.model or self.data or self.tasks):
-            raise UserError("nothing to fetch is named\nGive --model NAME, --data A,B or --tasks A,B.")
+            raise UserError("prefetch needs to know what to download\nGive --model NAME, --data A,B or --tasks A,B.")
 
     def execute(self, progress: Progress | None = None) -> Path:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -79,4 +79,4 @@ def _attempt(name: str, fetch):
     except hub_errors(OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         remedy = "Check the name, the network and HF_HUB_OFFLINE."
-        raise UserError(f"{name} cannot be had from the Hub: {reason}\n{remedy}") from error
+        raise UserError(f"{name} cannot be downloaded from the Hub: {reason}\n{remedy}") from error

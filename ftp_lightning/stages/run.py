@@ -87,11 +87,15 @@ class RunStage(BudgetSettings, RowsSettings):
     def check(self) -> None:
         super().check()
         if self.dense is not None and self.budget_kind == "flops":
-            raise UserError("dense asks for a uniform schedule: a budget of tokens\nLeave --budget_kind out.")
+            raise UserError(
+                "--dense makes a uniform schedule, whose budget is a share of tokens\nLeave --budget_kind out."
+            )
         if self.search_kv and self.kv != RunStage.kv:
-            raise UserError("kv is given, and --search_kv finds it\nLeave one of them out.")
+            raise UserError(
+                "--kv cannot be combined with --search_kv, which finds the mode of every block\nRemove one of them."
+            )
         if self.search_kv and self.dense is not None:
-            raise UserError("dense asks for a uniform schedule, whose kv mode nobody has searched\nLeave --dense out.")
+            raise UserError("--dense makes a uniform schedule, and --search_kv searches for one\nRemove one of them.")
         self.stages()
 
     @property

@@ -98,13 +98,15 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     def check(self) -> None:
         super().check()
         if (self.criterion == "accuracy") != (self.task is not None):
-            raise UserError("criterion accuracy and a task need each other\nGive both, or neither.")
+            raise UserError(
+                "--criterion accuracy needs --task, and --task needs --criterion accuracy\nGive both, or neither."
+            )
         if self.search_kv:
             self._check_search_kv()
         if not self.budgets:
             return
         if self.budget != SearchStage.budget:
-            raise UserError("budget is given beside budgets\nGive one of --budget and --budgets.")
+            raise UserError("--budget cannot be combined with --budgets\nRemove one of them.")
         if self.pruned:
             raise UserError(
                 "--budgets cannot be combined with --pruned: a pruner has one schedule\n"
@@ -118,10 +120,12 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     def _check_search_kv(self) -> None:
         """UserError where something else is said of the modes, or cannot be kept while they change."""
         if self.kv != AUTO:
-            raise UserError("kv is given, and --search_kv finds it\nLeave one of them out.")
+            raise UserError(
+                "--kv cannot be combined with --search_kv, which finds the mode of every block\nRemove one of them."
+            )
         if self.budget_kind == "flops" and self.budgets:
             raise UserError(
-                "a family of FLOPs budgets has no searched modes yet\nGive one --budget, or leave --search_kv out."
+                "--search_kv does not take several FLOPs budgets\nGive one --budget, or leave --search_kv out."
             )
         bounded = (self.min_sparsity, self.max_sparsity) != (SearchStage.min_sparsity, SearchStage.max_sparsity)
         if self.budget_kind == "flops" and bounded:

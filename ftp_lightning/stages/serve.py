@@ -26,32 +26,36 @@ class ServeStage(Settings):
 
     stage: ClassVar[str] = "serve"
 
-    model: str | None = option(None, "as everywhere; by default that of --pruned, or `embedded`")
+    model: str | None = option(
+        None, "Hub name, folder, GGUF file or named model; by default that of --pruned, or `embedded`"
+    )
     pruned: str | None = option(None, "folder of a pruner, or the name of a ready-made one (docs/models.md)")
     schedule: str | None = option(None, "schedule.json or schedules.json; replaces that of --pruned")
-    budget: float | None = option(None, "budget of requests that give none", least=0.0, below=1.0)
+    budget: float | None = option(None, "share of tokens that skip, for requests that name none", least=0.0, below=1.0)
     kv: str = kv_option(
         AUTO,
         "keys and values of skipped tokens; auto is the mode of --pruned, --schedule or the default schedule",
         AUTO,
     )
     ftp_mode: Literal["off", "auto", "always"] | None = option(
-        None, "prune never, from --least_tokens on, always; by default auto where a pruner or budget is given, else off"
+        None, "never prune; from --least_tokens on; always. By default auto where a pruner or budget is given, else off"
     )
-    least_tokens: str = option("auto", "under auto shorter prompts are dense; auto: where skipping would cost more")
+    least_tokens: str = option(
+        "auto", "shorter prompts are computed densely under auto; auto: where skipping would cost more"
+    )
     dense_structured: bool = option(False, "under auto leave code, tables, JSON and requests with tools dense")
     chat_template: str | None = option(None, "Jinja file, or plain: the turns' texts; by default the tokenizer's own")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
     workers: int = option(1, "processes, each with the model", least=1)
-    max_batch: int = option(8, "requests that are computed together at most", least=1)
+    max_batch: int = option(8, "requests that are computed together, at most", least=1)
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
-    port: int = option(8000, "0 takes a free one, which the ready line tells", least=0, most=65535)
-    api_key_file: str | None = option(None, "file whose first line clients must bring as their API key")
+    port: int = option(8000, "port to listen at; 0 takes a free one and prints it", least=0, most=65535)
+    api_key_file: str | None = option(None, "file whose first line is the API key that clients must send")
     max_new_tokens: int = option(256, "tokens of an answer whose request gives no max_tokens", least=1)
-    max_prompt_tokens: int | None = option(None, "longer prompts are refused (400); by default what the model sees")
-    max_waiting: int = option(64, "requests at once, waiting and running; more are refused (429)", least=1)
+    max_prompt_tokens: int | None = option(None, "longer prompts are refused (400); by default what the model takes")
+    max_waiting: int = option(64, "requests at once, waiting and running; further ones are refused (429)", least=1)
     max_body: int = option(2_000_000, "bytes of a request; larger ones are refused (413)", least=1000)
     timeout: float = option(600.0, "seconds until a request is given up (504)", above=0.0)
     seed: int | None = option(

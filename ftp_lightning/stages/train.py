@@ -107,20 +107,24 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     def check(self) -> None:
         super().check()
         if self.shard and self.device_map != NONE:
-            raise UserError("shard and device_map both say where the blocks lie\nLeave one of them out.")
+            raise UserError("--shard cannot be combined with --device_map: both place the blocks\nRemove one of them.")
         if self.pruned:
             self._check_pruned()
         if self.schedule and self.budget is not None and not holds_family(self.schedule):
-            raise UserError("budget is given beside a schedule that has its own\nLeave --budget or --schedule out.")
+            raise UserError(
+                "--budget cannot be combined with --schedule: the schedule has its own budget\nRemove one of them."
+            )
         if self.dense is not None and (self.schedule or self.pruned):
-            raise UserError("dense is about a uniform schedule, and another one is given\nLeave --dense out.")
+            raise UserError("--dense makes a uniform schedule, and --schedule gives another one\nRemove one of them.")
         check_reachable(self.budget or 0.0, self.prompt_tokens)
         if self.budgets:
             self._check_budgets()
         if self.distil_epochs and self.skip == "identity" and not self.pruned:
-            raise UserError("distil_epochs trains what skipped tokens get, and they get nothing\nAdd --skip low-rank.")
+            raise UserError(
+                "--distil_epochs trains what skipped tokens get, and here they get nothing\nAdd --skip low-rank."
+            )
         if self.distil_epochs and (self.processes > 1 or self.budgets):
-            raise UserError("distil_epochs is for one process and one schedule\nLeave --processes and --budgets out.")
+            raise UserError("--distil_epochs needs one process and one schedule\nLeave --processes and --budgets out.")
         self.check_trains()
         if self.rows != "windows" and self.random_prompt:
             raise UserError(f"rows are {self.rows}, which have lengths of their own\nLeave --random_prompt out.")
@@ -259,7 +263,7 @@ def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -
     from ftp_lightning.stages.inputs import load_model
 
     if processes.count == 1:
-        raise UserError("shard is given to one process, which would hold all\nGive --processes, or a launcher.")
+        raise UserError("--shard needs more than one process\nGive --processes, or a launcher.")
     model, tokenizer = load_model(settings, torch.device("cpu"))
     return shard(model, processes, device), tokenizer
 

@@ -25,8 +25,11 @@ class TuneStage(StageSettings):
     the model itself gives. Writes pruned/, tune.json and report.html."""
 
     stage: ClassVar[str] = "tune"
+    hidden_flags: ClassVar[tuple[str, ...]] = ("data", "split")
 
-    prompts: str | None = option(None, "JSON(L) of chat, prompt or instruction records, or text; `embedded`: stories")
+    prompts: str | None = option(
+        None, "file of prompts: JSON(L) of chat, prompt or instruction records, or text; `embedded`: our stories"
+    )
     keep: float = option(0.99, "share of the dense model's own answers to keep", above=0.0, most=1.0)
     minutes: float = option(30.0, "time after which no further cut is tried", above=0.0)
     cuts: tuple[float, ...] = option(CUTS, "cuts of the prefill's FLOPs to try, ascending")
@@ -52,7 +55,7 @@ class TuneStage(StageSettings):
         from ftp_lightning.report import build_report
 
         if not self.prompts:
-            raise UserError("tune is given no prompts\nGive --prompts FILE: JSON lines, or a text file.")
+            raise UserError("tune needs prompts\nGive --prompts FILE: JSON lines, or a text file.")
         folder = super().execute(progress)
         if self.estimate is None:
             build_report(folder)
@@ -99,7 +102,7 @@ class TuneStage(StageSettings):
         folder.write_json("tune.json", found)
         folder.write_json("metrics.json", {"chosen": found["chosen"], "confirmed": found["confirmed"]})
         say("\n".join(found["sentences"]))
-        progress.done(f"{found['recipe']}: pruner in {folder.path / 'pruned'}")
+        progress.done(f"wrote the pruner ({found['recipe']}) to {folder.path / 'pruned'}, and report.html beside it")
 
     def _prompts(self, model: Any, tokenizer: Any) -> Rows:
         from ftp_lightning.tuning.parts import read_prompts
@@ -121,8 +124,9 @@ class TuneStage(StageSettings):
                 enough = f", or {more}"
             never = "no number of prompts can show that all answers are kept: " if self.keep == 1 else ""
             raise UserError(
-                f"keep is {self.keep:g}: {never}{total} prompts, {len(parts['validation'])} of them for validation, "
-                f"can show {most:.3f} at most\nGive --keep {int(1000 * most) / 1000:g} or less{enough}."
+                f"keep is {self.keep:g}: {never}{total} different prompts, {len(parts['validation'])} of them for "
+                f"validation, can show at most {int(1000 * most) / 1000:g}\n"
+                f"Give --keep {int(1000 * most) / 1000:g} or less{enough}."
             )
         sizes, cuts = {name: len(rows) for name, rows in parts.items()}, len(self.cuts)
         choice, validation = len(RECIPES) * cuts * sizes["choice"], cuts * sizes["validation"]
@@ -155,8 +159,8 @@ def _say_estimate(
         )
     measuring = one * sum(planned.values())
     progress.say(
-        f"{len(prompts)} prompts: own answers about {clock(answers)}, measurements at most {clock(measuring)}; "
-        f"--minutes {settings.minutes:g} ends it sooner. Ctrl-C and the same command goes on"
+        f"{len(prompts)} prompts. The model's own answers take about {clock(answers)}, measurements at most "
+        f"{clock(measuring)}; --minutes {settings.minutes:g} may end it sooner. After Ctrl-C the same command resumes."
     )
 
 

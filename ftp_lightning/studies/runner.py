@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.artifact import StageFolder
-from ftp_lightning.cli.progress import Progress
+from ftp_lightning.cli.progress import Progress, clock
 from ftp_lightning.cli.settings import StageSettings
 from ftp_lightning.errors import UserError
 from ftp_lightning.products import changed_products, read_provenance
@@ -54,7 +54,7 @@ def carry_out(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> li
             failures.append(failure)
             progress.say(failure.splitlines()[0])
         left = (time.monotonic() - started) / done * (len(trials) - done)
-        progress.say(f"{done} of {len(trials)} runs, about {left / 60:.0f} min left")
+        progress.say(f"{done} of {len(trials)} runs" + (f", about {clock(left)} left" if left else ""))
     return failures
 
 

@@ -96,7 +96,7 @@ class SweepStage(Settings):
         from ftp_lightning.studies.sweep_file import expand, read_sweep, varied, with_values
 
         if not self.study:
-            raise UserError("no study is given\nGive --study sweeps/NAME.yaml.")
+            raise UserError("sweep needs a study\nGive --study sweeps/NAME.yaml.")
         seeds = list(range(self.seed, self.seed + self.seeds)) if self.seeds else None
         given = {name: getattr(self, name) for name in ("model", "data", "budget", "device", "dtype", "revision")}
         sweep = with_values(read_sweep(self.study), self.study, **given, seed=seeds)

@@ -26,7 +26,7 @@ def read_sweep(path: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"study: {error}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict):
-        raise UserError(f"study: {path} has no parameters, so it is no sweep file\nGive --study sweeps/NAME.yaml.")
+        raise UserError(f"study: {path} has no parameters, so it is not a sweep file\nGive --study sweeps/NAME.yaml.")
     _check_is_grid(sweep, path)
     return sweep
 

@@ -87,13 +87,13 @@ class TrialStage(_Untrained):
         if not named or not 0 < len(self.study) <= 100:
             raise UserError(f"study is {self.study[:100]!r}, which names no folder\nGive a name without slashes.")
         if self.shard:
-            raise UserError("a run of a study is for a model on one device\nLeave --shard out.")
+            raise UserError("a run of a study works on one device only\nLeave --shard out.")
         for name in ("pruned", "schedule", "budgets", "dense"):
             if getattr(self, name):
                 raise UserError(f"{name} is given, but a run of a study finds its own\nLeave --{name} out.")
         if self.finetune_generations and self.router in UNTRAINED:
             raise UserError(
-                f"finetune_generations are given, but router {self.router} is not trained\nLeave one of them out."
+                f"--finetune_generations needs a trained router, and router {self.router} is not\nRemove one of them."
             )
         self._check_allocation()
 
@@ -137,7 +137,9 @@ class TrialStage(_Untrained):
         folder.write_json("metrics.json", numbers)
         pruner.save(folder.place("pruned"), base=self.model, model=load_model(self)[0])
         self._track(folder, pruner, numbers, training["steps"] if training else [])
-        progress.done(f"KL {found['kl']:.3g}, {found['kept']['share'] or 0:.1%} of the answers kept")
+        share = found["kept"]["share"]
+        kept = "the dense model answers nothing right" if share is None else f"{share:.1%} of the answers kept"
+        progress.done(f"KL {found['kl']:.3g}, {kept}")
 
     def _track(self, folder: StageFolder, pruner: Any, numbers: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """The run as a whole: its training may have been carried out by another one."""

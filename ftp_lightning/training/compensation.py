@@ -106,7 +106,7 @@ def balanced(compensation: Compensation) -> Compensation:
 def check_skip(skip: str, compensation: Compensation | None, parts: Sequence[str], num_blocks: int) -> None:
     """UserError where `compensation` is not what this skip needs for decisions about `parts` of so many blocks."""
     if skip not in SKIP:
-        raise UserError(f"skip is {skip!r}; this version knows {', '.join(SKIP)}.")
+        raise UserError(f"skip is {skip!r}, must be one of {', '.join(SKIP)}.")
     if skip == "identity":
         if compensation is not None:
             raise UserError("a compensation is given, skip='identity' adds nothing.\nSay skip='low-rank' or 'mean'.")
@@ -218,7 +218,7 @@ def solve_compensation(moments: dict[str, list[Moments]], rank: int = 8, ridge: 
     if not ridge > 0.0:
         raise UserError(f"the ridge of a compensation is {ridge}, must be positive.")
     if not all(one.count for sums in moments.values() for one in sums):
-        raise UserError("no token is left to fit a compensation on.\nGive longer prompts, or check the model's dtype.")
+        raise UserError("there is no token to fit a compensation on.\nGive longer prompts, or check the model's dtype.")
     tensors: dict[str, list[Tensor]] = {}
     for part, sums in moments.items():
         for one in sums:

@@ -64,8 +64,10 @@ def sentences(found: dict[str, Any]) -> list[str]:
             f"{first['items']} of their answers, {target} were asked for. The next cut that would hold is taken.",
         )
         told.append("No prompts are left to confirm it: run `tune` again with more of them to be sure.")
-    if chosen.get("speed") is not None:
-        told.append(f"The first token of a typical prompt comes {chosen['speed']:.2f} times as fast.")
+    if (speed := chosen.get("speed")) is not None:
+        gain = f"comes {speed:.2f} times as fast" if speed >= 1 else f"takes {1 / speed:.2f} times as long"
+        more = "." if speed >= 1 else ": your prompts are too short, or the model too small, to gain time."
+        told.append(f"The first token of a typical prompt {gain}{more}")
     if found["ended_by_time"]:
         told.append("Time was out before a cut failed: more --minutes may find a larger one.")
     elif found["curve"][-1]["holds"]:

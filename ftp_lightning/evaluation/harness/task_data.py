@@ -81,7 +81,7 @@ def by_subject(files: Mapping[str, Path], folder: Path) -> dict[str, Files]:
         for number, row in enumerate(read_rows("mmlu", Path(path), ("subject", "question", "choices", "answer")), 1):
             if not isinstance(row["subject"], str) or not re.fullmatch(r"[a-z0-9_]{1,80}", row["subject"]):
                 raise UserError(
-                    f"task mmlu: {path}, row {number}: {str(row['subject'])[:60]!r} is no subject\n"
+                    f"task mmlu: {path}, row {number}: {str(row['subject'])[:60]!r} is not a subject\n"
                     "A subject is written with small letters, digits and _, as abstract_algebra."
                 )
             parts.setdefault(row["subject"], {}).setdefault(split, []).append(row)
