@@ -11,12 +11,14 @@ from tiny import random_llama
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner, UntrainedRouter, UserError
 from ftp_lightning.attention_score import AttentionScore
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.continuation import evaluate_rows
 from ftp_lightning.evaluation.replayed import Question, answered, line_ends, replayed
 from ftp_lightning.models import load
 from ftp_lightning.studies.record_questions import Asked, Sources, record_questions
 from ftp_lightning.studies.record_study import Recorded, RecordStudy, blocks_of
+from ftp_lightning.studies.record_times import RecordTimes, Timed
 
 ROOT = Path(__file__).parents[1]
 PROMPT = tuple(range(3, 30))
@@ -125,10 +127,27 @@ def test_questions_follow_from_the_split_alone(sources):
 
 def test_a_cell_is_one_method_on_one_chunk(sources):
     study = RecordStudy((("embedded", ASKED),), sources, items=2, fit_items=1)
-    for method in ("8-11", "8-11 fitted 4", "embedded at 0.1"):
+    for method in ("8-11", "8-11 fitted 4", "embedded at 0.1", "deletion_recent to 0.2", "gem_filter to 0.2"):
         found = study.measure(Recorded("embedded", "test", "xquad", 1, method))
         assert found["item"].tolist() == [2] and set(found["method"]) == {method}
         assert found["flops"].lt(found["dense_flops"]).all()
+
+
+@pytest.mark.parametrize("method", ["8-11", "gem_filter to 0.2"])
+def test_a_time_stands_beside_what_the_flops_allow(monkeypatch, sources, method):
+    monkeypatch.setattr("ftp_lightning.studies.record_times.PAIRS", 2)
+    study = RecordStudy((("embedded", ASKED),), sources)
+    (row,) = RecordTimes(study).measure(Timed("embedded", 200, method)).to_dict("records")
+    assert row["pairs"] == 2 and row["low"] <= row["speedup"] <= row["high"] and row["pruned_ms"] > 0
+    model, pruner = study.loaded("embedded")[0], study.pruner("embedded", method)
+    assert row["flops_limit"] > 1 / (1 - planned_cut(model, pruner, 200))  # and the last block runs on one token
+    assert row["flops_limit"] < 1.1 / (1 - planned_cut(model, pruner, 200))
+
+
+@pytest.mark.parametrize("method", ["nothing to 0.2", "block_influence to 0.2"])
+def test_methods_of_the_registry_that_cannot_be_placed_are_told(sources, method):
+    with pytest.raises(UserError, match=r"there is no method 'nothing'|block_influence needs `influence`"):
+        RecordStudy((), sources).pruner("embedded", method)
 
 
 @pytest.mark.parametrize("name", ["late", "3-", "9-12", ""])

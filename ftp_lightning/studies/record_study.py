@@ -4,7 +4,9 @@ A method is named by what it is:
 
 * "17-29" or "12,14,18,20-29": the blocks that all prompt tokens but the first and last skip; they get nothing;
 * "17-29 fitted 56": the same, and skipped tokens get maps of that rank, fitted on the calibration questions;
-* "NAME at 0.2": a ready-made pruner, or one in a folder, at that budget of its family.
+* "NAME at 0.2": a ready-made pruner, or one in a folder, at that budget of its family;
+* "fast_kv to 0.2": a method of the registry that needs no calibration, under its own schedule, where a prompt of
+  1,000 tokens saves that share of its FLOPs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from ftp_lightning.evaluation.replayed import Answered
     from ftp_lightning.pruning import TokenPruner
     from ftp_lightning.studies.record_questions import Asked, Sources
+
+
+PLACED_AT = 1000
+"""Tokens of the prompt at which methods of the registry are placed, as in docs/real_models.md."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class RecordStudy:
         if " at " in method:
             name, budget = method.split(" at ")
             return load_pruner(name).at(float(budget))
+        if " to " in method:
+            return _placed(method, self.loaded(model)[0])
         named, _, rank = method.partition(" fitted ")
         count = len(find_blocks(self.loaded(model)[0]))
         blocks = blocks_of(named, count)
@@ -111,6 +119,16 @@ class RecordStudy:
 
         loaded, tokenizer = load(model)
         return loaded.eval().requires_grad_(False), tokenizer
+
+
+def _placed(method: str, model: Any) -> TokenPruner:
+    """ "NAME to CUT" of the registry. UserError where there is no such method, or it has to be calibrated."""
+    from ftp_lightning.baselines.registry import METHODS, Profile, Setting
+
+    name, cut = method.split(" to ")
+    if name not in METHODS:
+        raise UserError(f"there is no method {name!r}\nGive one of {', '.join(METHODS)}.")
+    return METHODS[name].place(Setting(model), float(cut), Profile(PLACED_AT))
 
 
 def blocks_of(name: str, count: int) -> list[int]:
