@@ -270,6 +270,8 @@ def test_a_detach_that_is_interrupted_leaves_the_pruner_in_force(monkeypatch):
     model, pruner = tiny_llama(), TokenPruner(RandomRouter(1), SCHEDULE)
     ids = torch.randint(3, 64, (1, 12))
     pruner.attach(model)
+    with torch.no_grad():
+        expected, found = model(ids).logits, []
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -278,9 +280,9 @@ def test_a_detach_that_is_interrupted_leaves_the_pruner_in_force(monkeypatch):
         patch.setattr(threading.Condition, "wait_for", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pruner.detach()
-    call = threading.Thread(target=lambda: model(ids), daemon=True)
+    call = threading.Thread(target=lambda: found.append(model(ids).logits.detach()), daemon=True)
     call.start()
     call.join(20)
-    assert not call.is_alive() and "forward" in model.model.__dict__
+    assert torch.equal(found[0], expected) and "forward" in model.model.__dict__
     pruner.detach()
     assert "forward" not in model.model.__dict__
