@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _say(f"\n{RESUME}", 128 + stopped.number)
         except KeyboardInterrupt:
             return _say(f"\n{RESUME}", 130)
-        except BrokenPipeError:  # nobody reads what we print any more; the interpreter would complain once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # nobody reads what we print any more
+            _print_no_more()
             return 141
         except MemoryError:
             return _say("there is not enough memory\nGive smaller sizes, or free some memory.")
@@ -74,8 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str, status: int = 2) -> int:
-    print(text, file=sys.stderr)
+    """Print the last word; where its stream is gone, as that of a closed terminal, the status says it alone."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _print_no_more()
     return status
+
+
+def _print_no_more() -> None:
+    """The interpreter would complain once more of what it could not print, and end with a status of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def collect_seldom() -> None:

@@ -78,8 +78,8 @@ _watch: _Watch | None = None
 def heeding() -> Iterator[None]:
     """Inside, the first of SIGNALS raises `Stopped` in the main thread, and the second ends the process at once.
 
-    SIGINT is heard although a shell has started the process in the background; SIGHUP is not under `nohup`. All
-    handlers are put back afterwards. Outside of the main thread it does nothing.
+    SIGINT is heard although a shell has started the process in the background, and all although whoever started it had
+    them blocked; SIGHUP is not under `nohup`. All is put back afterwards. Outside of the main thread it does nothing.
     """
     global _watch
     if threading.current_thread() is not threading.main_thread() or _watch is not None:
@@ -88,14 +88,17 @@ def heeding() -> Iterator[None]:
     _watch = watch = _Watch()
     watch.start()
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before_fd = signal.set_wakeup_fd(watch.telling.fileno(), warn_on_full_buffer=False)
     try:
         for number in SIGNALS:
             if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
                 signal.signal(number, _stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         yield
     finally:
         put_back(before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         signal.set_wakeup_fd(before_fd)
         _watch = None
         watch.telling.close()

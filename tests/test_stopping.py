@@ -46,14 +46,24 @@ def unhurried():
         deaf()
 
 
+def finishing():
+    """Takes its time to leave, as a step of training does, and has then an exit status of its own."""
+    with stopping.unhurried():
+        try:
+            sleeping()
+        except stopping.Stopped:
+            time.sleep(0.5)
+            os._exit(7)
+
+
 def signalled(work, numbers, pause=0.5, patience=0.3, before=lambda: None):
     """(status, seconds from the first signal) of a command line that does `work`, in a process of its own."""
     come, ready = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            before()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            before()
             stopping.PATIENCE = patience
 
             def run(argv):
@@ -84,8 +94,16 @@ def test_a_second_signal_does_not_wait_for_what_is_finished_first():
     assert signalled(unhurried, [signal.SIGTERM, signal.SIGINT])[0] == 128 + signal.SIGINT
 
 
-def test_the_same_signal_told_twice_at_once_is_one():
-    assert signalled(sleeping, [signal.SIGTERM, signal.SIGTERM], pause=0.0)[0] == 128 + signal.SIGTERM
+def test_the_same_signal_told_twice_at_once_is_one(monkeypatch):
+    monkeypatch.setattr(stopping, "SAME", 60.0)  # "at once" on a busy machine
+    assert signalled(finishing, [signal.SIGTERM, signal.SIGTERM], pause=0.1)[0] == 7
+
+
+def test_signals_that_the_parent_has_blocked_are_heard():
+    def blocked():
+        signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
+
+    assert signalled(sleeping, [signal.SIGUSR1], before=blocked)[0] == 128 + signal.SIGUSR1
 
 
 def test_a_shell_may_have_the_interrupt_ignored_but_nohup_is_obeyed():
@@ -99,12 +117,26 @@ def test_a_shell_may_have_the_interrupt_ignored_but_nohup_is_obeyed():
     assert signalled(sleeping, [signal.SIGHUP, signal.SIGTERM], before=nohup)[0] == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("gone", ["a pipe that nobody reads", "/dev/full"])
+def test_a_stream_that_is_gone_changes_no_status(gone):
+    """As that of a terminal which is closed: SIGHUP comes with it."""
+
+    def before():
+        reader, stream = os.pipe()
+        os.close(reader)
+        sys.stderr = open(gone if gone.startswith("/") else stream, "w")
+
+    assert signalled(sleeping, [signal.SIGHUP], before=before)[0] == 128 + signal.SIGHUP
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     with stopping.heeding():
         assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+    assert signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]) == {signal.SIGUSR1}
 
 
 def test_workers_end_with_their_parent(tmp_path):
