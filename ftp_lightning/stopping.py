@@ -167,15 +167,14 @@ def end_with_parent() -> None:
     """Have this worker killed when the process that started it ends, however that ends: by the kernel on Linux, and
     elsewhere by looking once a second."""
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
-    threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True).start()
 
 
 def _watch_parent(parent: int | None) -> None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)  # it holds as long as this thread lives
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from served import SERVED
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
+from ftp_lightning.serving import server as servers
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = {"prompt": "Once upon a time", "max_tokens": 1900, "temperature": 0}
@@ -109,6 +111,22 @@ def test_workers_end_with_their_server(tmp_path):
         assert len(workers) == 2 and set(everything) > set(workers)  # LitServe's manager
         server.process.kill()
         until(lambda: all(map(ended, everything)))
+
+
+def test_what_a_server_starts_first_ends_with_it():
+    """LitServe's manager, which also holds the port: no worker is there yet that could end it."""
+    come, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(tell, str(servers.build(SERVED)._init_manager(1)._process.pid).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    manager = int(os.read(come, 20))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    until(lambda: ended(manager), 10)
 
 
 @pytest.mark.slow

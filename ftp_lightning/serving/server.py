@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import uvicorn
@@ -23,12 +24,14 @@ from ftp_lightning.serving.plan import Plan
 from ftp_lightning.serving.prompts import Prompts
 from ftp_lightning.serving.replies import Replies
 from ftp_lightning.serving.worker import PrunedAPI
+from ftp_lightning.stopping import end_with_parent
 
 DRAIN, GRACE = 2.0, 4
 """Seconds after SIGTERM at which running requests end with an error, and at which those that could not be told so are
 dropped [ours]."""
 LOOK_AT_WORKERS = 0.3
 """Seconds between two looks at whether workers live; a dead one is started again."""
+SyncManager.register("end_with_parent", end_with_parent)
 
 
 class PrunedServer(LitServer):
@@ -52,8 +55,8 @@ class PrunedServer(LitServer):
 
     def _init_manager(self, num_api_servers: int) -> Any:
         manager = super()._init_manager(num_api_servers)
-        api: Any = self.lit_api
-        api.shared, api.manager = manager.dict(gone=[]), manager._process.pid
+        manager.end_with_parent()  # it would not notice that this process was killed
+        self.lit_api.shared = manager.dict(gone=[])
         return manager
 
 

@@ -23,9 +23,10 @@ from ftp_lightning.errors import UserError
 from ftp_lightning.serving.engine import Row, answer
 from ftp_lightning.serving.options import Ask, Served
 from ftp_lightning.serving.plan import Plan, Pruners
+from ftp_lightning.stopping import end_with_parent
 
 IDLE = 0.1
-"""Seconds that an idle worker waits before it looks whether its server is still there [ours]."""
+"""Seconds that an idle worker waits for a request at a time [ours]."""
 RESTS = 50
 """Looks in a row at an empty queue after which a worker gives freed memory back [ours]: it costs some 10 ms, and the
 next request as much."""
@@ -44,14 +45,12 @@ class PrunedAPI(LitAPI):
     Attributes:
         shared: what workers and server tell each other beside requests: a dict of LitServe's manager, with "gone", the
             requests whose clients have gone, and "error", what a worker could not start for.
-        manager: the process of that manager.
     """
 
     def __init__(self, served: Served, spec: Any):
         super().__init__(max_batch_size=served.max_batch, loop=BatchLoop(), spec=spec, stream=True)
         self.served = served
         self.shared: Any = {}
-        self.manager: int | None = None
 
     def authorize(self, request: Request) -> None:
         """HTTPException 401 unless a request brings the server's key, compared in constant time."""
@@ -66,6 +65,7 @@ class PrunedAPI(LitAPI):
         """Load the model; what the user can mend is told to the server, which says it."""
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its workers
+            end_with_parent()
         try:
             self._load(device)
         except UserError as error:
@@ -90,12 +90,6 @@ class PrunedAPI(LitAPI):
         if plan.pruner is not None:
             check_base(plan.pruner._base or {}, self.model)
         self.pruners = Pruners(plan, served, self.model)
-
-    def end_manager(self) -> None:
-        """End LitServe's manager, which does not notice that the server was killed."""
-        if self.manager is not None:
-            with suppress(OSError):
-                os.kill(self.manager, signal.SIGKILL)
 
     def gone(self) -> set[str]:
         """Requests whose clients have gone."""
@@ -123,9 +117,6 @@ class BatchLoop(LitLoop):
             self._take(lit_api, request_queue, transport)
         except (EOFError, BrokenPipeError, ConnectionError, FileNotFoundError):
             raise SystemExit(0) from None  # the server is gone
-        if _orphaned():
-            lit_api.end_manager()
-            raise SystemExit(0)
         if self.waiting:
             self._answer(lit_api, transport)
             self.rests = 0
@@ -214,9 +205,3 @@ def give_back() -> None:
 def _sentence(error: Exception) -> str:
     """What a client is told of an error: a UserError's words, of others only that there was one."""
     return str(error) if isinstance(error, UserError) else "the model failed; the server's log says why"
-
-
-def _orphaned() -> bool:
-    """Whether the process that started this one has ended."""
-    parent = multiprocessing.parent_process()
-    return parent is not None and not parent.is_alive()
