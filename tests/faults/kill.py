@@ -20,15 +20,19 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 SMALL = "--model random:tiny --device cpu --tracking none --prompt_tokens 96 --continuation_tokens 16".split()
 TRAIN = "--steps 8 --batch_size 1 --validations 4 --validation_windows 2 --learning_rate 0.01".split()
@@ -36,6 +40,27 @@ SEARCH = "--windows 4 --stage_windows 2 --generations 4 --offspring 3 --survivor
 EVALUATE = "--tasks story_name --limit 3 --windows 2 --batch_size 2".split()
 CHAIN = """--sensitivity_windows 2 --search_windows 2 --generations 1 --finetune_generations 1 --offspring 2 --steps 2
     --batch_size 1 --tasks story_name --limit 2 --test_windows 2 --lengths 32 --pairs 2""".split()
+TUNE = """--prompts embedded --prompt_tokens 16 --continuation_tokens 2 --limit 30 --keep 0.3 --cuts 0.1""".split()
+PROMPT = "Once there was a mill by the river."
+STUDY = """# Does training matter?
+program: ftp_lightning
+method: grid
+metric: {name: kl, goal: minimize}
+command: ["${env}", "${interpreter}", "-m", "ftp_lightning", "trial", "${args}"]
+parameters:
+  model: {value: random:tiny}
+  device: {value: cpu}
+  prompt_tokens: {value: 48}
+  continuation_tokens: {value: 8}
+  steps: {value: 2}
+  items: {value: 3}
+  validation_windows: {value: 2}
+  calibration_windows: {value: 2}
+  generations: {value: 1}
+  test_windows: {value: 3}
+  seed: {values: [0]}
+  router: {values: [dynamic, static]}
+"""
 STAGES = {
     "sensitivity": [*SMALL, "--windows", "4", "--batch_size", "2"],
     "search": [*SMALL, *SEARCH],
@@ -43,12 +68,17 @@ STAGES = {
     "finetune": ["--pruned", "{base}/train/pruned", *SMALL, *SEARCH],
     "evaluate": ["--pruned", "{base}/train/pruned", *SMALL, *EVALUATE],
     "benchmark": ["--pruned", "{base}/train/pruned", *SMALL, "--lengths", "32", "--pairs", "2"],
-    "generate": ["--pruned", "{base}/train/pruned", *SMALL, "--prompt", "Once there was a mill by the river."],
+    "generate": ["--pruned", "{base}/train/pruned", *SMALL, "--prompt", PROMPT, "--least_tokens", "0"],
     "run": [*SMALL, *CHAIN],
+    "sweep": ["--study", "{base}/study.yaml", "--output", "{output}/study"],
+    "tune": [*SMALL[:6], *TUNE, "--own_answers", "{output}/answers", "--output", "{output}/tune"],
 }  # fmt: skip
-"""Stage -> its arguments, tiny in every size. `{base}` holds the uninterrupted runs."""
+"""Stage -> its arguments, tiny in every size. `{base}` holds the uninterrupted runs, `{output}` is its place."""
+SERVE = "serve --model random:tiny --device cpu --pruned {base}/train/pruned --least_tokens 0 --port {port}".split()
 TIMED = ("provenance.json", "config.yaml", "benchmark", "generate/", "report.html", ".lock", "report/", "logs/")
 """Parts of paths whose content tells times or places: there they must be whole, not equal."""
+RESUMED = ("checkpoints/", ".training/")
+"""Parts of paths of what a stage only needs to go on."""
 
 
 @dataclass
@@ -77,7 +107,7 @@ class Ended:
         return self.status == 2 and 1 <= len(lines) <= 3 and "Traceback" not in self.said
 
 
-PROGRESS = tuple(f"{name}: " for name in (*STAGES, "report")) + ("[", "\r")
+PROGRESS = tuple(f"{name}: " for name in (*STAGES, "report", "study study")) + ("[", "\r")
 
 
 def start(arguments: list[str], said: Path, before: Callable[[], None] = lambda: None) -> int:
@@ -99,9 +129,11 @@ def start(arguments: list[str], said: Path, before: Callable[[], None] = lambda:
     except BaseException:
         import traceback
 
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
 
 
@@ -156,7 +188,8 @@ def _kill(child: int) -> None:
 
 def arguments_of(name: str, base: Path, output: Path) -> list[str]:
     stage = "search" if name == "finetune" else name
-    return [stage, *(word.format(base=base) for word in STAGES[name]), "--output", str(output)]
+    words = [word.format(base=base, output=output) for word in STAGES[name]]
+    return [stage, *words, *([] if "--output" in words else ["--output", str(output)])]
 
 
 def files(folder: Path, stage: str = "") -> dict[str, bytes]:
@@ -164,7 +197,7 @@ def files(folder: Path, stage: str = "") -> dict[str, bytes]:
     return {
         f"{stage}/{path.relative_to(folder).as_posix()}": path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "checkpoints/" not in path.relative_to(folder).as_posix()
+        if path.is_file() and not any(part in path.relative_to(folder).as_posix() for part in RESUMED)
     }
 
 
@@ -175,9 +208,24 @@ def differences(whole: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
     wrong += [f"{name} was left behind" for name in left]
     for name in whole.keys() & found.keys():
         timed = any(part in name for part in TIMED)
-        if not timed and whole[name] != found[name]:
+        if not timed and untimed(name, whole[name]) != untimed(name, found[name]):
             wrong.append(f"{name} differs")
     return wrong + broken(found)
+
+
+def untimed(name: str, content: bytes) -> Any:
+    """A file's content; of a tuning's JSON without the times that it measures."""
+    if not name.startswith("tune/tune/") or not name.endswith(".json"):
+        return content
+    return _without_speed(json.loads(content))
+
+
+def _without_speed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_speed(one) for key, one in value.items() if not key.startswith("speed")}
+    if isinstance(value, list):
+        return [_without_speed(one) for one in value if "times as fast" not in str(one)[:200]]
+    return value
 
 
 def broken(found: dict[str, bytes]) -> list[str]:
@@ -205,15 +253,36 @@ def half_written(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- the faults
 
 
+def dying(output: Path, log: Path, which: int = 0) -> None:
+    """Count this process's file operations below `output`, one byte of `log` each; at the one asked for, SIGKILL."""
+    stream, seen = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 0
+
+    def operation(event: str, about: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in OPERATIONS and str(about[0]).startswith(str(output)):
+            seen += 1
+            os.write(stream, b".")
+            if seen == which:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(operation)
+
+
+OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.link")
+
+
 def killed(name: str, base: Path, work: Path, kills: int, rng: random.Random, took: dict[str, float]) -> Row:
-    """SIGKILL at random moments of one stage, again and again, until it has been killed `kills` times."""
+    """SIGKILL of one stage, again and again, until it has been killed `kills` times: in turn at a random moment and at
+    a random one of the file operations that an undisturbed run does."""
     row, done, number = Row(f"SIGKILL, `{name}`"), 0, 0
-    whole = files(base / name, name)
+    whole, operations = files(base / name, name), (base / f"{name}.operations").stat().st_size
     while done < kills:
         output = work / f"{name}-{number}"
         number += 1
         for _ in range(min(4, kills - done)):
-            ended = run(arguments_of(name, base, output), kill_after=rng.uniform(0, took[name]))
+            after, which = (rng.uniform(0, took[name]), 0) if done % 2 else (None, rng.randint(1, operations))
+            before = partial(dying, output, work / "operations", which)
+            ended = run(arguments_of(name, base, output), kill_after=after, before=before)
             if ended.status != -signal.SIGKILL:
                 break
             done += 1
@@ -221,6 +290,84 @@ def killed(name: str, base: Path, work: Path, kills: int, rng: random.Random, to
             row.failures += half_written(output) if output.exists() else []
         check(row, name, base, whole, output)
     return row
+
+
+def killed_server(base: Path, work: Path, kills: int, rng: random.Random) -> Row:
+    """SIGKILL of a server alone, in turn while it starts, rests and answers. What it started must end, nothing may be
+    left where it ran, and the same command must answer what `generate` answers."""
+    row, place, said = Row("SIGKILL, `serve`"), work / "serve", work / "said"
+    answers = json.loads((base / "generate" / "generation.json").read_text())
+    place.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments, took = [word.format(base=base, port=port) for word in SERVE], 5.0
+    for number in range(kills + 1):
+        said.unlink(missing_ok=True)
+        server, began = start(arguments, said, partial(os.chdir, place)), time.monotonic()
+        if number % 3 or number == kills:
+            if not _ready(server, said):
+                row.failures.append(f"the server does not start: {said.read_text()[-300:]}")
+                return row
+            took = time.monotonic() - began
+            wrong = [f"{mode} answers {text!r}" for mode, text in asked(port).items() if text != answers[mode]]
+            row.failures += wrong
+            row.same += not wrong
+        if number % 3 == 2:
+            threading.Thread(target=_unanswered, args=(port,), daemon=True).start()
+        time.sleep(rng.uniform(0, 0.7 if number % 3 else took))
+        os.kill(server, signal.SIGTERM if number == kills else signal.SIGKILL)
+        row.times += number < kills
+        status = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
+        row.failures += [f"SIGTERM: exit status {status}"] * (number == kills and status != 0)
+        row.failures += [f"`{one}` outlives the server" for one in _outliving(server)]
+        row.failures += [f"{path} was left behind" for path in place.rglob("*")]
+    return row
+
+
+def _ready(server: int, said: Path) -> bool:
+    """Waits for the server's ready line; False where the server ends first."""
+    while not (said.exists() and "ready: http" in said.read_text()):
+        if os.waitpid(server, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def asked(port: int, tokens: int = 24) -> dict[str, str]:
+    """ "dense", "pruned" -> the greedy answer of the server."""
+    found = {}
+    for name, mode in (("dense", "off"), ("pruned", "always")):
+        fields = {"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ftp_mode": mode}
+        about = {"data": json.dumps(fields).encode(), "headers": {"content-type": "application/json"}}
+        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", **about)) as got:
+            found[name] = json.load(got)["choices"][0]["text"]
+    return found
+
+
+def _unanswered(port: int) -> None:
+    """A long request; that it fails is what it is for."""
+    with contextlib.suppress(OSError, ValueError):
+        asked(port, 400)
+
+
+def _outliving(server: int, patience: float = 300.0) -> list[str]:
+    """The commands of processes of a dead server's session that are still there after some time: a worker first
+    imports what it needs, and only then looks for its parent."""
+    end = time.monotonic() + patience
+    while (left := _of_session(server)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+def _of_session(leader: int) -> list[str]:
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = (place / "stat").read_text().rpartition(") ")[2].split()[:4]
+            if state != "Z" and int(session) == leader:
+                found.append((place / "cmdline").read_text().replace("\0", " ")[:120])
+    return found
 
 
 def check(row: Row, name: str, base: Path, whole: dict[str, bytes], output: Path) -> None:
@@ -468,8 +615,13 @@ def table(rows: list[Row]) -> str:
 def faults(kills: int, seed: int, only: tuple[str, ...], stages: tuple[str, ...], work: Path) -> list[Row]:
     """All faults asked for, each a row, told as they come."""
     rng, base, took, rows = random.Random(seed), work / "base", {}, []
-    for name in dict.fromkeys(("search", "train", *stages)):
-        ended = run(arguments_of(name, base, base / name))
+    base.mkdir()
+    (base / "study.yaml").write_text(STUDY)
+    for name in dict.fromkeys(("search", "train", *stages, *["generate"] * ("serve" in stages))):
+        if name == "serve":
+            continue
+        counted = partial(dying, base / name, base / f"{name}.operations")
+        ended = run(arguments_of(name, base, base / name), before=counted)
         took[name] = ended.seconds
         print(f"undisturbed {name}: {ended.seconds:.1f} s, status {ended.status}", file=sys.stderr, flush=True)
         if ended.status:
@@ -500,7 +652,10 @@ def _planned(
     """(kind, fault) of all there is to try on these stages."""
     some = [name for name in ("search", "train", "evaluate") if name in stages]
     for name in stages:
-        yield "killed", partial(killed, name, base, work, kills, rng, took)
+        if name == "serve":
+            yield "killed", partial(killed_server, base, work, kills, rng)
+        else:
+            yield "killed", partial(killed, name, base, work, kills, rng, took)
     for name in some:
         yield "full", partial(full_disk, name, base, work, rng)
         yield "full", partial(real_full_disk, name, base, work, rng)
@@ -522,7 +677,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=6, help="kills of each stage, and damages of each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds: killed, full, readonly, broken, input, two, rank")
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--stages", default=",".join((*STAGES, "serve")))
     chosen = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     _import_all()
