@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
+import platform
 import shutil
 import sys
 from contextlib import suppress
@@ -27,6 +30,31 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise file_error(error) or error from None
+
+
+def partial_folder(path: Path) -> Path:
+    """A new folder beside `path`, to be written and then moved there; what killed processes of this machine have left
+    of such folders is removed."""
+    here = platform.node()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*@{glob.escape(here)}.*.partial"):
+        if not _runs(left.name.removeprefix(f".{path.name}.").partition("@")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    for number in itertools.count():
+        place = path.with_name(f".{path.name}.{os.getpid()}@{here}.{number}.partial")
+        with suppress(FileExistsError):  # of another thread, or of an earlier process that had this number
+            place.mkdir(parents=True)
+            return place
+    raise AssertionError
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (PermissionError, ValueError):
+        pass
+    return True
 
 
 def set_aside(path: Path, why: str) -> Path:

@@ -1,6 +1,9 @@
 """A pruner on disk: the same back, nothing half-written, strangers refused."""
 
 import json
+import os
+import platform
+import subprocess
 
 import pytest
 import torch
@@ -52,6 +55,20 @@ def test_saving_twice_replaces_whole(tmp_path):
     TokenPruner(StaticRouter(), Schedule.uniform(BLOCKS, 0.5)).save(tmp_path / "p")
     assert TokenPruner.load(tmp_path / "p").schedule.budget == 0.5
     assert [f.name for f in tmp_path.iterdir()] == ["p"]
+
+
+def test_what_a_killed_save_has_left_goes_with_the_next_and_that_of_a_running_one_stays(tmp_path):
+    dead, here = subprocess.Popen(["true"]), platform.node()
+    dead.wait()
+    places = [f".p.{number}@{host}.0.partial" for number, host in (
+        (dead.pid, here), (os.getppid(), here), (os.getpid(), here), (dead.pid, "elsewhere"),
+    )]  # fmt: skip
+    for name in places:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pruner.json").write_text('{"half')
+    TokenPruner(StaticRouter(), SCHEDULE).save(tmp_path / "p")
+    assert TokenPruner.load(tmp_path / "p").schedule == SCHEDULE
+    assert {path.name for path in tmp_path.iterdir()} == {"p", *places[1:]}
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

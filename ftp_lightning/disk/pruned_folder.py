@@ -30,6 +30,7 @@ from ftp_lightning.routing.base import Router
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
 from ftp_lightning.training.compensation import Compensation, shapes
+from ftp_lightning.whole_files import partial_folder
 
 FORMAT = "ftp-lightning/pruner"
 VERSION = 1
@@ -76,9 +77,9 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
         "base_identity": _identity(model) or (pruner._base or {}).get("base_identity"),
     }
     _check_target(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        partial = partial_folder(folder)
         _write(partial, record, pruner)
         _swap(partial, folder)
     except OSError as error:
@@ -86,7 +87,8 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
             f"cannot write the pruner to {folder}: {error.strerror or error}"
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_target(folder: Path) -> None:
