@@ -18,10 +18,10 @@ TINY = ["--model", "random:tiny", "--max_new_tokens", "2", "--pairs", "1"]
 WORDS = "The old man walked to the river and looked at the water for a long while."
 
 
-def made_up(short: bool = False) -> Continued:
+def made_up(short: bool = False, pruned_ms: float = 20.0) -> Continued:
     texts = {"dense": " Paris.", "pruned": " [b]Rome."}
     return Continued(
-        "a b c", ["a", " b", " [c]"], texts, [0, 1, 2], [3, 2, 1], {"dense": 30.0, "pruned": 20.0}, 1.6, short
+        "a b c", ["a", " b", " [c]"], texts, [0, 1, 2], [3, 2, 1], {"dense": 30.0, "pruned": pruned_ms}, 1.6, short
     )
 
 
@@ -71,7 +71,8 @@ def test_times_answers_and_limit_are_printed():
     assert "dense 30 ms, pruned 20 ms: 1.50 times as fast" in out and "1.60" in out and "[b]Rome." in out
     assert "33%" in out and "too short" not in out and "a b [c]" in out
     assert "\x1b[" in shown(made_up(), force_terminal=True, color_system="truecolor") and "\x1b[" not in out
-    assert "too short" in shown(made_up(short=True))
+    assert "too short" in shown(made_up(short=True)) and "gained no time" not in out
+    assert "gained no time here: a prompt of 3 tokens" in shown(made_up(pruned_ms=40.0))
 
 
 def test_a_ready_made_pruner_is_preferred():

@@ -18,7 +18,9 @@ class AttentionSettings(ModelSettings):
     """A stage that makes a pruner whose router may read attention; see `AttentionScore`."""
 
     window: int = option(DEFAULT_WINDOW, "queries that the attention score averages over", least=1)
-    attention: Literal["window", "exact"] = option("window", "`exact`: it averages over all computed queries")
+    attention: Literal["window", "exact"] = option(
+        "window", "exact: the attention score averages over all computed queries"
+    )
     window_end: int = option(0, "tokens at a prompt's end whose queries are left out: a chat template's", least=0)
     attention_heads: Literal["mean", "max"] = option("mean", "score of a token over the heads: mean, or the greatest")
     attention_blocks: str = option(

@@ -73,6 +73,8 @@ def print_continued(found: Continued, model: str, pruner: str, console: Console 
     say(table)
     if found.too_short:
         say("The prompt is too short to gain anything, so all its tokens were computed. --least_tokens 0 prunes it.")
+    elif dense <= pruned:
+        say(f"Skipping gained no time here: a prompt of {len(found.tokens)} tokens is short, or the machine was busy.")
     elif pruner == READY:
         say("A larger --budget skips more tokens and keeps fewer answers.")
     if model == "embedded":

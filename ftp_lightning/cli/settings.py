@@ -85,13 +85,13 @@ class ModelSettings(Settings):
     seed: int = option(0, "seed of everything random", least=0, most=2**32 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1; `auto` takes the best there is")
     device_map: str = option(
-        "none", "auto: blocks of one model on all devices; or a JSON file, module: device", passive=True
+        "none", "auto: spread the blocks over all devices; or a JSON file that maps modules to devices", passive=True
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "precision of the model")
     revision: str | None = option(None, "revision of a Hub model: branch, tag or commit")
     overwrite: bool = option(False, "run again although this folder holds a finished stage", passive=True)
     estimate: str | None = option(
-        None, "say what it would take on GPUs, as 8x80 (8 of 80 GB), and do nothing", passive=True
+        None, "only print the memory and time needed on GPUs, such as 8x80 (8 of 80 GB each)", passive=True
     )
     tracking: Literal["csv", "tensorboard", "wandb", "none"] = option(
         "csv", "where metrics are logged during the run", passive=True
@@ -99,7 +99,7 @@ class ModelSettings(Settings):
     prompt_tokens: int = option(
         192, "tokens of a window that are routed; longer prompts are left out", least=4, most=10**7
     )
-    continuation_tokens: int = option(64, "tokens after them that are scored, at most", least=1, most=10**7)
+    continuation_tokens: int = option(64, "tokens after the prompt that are scored, at most", least=1, most=10**7)
 
     def __post_init__(self) -> None:
         if self.model == ModelSettings.model and (base := _base_of(getattr(self, "pruned", None))) is not None:
@@ -235,7 +235,10 @@ class PrunedSettings(BudgetSettings, StageSettings):
     pruned: str | None = option(None, "folder of a pruner, or the name of a ready-made one", is_file=True)
     schedule: str | None = option(None, "schedule.json; replaces that of --pruned", is_file=True)
     budget: float | None = option(
-        None, "budget of the default schedule, or of a pruner or file that holds a family", least=0.0, below=1.0
+        None,
+        "share of tokens that skip: of the default schedule, or of a pruner or file with a family of schedules",
+        least=0.0,
+        below=1.0,
     )
     kv: str = kv_option(
         AUTO,
@@ -243,7 +246,7 @@ class PrunedSettings(BudgetSettings, StageSettings):
         AUTO,
     )
     decode: Literal["auto", "dense", "threshold", "strict"] = option(
-        "auto", "which generated tokens skip blocks; auto is --pruned's, or dense: none"
+        "auto", "which generated tokens skip blocks; auto takes that of --pruned, else dense (none)"
     )
 
     def check(self) -> None:

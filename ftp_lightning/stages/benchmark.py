@@ -41,14 +41,14 @@ class BenchmarkStage(PrunedSettings):
     budgets: tuple[float, ...] = option((), "uniform schedules of these budgets, in place of --budget")
     modes: tuple[str, ...] = option((), "kv modes to compare, evict and keep, in place of --kv")
     router: Literal["auto", "static", "random", "dynamic"] = option(
-        "auto", "who decides; auto is --pruned's, or dynamic with random weights: its cost is inside the clock"
+        "auto", "router; auto takes that of --pruned, else dynamic with random weights. Its time counts"
     )
     attention: Literal["auto", "window", "exact"] = option(
-        "auto", "queries that scores are averaged over; auto is --pruned's, or window"
+        "auto", "queries that scores are averaged over; auto takes those of --pruned, else window"
     )
     pairs: int = option(15, "pairs of a dense and a pruned prefill", least=2, most=10_000)
     decode_tokens: int = option(0, "greedy steps of decoding to time after the prefill; 0 is none", least=0)
-    mixed: bool = option(False, "rows of a batch from a quarter of the length up to it, left padded")
+    mixed: bool = option(False, "make batches of rows from a quarter of the length up to it, padded on the left")
 
     def check(self) -> None:
         super().check()

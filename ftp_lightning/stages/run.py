@@ -28,7 +28,8 @@ COMPARED = ("random", "uniform", "first_dense", "block_influence", "static")
 
 @dataclass(frozen=True, kw_only=True)
 class RunStage(BudgetSettings, RowsSettings):
-    """Run sensitivity, search, train, finetune, static, evaluate, benchmark, report; each in a folder of its own.
+    """Run the whole chain: sensitivity, search, train, finetune, static, evaluate, benchmark, report. Each stage has a
+    folder of its own; report.html shows what they found.
 
     `static` continues the search with the static router for as many generations as the fine-tuning had, so that the
     baseline of this name has searched as long as the trained router. Without that baseline it is left out, with
@@ -62,8 +63,8 @@ class RunStage(BudgetSettings, RowsSettings):
     batch_size: int = option(4, "windows per step of router training", least=1, most=10**6)
     learning_rate: float = option(1e-2, "learning rate of router training", above=0.0, most=10.0)
     recall_share: float = option(0.5, "share of windows that hold facts to recall", least=0.0, most=1.0)
-    train_data: str | None = option(None, "text to train the router on, where it is another than --data")
-    test_data: str | None = option(None, "text to evaluate on, where it is another than --data")
+    train_data: str | None = option(None, "text to train the router on, if it differs from --data")
+    test_data: str | None = option(None, "text to evaluate on, if it differs from --data")
     test_split: str = option("auto", "split of the text to evaluate on; `auto` is test")
     compare: tuple[str, ...] = option(COMPARED, "baselines to evaluate beside the trained router")
     tasks: tuple[str, ...] = option(OUR_TASKS, "tasks to evaluate")

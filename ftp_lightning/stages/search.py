@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage(BudgetSettings, RowsSettings, StageSettings):
-    """Search the schedule of a budget nearest to dense. Writes schedule.json, with --pruned or a --router that is
-    not static also pruned/.
+    """Search for the schedule of a budget that loses least. Writes schedule.json; with --pruned, or a --router that is
+    not static, also pruned/.
 
     With --budgets one run searches a list of them and writes schedules.json, which gives a schedule for every budget
     between them. With --budget_kind flops all schedules have the mean token sparsity of the uniform one with this FLOPs
@@ -54,7 +54,8 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     schedule: str | None = option(None, "schedule(s).json to start from, besides the allocations", is_file=True)
     sensitivity: str | None = option(None, "sensitivity.json: adds allocations to start from", is_file=True)
     allocations: tuple[str, ...] = option(
-        (), "start from these alone (`greedy` too); with --generations 0 the best of them is what is found"
+        (),
+        "start from these allocations only (`greedy` is possible); with --generations 0 the best of them is the result",
     )
     criterion: Literal["kl", "tv", "ce", "mse", "accuracy"] = option(
         "kl",
@@ -67,8 +68,10 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     windows: int = option(32, "calibration rows to measure on, at most", least=1, most=10**7)
     recall_share: float = option(0.5, "share of the windows that hold facts to recall", least=0.0, most=1.0)
     batch_size: int = option(8, "rows per forward, at most the first of --stage_windows", least=1, most=10**6)
-    step: float = option(0.05, "difference of two levels, taken so that it divides the budget", least=0.001, most=1.0)
-    generations: int = option(15, "rounds of children", least=0, most=10**5)
+    step: float = option(
+        0.05, "distance of two sparsity levels; it is made to divide the budget", least=0.001, most=1.0
+    )
+    generations: int = option(15, "generations of the search", least=0, most=10**5)
     offspring: int = option(8, "children per generation", least=1, most=10**5)
     stage_windows: tuple[int, ...] = option(
         (), "windows that children are measured on, stage by stage, rising; default: a quarter and half of all"
@@ -76,18 +79,18 @@ class SearchStage(BudgetSettings, RowsSettings, StageSettings):
     survivors: tuple[int, ...] = option(
         (), "best children of each stage; the last are measured on all windows; default: a half, a quarter"
     )
-    parents: int = option(2, "schedules that go on", least=1, most=10_000)
+    parents: int = option(2, "schedules that survive a generation", least=1, most=10_000)
     tournament: int = option(1, "a child's parent is the best of so many random ones", least=1, most=10_000)
     switches: int = option(2, "most level switches per child", least=1, most=10_000)
     crossover: float = option(0.3, "probability that a child mixes two parents", least=0.0, most=1.0)
     proposed: float = option(
         0.75,
-        "share of the children that a model of the loss, fitted to what was measured, proposes",
+        "share of the children that a model of the loss proposes, fitted to the measured schedules",
         least=0.0,
         most=1.0,
     )
     patience: int | None = option(None, "generations without a better schedule after which to stop", least=1)
-    max_forward_tokens: int | None = option(None, "stop once so many tokens went through the model", least=1)
+    max_forward_tokens: int | None = option(None, "stop after so many forward tokens", least=1)
     max_seconds: float | None = option(None, "stop after so many seconds of search", above=0.0)
     min_sparsity: tuple[float, ...] = option((0.0,), "lowest sparsity of a block: one number, or one per block")
     max_sparsity: tuple[float, ...] = option((1.0,), "highest sparsity of a block: one number, or one per block")

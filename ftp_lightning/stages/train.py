@@ -44,11 +44,15 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     stage: ClassVar[str] = "train"
     default_split: ClassVar[str] = "training"
 
-    pruned: str | None = option(None, "folder of a pruner to go on from: router, schedule, settings", is_file=True)
+    pruned: str | None = option(None, "folder of a pruner to continue from: router, schedule, settings", is_file=True)
     schedule: str | None = option(None, "schedule.json to train under", is_file=True)
-    budget: float | None = option(None, "default schedule of this budget, without --schedule", least=0.0, below=1.0)
-    dense: int | None = option(None, "train under the uniform schedule behind so many dense blocks", least=0)
-    budgets: tuple[float, ...] = option((), "LOW,HIGH: every forward draws a budget; --schedule is a schedules.json")
+    budget: float | None = option(
+        None, "budget of the default schedule, where no --schedule is given", least=0.0, below=1.0
+    )
+    dense: int | None = option(None, "train under a uniform schedule behind so many dense blocks", least=0)
+    budgets: tuple[float, ...] = option(
+        (), "LOW,HIGH: every forward draws a budget between them; needs a schedules.json by --schedule"
+    )
     kv: str = kv_option(
         AUTO, "keys and values of skipped tokens; auto is the mode that the schedule was found for, or keep", AUTO
     )
@@ -70,15 +74,17 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
     distillation: Literal["mse", "kl", "both"] = option(
         "mse", "distil the last hidden state, the logits, or both added"
     )
-    sparsity_loss: Literal["one-sided", "symmetric"] = option("one-sided", "whether over-pruning is penalised too")
+    sparsity_loss: Literal["one-sided", "symmetric"] = option("one-sided", "symmetric penalises over-pruning, too")
     guide: Literal["static", "future"] = option(
         "static", "what the guide loss teaches: the static router's decisions, or what the continuation attends to"
     )
     guide_share: float = option(0.25, "share of the steps over which the guide loss decays to 0", least=0.0, most=1.0)
     guide_decay: Literal["linear", "cosine", "constant"] = option("linear", "how the guide loss decays")
-    guide_balanced: bool = option(False, "tokens to compute and tokens to skip weigh alike in the guide loss")
+    guide_balanced: bool = option(False, "give tokens to compute and tokens to skip equal weight in the guide loss")
     gates: Literal["straight-through", "gumbel", "soft"] = option("straight-through", "how decisions get a gradient")
-    key_gates: bool = option(False, "under evict gradients also tell what others lose with a token's key and value")
+    key_gates: bool = option(
+        False, "under evict, gradients also tell what other tokens lose without a token's key and value"
+    )
     temperature: tuple[float, ...] = option((1.0, 0.3), "temperature of gumbel gates: at the first step, at the last")
     scope: Literal["prompt", "sequence"] = option("prompt", "what is routed: the prompt, or the whole text (paper)")
     random_prompt: bool = option(False, "every forward draws its prompt's length, from a quarter to three quarters")
@@ -88,18 +94,18 @@ class TrainStage(AttentionSettings, RowsSettings, StageSettings):
         "identity", "what a skipped token gets: nothing, the block's mean update, or a fitted linear map of its state"
     )
     skip_rank: int = option(8, "rank of that map, with --skip low-rank", least=1, most=65_536)
-    skip_windows: int = option(64, "rows of training text that mean or map are fitted on", least=1, most=10**7)
+    skip_windows: int = option(
+        64, "rows of training text that the mean update or the map is fitted on", least=1, most=10**7
+    )
     distil_epochs: int = option(
         0,
-        "then train mean or map on the KL of the continuation, so often over its rows; 0 leaves them as fitted",
+        "epochs in which the mean update or the map is then trained on the KL of the continuation; 0: none",
         least=0,
     )
-    distil_windows: int = option(240, "rows of training text that they are trained on", least=1)
-    distil_learning_rate: float = option(0.004, "of that training, in units of a typical entry", above=0.0)
-    validations: int = option(
-        5, "times at most that the router is measured on validation rows, the last step included", least=1, most=10**6
-    )
-    validation_windows: int = option(16, "rows it is measured on, at most", least=1, most=10**7)
+    distil_windows: int = option(240, "rows of training text for these epochs", least=1)
+    distil_learning_rate: float = option(0.004, "learning rate of these epochs, in units of a typical entry", above=0.0)
+    validations: int = option(5, "validations during the training at most, the last step included", least=1, most=10**6)
+    validation_windows: int = option(16, "rows that the router is validated on, at most", least=1, most=10**7)
     patience: int | None = option(None, "validations without a lower KL after which to stop", least=1)
     processes: int = option(1, "processes that each take a share of the batches, on this machine", least=1, most=1024)
     shard: bool = option(False, "every process holds a share of the model's blocks (FSDP)", passive=True)

@@ -46,18 +46,18 @@ class TrialStage(_Untrained):
     stage: ClassVar[str] = "trial"
     spreads: ClassVar[bool] = False
 
-    study: str = option("trial", "the study that this is a run of; names its folder", passive=True)
+    study: str = option("trial", "name of the study that this run belongs to, and of its folder", passive=True)
     label: str | None = option(
-        None, "what tables call this run; by default what it has of its own", passive=True, raw=True
+        None, "name of this run in tables; by default the settings that differ", passive=True, raw=True
     )
     quoted: float | None = option(None, "the paper's number for it, shown beside ours", passive=True)
-    shared_folder: str = option(f"{STUDIES}/shared", "folder of what runs have in common", passive=True)
+    shared_folder: str = option(f"{STUDIES}/shared", "folder of what several runs share", passive=True)
     budget: float = option(0.3, "mean share of tokens that skip a block", least=0.0, below=1.0)
     router: RouterName | Literal["static", "random"] = option(  # type: ignore[assignment]  # wider on purpose
         "dynamic", "which router; static and random learn nothing"
     )
     kv: str = kv_option("keep", "skipped tokens give no keys and values (evict), or do (keep)")
-    steps: int = option(60, "optimiser steps: equal, short trainings", least=1, most=10**8)
+    steps: int = option(60, "optimiser steps", least=1, most=10**8)
     batch_size: int = option(2, "windows per forward", least=1, most=10**6)
     validations: int = option(
         1, "times the router is measured while it trains; at 1 no state is chosen", least=1, most=10**6
@@ -67,7 +67,7 @@ class TrialStage(_Untrained):
     finetune_generations: int = option(
         0, "generations of a search with the trained router; 0: none", least=0, most=10**5
     )
-    calibration: str | None = option(None, "text to search on, where it is another than --data")
+    calibration: str | None = option(None, "text to search on, if it differs from --data")
     calibration_windows: int = option(16, "calibration windows to search on", least=1, most=10**7)
     calibration_recall_share: float = option(
         0.5, "share of the calibration windows that holds facts to recall", least=0.0, most=1.0
@@ -76,7 +76,7 @@ class TrialStage(_Untrained):
     threshold: float = option(
         0.5, "probability of being computed below which a generated token skips", least=0.0, most=1.0
     )
-    test_data: str | None = option(None, "text to measure on, where it is another than --data")
+    test_data: str | None = option(None, "text to measure on, if it differs from --data")
     test_split: str = option("validation", "split of the text to measure on; `test` is for final tables")
     test_windows: int = option(32, "windows to measure KL on, half of them with facts to recall", least=2, most=10**7)
     items: int = option(120, "questions with facts to recall", least=1, most=10**7)
