@@ -31,6 +31,16 @@ MUTATIONS = {
         P + "evaluation/continuation.py", 'return "sdpa" if model.config._attn_implementation == "eager" else "eager"',
         "return model.config._attn_implementation",
         "test_evaluation_continuation.py::test_the_noise_floor_runs_another_attention_kernel"),
+    "KL is that of the student to the teacher": (
+        P + "losses.py", "(teacher_logprobs.exp() * difference)",
+        "(logits.log_softmax(dim=-1).exp() * -difference)",
+        "test_losses.py::test_kl_is_that_of_the_teacher_to_the_student"),
+    "chance is that of the few that are asked": (
+        P + "evaluation/harness/results.py", "chance_of(labels or [", "chance_of([",
+        "test_evaluation_tasks.py::test_chance_is_that_of_all_documents_of_a_task_however_few_are_asked"),
+    "a method prunes where the pruner is dense": (
+        P + "baselines/beside.py", "routed_from(setting.model, chosen)", "0",
+        "test_baselines.py::test_a_method_computes_those_prompts_densely_that_the_pruner_does"),
     "the learning rate does not fall": (
         P + "lit/router_training.py", "max(0.05, 1.0 - step / self.settings.steps)", "1.0",
         "test_router_training.py::test_the_learning_rate_falls_linearly_to_a_twentieth"),

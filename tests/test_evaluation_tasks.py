@@ -235,6 +235,13 @@ def test_chance_is_the_share_of_the_most_frequent_label_where_all_choose_between
     assert (found["boolq"]["chance"], found["piqa"]["chance"]) == (0.75, 0.5)
 
 
+def test_chance_is_that_of_all_documents_of_a_task_however_few_are_asked(ftp, tmp_path):
+    rows = [{"passage": text(i, 4), "question": text(i, 3), "label": int(i % 4 > 0), "idx": i} for i in range(40)]
+    write(tmp_path / "boolq_validation.jsonl", rows)
+    found = tasks.run_tasks(ftp(), {"boolq": task_data.find_files("boolq", tmp_path)}, limit=3)["boolq"]
+    assert (len(found["items"]), found["chance"]) == (3, 0.75)
+
+
 def test_items_and_documents_of_a_group_have_ids_of_their_own():
     logs = {name: [sample(i, [" a", " b"], 0, 1.0) for i in range(3)] for name in ("mmlu_x", "mmlu_y")}
     for log in logs.values():

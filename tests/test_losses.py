@@ -7,6 +7,14 @@ import torch
 from ftp_lightning import losses
 
 
+def test_kl_is_that_of_the_teacher_to_the_student():
+    teacher, student = torch.tensor([[[0.9, 0.1]]]).log(), torch.tensor([[[0.5, 0.5]]]).log()
+    expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert torch.isclose(losses.kl_per_token(teacher, student + 3), torch.tensor(expected))
+    backwards = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert torch.isclose(losses.kl_per_token(student, teacher), torch.tensor(backwards))
+
+
 def test_distillation_is_relative():
     teacher = torch.tensor([[[1.0, 2.0, 2.0]]])
     assert losses.distillation_loss(teacher, teacher) == 0

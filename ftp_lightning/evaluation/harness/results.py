@@ -19,19 +19,24 @@ COUNTING = (*METRICS, "em", "f1", "string_match", "contains", "score", "qa_f1_sc
 
 
 def summaries(
-    results: Mapping, names: Sequence[str], accounts: Iterable, left_out: Mapping[str, int] | None = None
+    results: Mapping,
+    names: Sequence[str],
+    accounts: Iterable,
+    left_out: Mapping[str, int] | None = None,
+    labels: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, dict]:
     """Summary per task that ran and, pooled, per named group; results: what `simple_evaluate` returns.
 
-    left_out: task -> documents of it that were not asked.
+    left_out: task -> documents of it that were not asked. labels: task -> right answers of all its documents, asked or
+    not, see `labels_of`.
     """
     book = {_asked(account.request): account for account in accounts if account.request is not None}
     items = {
         task: [_item(task, sample, book) for sample in _first_filter(log)] for task, log in results["samples"].items()
     }
-    gone = left_out or {}
+    gone, known = left_out or {}, labels or {}
     summary = {
-        task: summarize(group, results["results"].get(task, {})) | {"left_out": gone.get(task, 0)}
+        task: summarize(group, results["results"].get(task, {}), known.get(task)) | {"left_out": gone.get(task, 0)}
         for task, group in items.items()
     }
     for name in names:
@@ -39,7 +44,8 @@ def summaries(
         members = _members(name, tree) or _members(f"local_{name}", tree)
         if name not in summary and members:
             pooled = [_within(member, item) for member in members for item in items.get(member, [])]
-            summary[name] = summarize(pooled, results["results"].get(name, {}))
+            every = [label for member in members for label in known.get(member) or ()]
+            summary[name] = summarize(pooled, results["results"].get(name, {}), every)
             summary[name]["left_out"] = sum(gone.get(member, 0) for member in members)
     return summary
 
@@ -53,9 +59,20 @@ def _within(member: str, item: dict) -> dict:
     }
 
 
-def summarize(items: list[dict], metrics: Mapping) -> dict:
-    """The items of a task, its chance, and lm-eval's own numbers under their plain names."""
-    return {"chance": _chance_of(items), "metrics": _plain_metrics(metrics), "items": items}
+def labels_of(task: Any) -> list[int]:
+    """The place of the right answer of each document of an lm-eval task, asked or not; empty where the documents do not
+    all offer the same choices."""
+    choices = getattr(task.config, "doc_to_choice", None)
+    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(choices, list):
+        return []
+    targets = [task.doc_to_target(document) for document in task.eval_docs]
+    found = [choices.index(one) if one in choices else one for one in targets]
+    return found if all(isinstance(one, int) and 0 <= one < len(choices) for one in found) else []
+
+
+def summarize(items: list[dict], metrics: Mapping, labels: Sequence[int] | None = None) -> dict:
+    """The items of a task, its chance, and lm-eval's own numbers under their plain names. labels: as `labels_of`."""
+    return {"chance": _chance_of(items, labels or ()), "metrics": _plain_metrics(metrics), "items": items}
 
 
 def _item(task: str, sample: Mapping, book: Mapping) -> dict:
@@ -124,20 +141,20 @@ def _chance(sample: Mapping, metric: str, score: float | None) -> float | None:
     return 1 / choices if choices > 1 and metric != "exact_match" else (None if score is None else 0.0)
 
 
-def _chance_of(items: Sequence[Mapping]) -> float | None:
+def _chance_of(items: Sequence[Mapping], labels: Sequence[int]) -> float | None:
     """Mean chance of the items; where all offer the same choices, what always giving one answer scores.
 
-    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`. None where it is not known
-    of an item.
+    Who always says "yes" to BoolQ is right in 62 % of the cases, see `statistics.chance_of`. A few items do not tell
+    that, so the labels of all documents count, where they are known. None where it is not known of an item.
     """
     known = [item["chance"] for item in items if item["chance"] is not None]
     if not items or len(known) < len(items):
         return None
     mean = math.fsum(known) / len(known)
-    labels = [item.get("label") for item in items]
-    if not mean or any(label is None or label[0] != labels[0][0] for label in labels):  # type: ignore[index]
+    told = [item.get("label") for item in items]
+    if not mean or any(label is None or label[0] != told[0][0] for label in told):  # type: ignore[index]
         return mean
-    return chance_of([label[1] for label in labels if label], len(labels[0][0]))  # type: ignore[index]
+    return chance_of(labels or [label[1] for label in told if label], len(told[0][0]))  # type: ignore[index]
 
 
 def _plain_answer(answer: Any) -> Any:

@@ -14,7 +14,7 @@ from ftp_lightning.errors import UserError, hub_errors
 from ftp_lightning.evaluation.harness.declared import declared
 from ftp_lightning.evaluation.harness.index import names_like, task_manager
 from ftp_lightning.evaluation.harness.made import CONTEXTS, local_data, made_task, unknown_task
-from ftp_lightning.evaluation.harness.results import summaries
+from ftp_lightning.evaluation.harness.results import labels_of, summaries
 from ftp_lightning.evaluation.harness.seen import leave_out
 from ftp_lightning.evaluation.harness.shots import set_shots
 from ftp_lightning.evaluation.harness.task_data import LAYOUT, by_subject, read_rows
@@ -86,6 +86,7 @@ def run_tasks(
         loaded = _loaded(lm, tasks, cache)
         for name, task in loaded["tasks"].items():
             set_shots(name, task, num_fewshot)
+        labels = {name: labels_of(task) for name, task in loaded["tasks"].items()}
         left_out = {name: leave_out(name, task, seen or {}) for name, task in loaded["tasks"].items()}
         results = evaluate(
             lm=lm,
@@ -97,7 +98,7 @@ def run_tasks(
             log_samples=True,
         )
     accounts = [account for share in lm.gather_object(getattr(lm, "accounts", [])[before:]) or [] for account in share]
-    return summaries(results, list(tasks), accounts, left_out) if results else {}
+    return summaries(results, list(tasks), accounts, left_out, labels) if results else {}
 
 
 def load_tasks(files: Mapping[str, str | Path | Mapping[str, Path] | None], num_fewshot: int | None = None) -> list:
