@@ -23,7 +23,7 @@ from ftp_lightning.baselines.spatten import CumulativeSelector
 from ftp_lightning.baselines.zero_tprune import PageRankSelector
 from ftp_lightning.costs.flops import row_flops
 from ftp_lightning.costs.least_tokens import routed_from
-from ftp_lightning.costs.request import planned_cut, realised_cut, row_costs, scout_flops
+from ftp_lightning.costs.request import planned_cut, row_costs, scout_flops
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.continuation import continuation_logits
@@ -347,7 +347,7 @@ def test_every_peer_is_placed_at_the_cut_and_realises_it(name, new_tokens):
     planned = planned_cut(MODEL, pruner, PROMPT, new_tokens)
     assert abs(planned - cut) < (0.15 if name in COARSE else 0.04)
     prefill_and_continue(MODEL, pruner, TEXT, PROMPT)
-    assert realised_cut(MODEL, pruner, pruner.trace.prompt, new_tokens) == pytest.approx(planned, abs=0.03)
+    assert row_costs(MODEL, pruner, pruner.trace.prompt, new_tokens).cut == pytest.approx(planned, abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["topk", "threshold", "short_gpt", "gem_filter", "deletion_surprisal"])
@@ -374,7 +374,7 @@ def test_the_costs_of_rows_are_those_of_each_alone(name):
     _, computed = row_flops(MODEL, pruner.trace.prompt, pruner.kv, new[2], 0, pruner.removed)
     look = scout_flops(MODEL, pruner.router.needs.scout, tokens)
     assert alone[2].flops == pytest.approx([computed.item() + look]) and (look > 0) == looked
-    whole = realised_cut(MODEL, pruner, pruner.trace.prompt, new[2])
+    whole = row_costs(MODEL, pruner, pruner.trace.prompt, new[2]).cut
     assert whole == pytest.approx(alone[2].cut) and together.cut == pytest.approx(
         1 - sum(together.flops) / sum(together.dense_flops)
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ftp_lightning.data.records import alpaca_prompt, record_text
-from ftp_lightning.data.sources import documents_hash, load_documents, split_documents, split_of
+from ftp_lightning.data.sources import load_documents, split_documents, split_of
 from ftp_lightning.data.stories import SPLITS, Story, load_stories, parse_stories
 from ftp_lightning.data.text import normalise_book, sentences_of
 from ftp_lightning.errors import UserError
@@ -151,9 +151,3 @@ def test_hub_data_set_offline(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match="prefetch --data a/b:c"):
         load_documents("a/b:c", "all")
-
-
-def test_documents_hash_sees_boundaries_and_order():
-    hashes = {documents_hash(documents) for documents in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}
-    assert len(hashes) == 4
-    assert documents_hash(["ab", "c"]) == documents_hash(("ab", "c"))

@@ -5,7 +5,7 @@ import torch
 from test_engine import BLOCKS, MODEL, TEXT
 
 from ftp_lightning.baselines.registry import METHODS, Profile, Setting
-from ftp_lightning.costs.request import realised_cut
+from ftp_lightning.costs.request import row_costs
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation import record as of
 from ftp_lightning.evaluation.bench import OWN_ANSWERS, Bench
@@ -52,7 +52,7 @@ def test_the_cut_is_that_of_all_batches_and_not_of_the_last(choice, batch_size):
     for row, found in zip(rows().rows, items.to_dict("records"), strict=True):
         with pruner(MODEL), torch.no_grad():
             MODEL(input_ids=torch.tensor([row.prompt]), use_cache=True)
-        cut = realised_cut(MODEL, pruner, pruner.trace.routed)
+        cut = row_costs(MODEL, pruner, pruner.trace.routed).cut
         assert cut == pytest.approx(1 - found["flops"] / found["dense_flops"], abs=1e-9)
         saved, total = saved + cut * found["dense_flops"], total + found["dense_flops"]
     assert of.flops_cut(items) == pytest.approx(saved / total, abs=1e-9)

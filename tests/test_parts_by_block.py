@@ -8,7 +8,7 @@ from test_engine import MODEL, TEXT, prefill_and_continue
 
 from ftp_lightning import FixedRouter, Schedule, StaticRouter, TokenPruner, UserError, fit_compensation
 from ftp_lightning.costs.flops import flops_reduction
-from ftp_lightning.costs.request import planned_cut, realised_cut
+from ftp_lightning.costs.request import planned_cut, row_costs
 from ftp_lightning.data.rows import Rows
 
 MIXED = ["block", "mlp", "attention+mlp", "block"]
@@ -32,7 +32,7 @@ def test_what_mixed_parts_cost_is_planned_as_it_comes():
     with torch.no_grad(), pruner(MODEL):
         MODEL(TEXT, use_cache=False)
     planned = planned_cut(MODEL, pruner, TEXT.shape[1])
-    assert planned == pytest.approx(realised_cut(MODEL, pruner, pruner.trace), abs=0.02)
+    assert planned == pytest.approx(row_costs(MODEL, pruner, pruner.trace).cut, abs=0.02)
     assert planned == pytest.approx(flops_reduction(MODEL, SCHEDULE, TEXT.shape[1], "keep", MIXED))
     assert planned < planned_cut(MODEL, pruner.changed(parts="block"), TEXT.shape[1])
 

@@ -15,7 +15,7 @@ from ftp_lightning.baselines.mixture_of_depths import MixtureOfDepths
 from ftp_lightning.baselines.peer import Peer, best_form, first_dense
 from ftp_lightning.baselines.random_tokens import RandomTokens
 from ftp_lightning.baselines.recent_sink import RecentSink
-from ftp_lightning.baselines.setting import PROFILES, Profile, Setting
+from ftp_lightning.baselines.setting import Profile, Setting
 from ftp_lightning.baselines.short_gpt import ShortGPT
 from ftp_lightning.baselines.skip_gpt import SkipGPT
 from ftp_lightning.baselines.spatten import SpAtten
@@ -29,4 +29,4 @@ _ALL = (
 METHODS: dict[str, Peer] = {method.name: method() for method in _ALL}
 """By name, in the order of the tables; the last two are FTP's own."""
 
-__all__ = ["METHODS", "PROFILES", "Peer", "Profile", "Setting", "best_form", "first_dense"]
+__all__ = ["METHODS", "Peer", "Profile", "Setting", "best_form", "first_dense"]

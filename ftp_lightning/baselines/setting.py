@@ -20,9 +20,6 @@ class Profile:
     new_tokens: int = 0
 
 
-PROFILES = {"prefill": Profile(), "request": Profile(new_tokens=128)}
-
-
 @dataclass
 class Setting:
     """What a peer may look at; nothing of it is test data.

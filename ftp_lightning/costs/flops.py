@@ -27,8 +27,8 @@ from ftp_lightning.schedule import Schedule
 
 __all__ = [
     "BlockCost", "Parts", "block_costs", "cached_bytes", "causal_pairs", "continuation_flops", "decode_bytes",
-    "decode_speedup_limit", "flops_reduction", "head_flops", "prompt_flops", "realised_flops",
-    "realised_flops_reduction", "realised_speedup_limit", "row_flops", "speedup_limit", "stored_tokens",
+    "flops_reduction", "head_flops", "prompt_flops", "realised_flops", "realised_speedup_limit", "row_flops",
+    "speedup_limit", "stored_tokens",
 ]  # fmt: skip
 
 Parts = str | Sequence[str]
@@ -136,13 +136,6 @@ def realised_speedup_limit(
     """
     dense, pruned = realised_flops(model, trace, kv, new_tokens, rank, last_only=last_only)
     return dense / pruned
-
-
-def realised_flops_reduction(
-    model: nn.Module, trace: Trace, kv: str | Sequence[str], new_tokens: int = 0, rank: int = 0
-) -> float:
-    """Share of the FLOPs that was saved on the prompt that was routed, with `new_tokens` on the whole request."""
-    return 1.0 - 1.0 / realised_speedup_limit(model, trace, kv, new_tokens, rank)
 
 
 def realised_flops(
@@ -285,20 +278,6 @@ def decode_bytes(
         else:
             total += cost.skip_bytes + (cost.deposit_bytes if mode == "keep" else 0.0)
     return total
-
-
-def decode_speedup_limit(
-    model: nn.Module,
-    tokens_before: int,
-    stored_per_block: Sequence[int],
-    skipped: Sequence[bool] | None = None,
-    kv: str | Sequence[str] = "keep",
-    rank: int = 0,
-) -> float:
-    """Limit in bytes of the decode speed-up of one row: bytes that the dense model reads / bytes that are read."""
-    costs = block_costs(model, rank)
-    dense = decode_bytes(model, costs, [tokens_before] * len(costs))
-    return dense / decode_bytes(model, costs, stored_per_block, skipped, kv)
 
 
 def _head_bytes(model: nn.Module) -> float:

@@ -108,11 +108,6 @@ def row_costs(
     return RowCosts(dense.tolist(), flops, [float(tokens * every) for tokens in real], held.tolist())
 
 
-def realised_cut(model: nn.Module, pruner, trace: Trace, new_tokens: int = 0) -> float:
-    """Share of the FLOPs that the pruner saved on the prompts of a trace and `new_tokens` after each, rows added up."""
-    return row_costs(model, pruner, trace, new_tokens).cut
-
-
 def _instead(costs, pruner, tokens: int) -> float:
     """FLOPs of what tokens get in place of removed parts (compensation): once for a block, else by part."""
     times = {block: len(pruner.removed_parts(block)) for block, _ in pruner.removed}

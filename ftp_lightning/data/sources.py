@@ -81,14 +81,6 @@ def split_of(text: str) -> str:
     return split_at(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64)
 
 
-def documents_hash(documents: Sequence[str]) -> str:
-    """sha256 (hex) over the documents in order; lengths are hashed too, so moving a boundary changes it."""
-    digest = hashlib.sha256()
-    for data in (text.encode() for text in documents):
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
-
-
 def split_at(fraction: float, shares: Mapping[str, float] = SHARES) -> str:
     """The split whose stretch of [0, 1) holds `fraction`: stretches as long as the shares, one after the other."""
     bound = 0.0

@@ -25,10 +25,6 @@ def hooked_place(module: nn.Module) -> torch.device | None:
     return None if place is None else torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
-def is_dispatched(model: nn.Module) -> bool:
-    return any(hooks_of(module) for module in model.modules())
-
-
 def home(model: nn.Module) -> torch.device:
     """Where token ids go in: where the embedding of a dispatched model computes, else where the first weight is."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
