@@ -47,7 +47,8 @@ def main() -> None:
     right = [[generated(model, tokenizer, one, prompt, 8) for one in (None, pruner)] for prompt in prompts]
     with Server("--pruned", asked.pruned) as server:
         for clients in map(int, asked.clients.split(",")):
-            choose, rounds, end = random.Random(clients), [], time.monotonic() + asked.seconds
+            choose, end = random.Random(clients), time.monotonic() + asked.seconds
+            rounds: list[tuple[list[int], list[list[dict]]]] = []
             with ThreadPoolExecutor(clients) as pool:
                 while time.monotonic() < end or len(rounds) < asked.rounds:
                     numbers = [choose.randrange(len(prompts)) for _ in range(clients)]

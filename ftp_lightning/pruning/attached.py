@@ -315,8 +315,15 @@ class Gate:
 
 
 _GATES: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for gate in _GATES:
+        gate.forked()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [gate.forked() for gate in _GATES])
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _last_tokens(asked) -> int | None:
