@@ -104,6 +104,7 @@ def hush() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_warning)
     logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_not_about_length)
+    logging.getLogger("transformers.utils.generic").addFilter(_is_not_about_caches)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
@@ -117,6 +118,11 @@ def _is_warning(record: logging.LogRecord) -> bool:
 def _is_not_about_length(record: logging.LogRecord) -> bool:
     """Texts are tokenised whole and then cut into windows, so their length is no mistake."""
     return "Token indices sequence length" not in str(record.msg)
+
+
+def _is_not_about_caches(record: logging.LogRecord) -> bool:
+    """From transformers 5.24 on outputs have their cache under another name; the old one works in every version."""
+    return "past_key_values" not in str(record.msg)
 
 
 def _run(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ import torch
 from families import family
 from test_engine import MODEL, TEXT, seeded, tiny_llama
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, EncoderDecoderCache, LlamaForSequenceClassification
+from transformers import DynamicCache, EncoderDecoderCache, LlamaForSequenceClassification, LlamaModel
 
 from ftp_lightning import DynamicRouter, FixedRouter, RandomRouter, Schedule, StaticRouter, TokenPruner
 from ftp_lightning.errors import UserError
@@ -463,3 +463,22 @@ def test_guidance_leaves_the_trace_of_the_prompt_that_was_given():
     with pruner(model):
         model.generate(IDS, max_new_tokens=3, do_sample=False, guidance_scale=1.5, attention_mask=torch.ones_like(IDS))
     assert [keep.shape for keep in pruner.trace.prompt.keep] == [IDS.shape] * 4
+
+
+class Renamed(LlamaModel):
+    """Its cache is called as in transformers 5.24."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **kwargs):
+        about = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "past_key_values": cache}
+        return super().forward(input_ids, attention_mask=attention_mask, **about, **kwargs)
+
+
+def test_the_cache_of_a_decoder_may_have_either_name():
+    model, pruner = tiny_llama(), TokenPruner(seeded(DynamicRouter), SCHEDULE)
+    found = []
+    for kind in (LlamaModel, Renamed):
+        model.model.__class__ = kind
+        with pruner(model), torch.no_grad():
+            found.append(model.generate(TEXT, max_new_tokens=3, do_sample=False))
+            assert any(share > 0 for share in pruner.trace.prompt.sparsity)
+    assert torch.equal(*found)

@@ -18,6 +18,7 @@ from ftp_lightning.data.rows import Batch, Rows, moved
 from ftp_lightning.evaluation.scores import ContinuationScores, Tally
 from ftp_lightning.losses import kl_per_token, nll_per_token
 from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.family import cache_argument
 from ftp_lightning.pruning.kept import padding_arguments
 
 __all__ = [
@@ -45,7 +46,7 @@ def continuation_logits(model, input_ids: Tensor, prompt_tokens: int, attention_
     logits = [prefill.logits]
     if continuation.shape[1] > 1:
         about = padding_arguments(attention_mask, prompt_tokens, input_ids.shape[1] - 1)
-        about |= {"past_key_values": prefill.past_key_values, "use_cache": True}
+        about |= {cache_argument(model): prefill.past_key_values, "use_cache": True}
         logits.append(model(input_ids=continuation[:, :-1], **about).logits)
     return _at_least_float32(torch.cat(logits, dim=1))
 

@@ -21,6 +21,7 @@ from ftp_lightning.fingerprint import digest
 from ftp_lightning.lock import locked
 from ftp_lightning.models import model_identity
 from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.family import cache_argument
 from ftp_lightning.pruning.kept import padding_arguments
 from ftp_lightning.sharding import is_sharded
 
@@ -122,7 +123,8 @@ def greedy(model, batch: Batch, new_tokens: int, ends: frozenset[int]) -> list[l
         about = {} if mask is None else {"position_ids": lengths + len(said) - 1}
         if mask is not None:
             about["attention_mask"] = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = model(input_ids=token[:, None], past_key_values=out.past_key_values, use_cache=True, **about)
+        cache = {cache_argument(model): out.past_key_values}
+        out = model(input_ids=token[:, None], use_cache=True, **cache, **about)
     return [_up_to_end(row, ends) for row in torch.stack(said, 1).tolist()]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ftp_lightning.losses import nll_per_token
 from ftp_lightning.pruning.devices import home
+from ftp_lightning.pruning.family import cache_argument
 
 Tokens = Sequence[int]
 
@@ -134,7 +135,7 @@ def _choice_logits(model, prefill, context_mask: Tensor, owners: Tensor, tokens:
         input_ids=fed,
         attention_mask=torch.cat([context_mask[owners], fed_mask], dim=1),
         position_ids=lengths + torch.arange(fed.shape[1], device=owners.device),
-        past_key_values=_cache_rows(prefill.past_key_values, owners),
+        **{cache_argument(model): _cache_rows(prefill.past_key_values, owners)},
         use_cache=True,
     ).logits
     return torch.cat([first, rest], dim=1)

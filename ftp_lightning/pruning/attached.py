@@ -31,7 +31,7 @@ from ftp_lightning.pruning.attention import attend, tap_attention
 from ftp_lightning.pruning.block_run import BlockRun
 from ftp_lightning.pruning.calls import wrap
 from ftp_lightning.pruning.devices import brought, home
-from ftp_lightning.pruning.family import heeds_logits_to_keep
+from ftp_lightning.pruning.family import CACHE, cache_argument, given_cache, heeds_logits_to_keep, with_cache
 from ftp_lightning.pruning.forward import open_forward
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
 from ftp_lightning.pruning.parts import run_attention, run_mlp_entry, run_mlp_exit
@@ -71,7 +71,7 @@ class Attached:
         self.compensations: dict[tuple[torch.device, torch.dtype], Compensation] = {}
         self.taps = [functools.partial(self.attend, index) for index in range(len(blocks))]
         self.gives_router_logits = hasattr(decoder.config, "output_router_logits")
-        self._slices = heeds_logits_to_keep(model)
+        self._slices, self._cache = heeds_logits_to_keep(model), cache_argument(decoder)
         self._undo: list[Callable[[], None]] = []
         try:
             self._install(model)
@@ -140,7 +140,7 @@ class Attached:
         with self.gate.call() as pruned:
             if not pruned:
                 return inner(*args, **kwargs)
-            check_cache(kwargs.get("past_key_values"))
+            check_cache(given_cache(kwargs))
             if self.ambient.training is not None:
                 raise UserError("generate makes no training forward.\nCall it outside of `pruner.masked(...)`.")
             generation = Generation.of(self.model, args, kwargs, self.ambient.routes_chunks)
@@ -167,7 +167,8 @@ class Attached:
             arguments = self._signature.bind(self.decoder, *args, **kwargs).arguments
             arguments.pop("self", None)
             arguments |= arguments.pop("kwargs", {})
-            cache, generation, past = arguments.get("past_key_values"), self.ambient.generation, 0
+            arguments = with_cache(arguments, CACHE)
+            cache, generation, past = arguments.get(CACHE), self.ambient.generation, 0
             if cache is not None:
                 check_cache(cache)
                 past = cache.get_seq_length()
@@ -183,15 +184,15 @@ class Attached:
         ambient, pruner = self.ambient, self.pruner
         forward = open_forward(self, arguments, past, generation)
         if forward.training is not None:
-            arguments |= {"use_cache": False, "past_key_values": None}
+            arguments |= {"use_cache": False, CACHE: None}
         # of a forward that changes nothing the wrappers know nothing, so that they cost next to nothing
         outer, ambient.forward = ambient.forward, forward if forward.active else None
         try:
             if self.plan.needs.scout is not None and forward.routed is not None and forward.active:
                 forward.scouted = scouted(self, inner, arguments, forward)
-            output = inner(**arguments)
+            output = inner(**with_cache(arguments, self._cache))
         except BaseException:
-            spoil(arguments.get("past_key_values"), len(self.blocks))
+            spoil(arguments.get(CACHE), len(self.blocks))
             raise
         finally:
             ambient.forward = outer

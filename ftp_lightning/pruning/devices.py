@@ -36,7 +36,9 @@ def brought(args: tuple, kwargs: dict, place: torch.device) -> tuple[tuple, dict
     """The arguments of a block's call on `place`, as its hook would bring them; a cache stays where it is."""
     from accelerate.utils import send_to_device
 
-    return send_to_device(args, place), send_to_device(kwargs, place, skip_keys=["past_key_values", "layer_past"])
+    from ftp_lightning.pruning.family import CACHE_NAMES
+
+    return send_to_device(args, place), send_to_device(kwargs, place, skip_keys=list(CACHE_NAMES))
 
 
 def fetched(model: nn.Module, name: str, weight: Tensor) -> Tensor:

@@ -7,16 +7,19 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.pruning.calls import uncompiled
 
-_CACHE_NAMES = ("past_key_values", "layer_past")
+CACHE = "past_key_values"
+"""What transformers called the cache before 5.24; it is `cache` since then."""
+CACHE_NAMES = (CACHE, "cache", "layer_past")
 _UNDERSTOOD_LAYERS = {"full_attention", "sliding_attention"}
 _UNDERSTOOD_ARGUMENTS = {
-    "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", *_CACHE_NAMES, "use_cache",
+    "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", *CACHE_NAMES, "use_cache",
     "output_attentions", "output_router_logits", "encoder_hidden_states", "encoder_attention_mask", "cache_position",
     "shared_kv_states",
 }  # fmt: skip
@@ -167,7 +170,22 @@ def _layer_type(attention: nn.Module) -> str:
 def cache_name(block: nn.Module) -> str | None:
     """The name under which a block's (or an attention's) forward takes the cache."""
     names = _parameters(type(block).forward)
-    return next((name for name in _CACHE_NAMES if name in names), None)
+    return next((name for name in CACHE_NAMES if name in names), None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a whole model's forward takes the cache."""
+    return cache_name(uncompiled(model)) or CACHE
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, under whichever of its names; None where there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def with_cache(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arguments of a call with the cache under this name."""
+    return {name if key in CACHE_NAMES else key: value for key, value in arguments.items()}
 
 
 def find_attention(block: nn.Module) -> nn.Module:

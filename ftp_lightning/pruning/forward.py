@@ -19,6 +19,7 @@ from ftp_lightning.pruning.ambient import Training
 from ftp_lightning.pruning.cache import RoutedLayer
 from ftp_lightning.pruning.continuation_scores import ContinuationTable
 from ftp_lightning.pruning.decide import RoutedTokens, route
+from ftp_lightning.pruning.family import CACHE
 from ftp_lightning.pruning.generation import Generation
 from ftp_lightning.pruning.kept import Kept, Tokens
 from ftp_lightning.pruning.policies import follow
@@ -173,7 +174,7 @@ def open_forward(attached: Attached, arguments: dict, past: int, generation: Gen
     if past == 0 or (routes_chunks if generation is None else generation.is_prompt(past)):
         _open_prompt(attached, forward)
     else:
-        _open_continuation(attached, forward, arguments["past_key_values"])
+        _open_continuation(attached, forward, arguments[CACHE])
     if attached.gives_router_logits:
         check_router_logits(attached, arguments, forward)
     return forward
@@ -190,7 +191,7 @@ def check_call(attached: Attached, arguments: dict, past: int) -> None:
     if positions is not None and mask is None:
         wanted = arguments.get("use_cache")
         caches = decoder.config.use_cache if wanted is None else wanted
-        caches = training is None and (caches or arguments.get("past_key_values") is not None)
+        caches = training is None and (caches or arguments.get(CACHE) is not None)
         if not caches and bool((positions.diff(dim=-1) != 1).any()):  # then transformers looks for packed texts
             raise UserError(
                 "position_ids with gaps, without a cache and a mask, mean packed texts, which cannot be pruned.\n"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ftp_lightning.errors import UserError
+from ftp_lightning.pruning.family import given_cache
 
 _DYNAMIC = (None, "dynamic", "hybrid")
 """What makes `generate` take a dynamic cache; "hybrid" stands in settings of old and is passed over by it."""
@@ -57,7 +58,7 @@ class Generation:
                 "Use an assistant_model or prompt_lookup_num_tokens."
             )
         guesses = asked("assistant_model") is not None or bool(asked("prompt_lookup_num_tokens") or asked("use_mtp"))
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         fresh = cache is None or cache.get_seq_length() == 0
         return Generation(_prompt_length(given), fresh or routing_chunk, guesses)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ftp_lightning.evaluation.speed.prompts import Prompts
 from ftp_lightning.evaluation.speed.timing import Clock, Interval, interleaved, median_interval, seconds
 from ftp_lightning.pruning import TokenPruner
+from ftp_lightning.pruning.family import cache_argument
 from ftp_lightning.routing import FixedRouter
 
 WARMUP = 3
@@ -117,7 +118,8 @@ class Decoding:
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         more = {} if self.mask is None else {"attention_mask": self.mask}
-        output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **more)
+        more[cache_argument(self.model)] = self.cache
+        output = self.model(input_ids=self.token, use_cache=True, logits_to_keep=1, **more)
         self.token = _greedy(output)
 
 
