@@ -30,4 +30,4 @@ def test_a_notebook_prints_what_it_shows(path):
 
 
 def test_there_are_notebooks():
-    assert {"inside", "quick_start", "add_a_router"} <= {path.stem for path in NOTEBOOKS}
+    assert {"inside", "quick_start", "tune", "add_a_router"} <= {path.stem for path in NOTEBOOKS}
