@@ -1,5 +1,7 @@
 """A tiny random model of every family that docs/models.md calls tested."""
 
+import copy
+
 import torch
 import transformers as T
 from transformers import AutoModelForCausalLM
@@ -100,9 +102,20 @@ MORE = {
 }
 
 
+_MADE = {}
+
+
 def family(name, dtype=torch.float64, attention=None, seed=0, **changes):
-    """The model, in eval mode; `attention` its implementation, by default the one transformers would take."""
-    torch.manual_seed(seed)
-    config = (CONFIGS | MORE)[name](**changes)
-    model = AutoModelForCausalLM.from_config(config, **({"attn_implementation": attention} if attention else {}))
-    return model.to(dtype).eval().requires_grad_(False)
+    """The model, in eval mode; `attention` its implementation, by default the one transformers would take.
+
+    Every call gives a model of its own, and leaves torch's generator as making it does: copying takes half the time.
+    """
+    key = repr((name, dtype, attention, seed, sorted(changes.items())))
+    if key not in _MADE:
+        torch.manual_seed(seed)
+        config = (CONFIGS | MORE)[name](**changes)
+        model = AutoModelForCausalLM.from_config(config, **({"attn_implementation": attention} if attention else {}))
+        _MADE[key] = model.to(dtype).eval().requires_grad_(False), torch.get_rng_state()
+    model, state = _MADE[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)

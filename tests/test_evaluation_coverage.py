@@ -7,7 +7,7 @@ from scipy import stats
 from ftp_lightning.evaluation.statistics import clustered, paired
 
 DOCUMENTS = (2, 3, 5, 10, 20, 40)
-TIERS = [pytest.param(200, id="quick"), pytest.param(5000, id="slow", marks=pytest.mark.slow)]
+TIERS = [pytest.param(100, id="quick"), pytest.param(5000, id="slow", marks=pytest.mark.slow)]
 
 
 def covers(hits, trials):

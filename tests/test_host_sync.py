@@ -44,10 +44,9 @@ def test_no_router_asks_the_device(router, kv, attention):
     assert [layer.keys.shape[2] for layer in cache.layers] == [a + 1 + b for a, b in zip(stored, second)]
 
 
-@pytest.mark.parametrize("kv", ["evict", "keep"])
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"mixtral", "qwen3_moe"}))  # transformers counts experts' tokens
-def test_no_family_asks_the_device(name, kv):
-    model = on_meta(name)
+def test_no_family_asks_the_device(name):
+    model, kv = on_meta(name), ["keep", "evict", "keep", "evict"]
     for parts in ("block", "attention+mlp"):
         pruner = TokenPruner(make_router("dynamic", 4, 32), SCHEDULE, kv=kv, parts=parts)
         with torch.no_grad(), pruner(model):

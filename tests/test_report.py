@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from made_up_run import BLOCKS, STAGES, Page, benchmark, edit, read_csv, results, schedule, search_metrics, write_run
+from pictures import sketch
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.report import (
@@ -48,8 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawing out, which takes most of the time, where only the page around it is asked for."""
-    files = {"svg": "<svg></svg>", "png": b"", "csv": b""}
-    monkeypatch.setattr(page, "draw", lambda plot, rows: files if rows else None)
+    monkeypatch.setattr(page, "draw", sketch)
 
 
 PLOTS = {plot.name: section for section in SECTIONS for plot in section.plots}
@@ -427,6 +427,7 @@ def test_the_headline_table_has_the_measured_time_of_what_was_clocked(run: Path)
     assert times["dense"] == "228 ms" and times["dynamic"] == "174 ms (1.31x)" and times["random tokens"] == "–"
 
 
+@pytest.mark.usefixtures("sketched")
 def test_own_answers_are_shown_with_their_intervals(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     own = {"share": 0.62, "low": 0.55, "high": 0.69, "items": 200, "note": ""}

@@ -72,8 +72,9 @@ def test_the_command_line_is_that_of_wandbs_agent_and_parses(path):
         assert (
             words == create_sweep_command_args({"args": {key: {"value": value} for key, value in run.items()}})["args"]
         )
-        settings = parse(stage, words)
-        assert settings.study == path.stem and settings.tracking == "wandb"
+        if run["seed"] == sweep["parameters"]["seed"]["values"][0]:  # the others differ in a number alone
+            settings = parse(stage, words)
+            assert settings.study == path.stem and settings.tracking == "wandb"
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=name)

@@ -105,14 +105,21 @@ def test_two_processes_by_a_flag(tmp_path):
     assert records[0]["base_identity"] == records[1]["base_identity"]
 
 
-def test_it_goes_on_from_a_pruner(tmp_path):
-    _, first = train(tmp_path / "first", budget=0.3, router="local", kv="evict")
-    metrics, second = train(tmp_path / "second", pruned=str(tmp_path / "first" / "pruned"), learning_rate=1e-9)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A trained pruner, and the folder it is in."""
+    folder = tmp_path_factory.mktemp("first")
+    return train(folder / "run", budget=0.3, router="local", kv="evict")[1], str(folder / "run" / "pruned")
+
+
+def test_it_goes_on_from_a_pruner(first, tmp_path):
+    first, folder = first
+    _, second = train(tmp_path / "second", pruned=folder, learning_rate=1e-9)
     assert second.schedule == first.schedule and second.kv == first.kv
     for one, two in zip(first.router.parameters(), second.router.parameters()):
         assert torch.allclose(one, two, atol=1e-6)
     with pytest.raises(UserError, match="--router cannot be combined"):
-        train(tmp_path / "third", pruned=str(tmp_path / "first" / "pruned"), router="local")
+        train(tmp_path / "third", pruned=folder, router="local")
 
 
 def test_the_router_is_first_trained_where_every_block_decides(tmp_path):
@@ -122,11 +129,10 @@ def test_the_router_is_first_trained_where_every_block_decides(tmp_path):
     assert metrics["parameters"] == 12 * 256 + 17 * 64 + 130
 
 
-def test_a_family_goes_on_from_a_pruner(tmp_path):
+def test_a_family_goes_on_from_a_pruner(first, tmp_path):
     """The schedule it holds afterwards is the family's, of the middle budget."""
-    train(tmp_path / "first", budget=0.3)
     about = {"schedule": family(tmp_path / "schedules.json"), "budgets": (0.2, 0.6)}
-    _, pruner = train(tmp_path / "second", pruned=str(tmp_path / "first" / "pruned"), **about)
+    _, pruner = train(tmp_path / "second", pruned=first[1], **about)
     assert pruner.schedule.sparsity == pytest.approx([0.4] * 12)
 
 
