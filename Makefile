@@ -66,7 +66,7 @@ reproduce: $(SETUP)  ## the paper's tables for MODEL (embedded), its own numbers
 	$(PYTHON) experiments/reproduce.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(SETUP)  ## the fast tests, offline
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 slurm-test: $(SETUP)  ## search, training and evaluation on a real SLURM on this machine (Debian, as root)
 	PYTHON=$(CURDIR)/$(PYTHON) tests/slurm/run.sh

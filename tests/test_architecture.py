@@ -99,6 +99,13 @@ def test_the_package_itself_loads_nothing_heavy():
     assert not loaded_after("import ftp_lightning") & {*HEAVY, "torch", "transformers", "numpy"}
 
 
+def test_the_longest_files_of_tests_are_there():
+    from conftest import LONGEST
+
+    here = Path(__file__).resolve().parent
+    assert [name for name in LONGEST if not (here / f"test_{name}.py").is_file()] == []
+
+
 def test_public_names_exist():
     promised = "Schedule TokenPruner FixedRouter StaticRouter RandomRouter DynamicRouter load_pruned".split()
     assert set(promised) <= set(ftp_lightning.__all__)
