@@ -107,6 +107,7 @@ def hush() -> None:
     logging.getLogger("transformers.utils.generic").addFilter(_is_not_about_caches)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available on your system but is not used.*")
 

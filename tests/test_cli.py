@@ -3,6 +3,7 @@
 import gc
 import json
 import shlex
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from ftp_lightning import DynamicRouter, Schedule, StaticRouter, TokenPruner
-from ftp_lightning.__main__ import STAGES, main, parse
+from ftp_lightning.__main__ import STAGES, hush, main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "random:tiny"]
@@ -149,6 +150,15 @@ def test_libraries_are_hushed_but_for_warnings():
     for text, shown in (("Token indices sequence length is longer than", False), ("another warning", True)):
         record = tokenizers.makeRecord(tokenizers.name, logging.WARNING, "", 0, text, (), None)
         assert bool(tokenizers.filter(record)) is shown
+
+
+def test_a_resumed_training_is_not_told_that_its_folder_is_not_empty():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        hush()
+        warnings.warn("Checkpoint directory runs/train/checkpoints exists and is not empty.", stacklevel=1)
+        warnings.warn("another warning", stacklevel=1)
+    assert [str(one.message) for one in shown] == ["another warning"]
 
 
 def test_a_broken_line_of_jsonl_is_named(command, tmp_path):
