@@ -71,8 +71,9 @@ class StageFolder:
             raise told from error
 
     def _entered(self) -> StageFolder:
-        for left in (*self.path.glob(".*.partial"), *self.path.glob(".*.old")):  # of one killed while it wrote
-            remove(left)
+        for pattern in (".*.partial", "*/.*.partial", ".*.old"):  # of one killed while it wrote
+            for left in self.path.glob(pattern):
+                remove(left)
         former = read_provenance(self.path)
         if former is None:
             self._check_unfinished()

@@ -259,10 +259,12 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(tm
 def test_the_lock_of_a_killed_run_locks_nobody_out_and_what_it_left_half_written_goes(tmp_path):
     (tmp_path / LOCK).write_text("")
     (tmp_path / ".state.json.4711.partial").write_text('{"half')
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / ".page.png.4711.partial").write_text("half")
     with folder(tmp_path) as stage:
-        assert not (tmp_path / ".state.json.4711.partial").exists()
+        assert not list(tmp_path.rglob(".*.partial"))
         stage.write_text("product", "1")
-    assert names(tmp_path) == ["config.yaml", "product", "provenance.json"]
+    assert names(tmp_path) == ["config.yaml", "product", "provenance.json", "report"]
 
 
 def test_a_lock_that_its_holder_takes_away_is_no_lock(tmp_path):
