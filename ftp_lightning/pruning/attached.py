@@ -31,7 +31,7 @@ from ftp_lightning.pruning.attention import attend, tap_attention
 from ftp_lightning.pruning.block_run import BlockRun
 from ftp_lightning.pruning.calls import wrap
 from ftp_lightning.pruning.devices import brought, home
-from ftp_lightning.pruning.family import CACHE, cache_argument, given_cache, heeds_logits_to_keep, with_cache
+from ftp_lightning.pruning.family import CACHE, cache_argument, given_cache, heeds_logits_to_keep
 from ftp_lightning.pruning.forward import open_forward
 from ftp_lightning.pruning.generation import Generation, join_outputs, split_arguments
 from ftp_lightning.pruning.parts import run_attention, run_mlp_entry, run_mlp_exit
@@ -167,7 +167,8 @@ class Attached:
             arguments = self._signature.bind(self.decoder, *args, **kwargs).arguments
             arguments.pop("self", None)
             arguments |= arguments.pop("kwargs", {})
-            arguments = with_cache(arguments, CACHE)
+            if self._cache in arguments:
+                arguments[CACHE] = arguments.pop(self._cache)
             cache, generation, past = arguments.get(CACHE), self.ambient.generation, 0
             if cache is not None:
                 check_cache(cache)
@@ -190,9 +191,11 @@ class Attached:
         try:
             if self.plan.needs.scout is not None and forward.routed is not None and forward.active:
                 forward.scouted = scouted(self, inner, arguments, forward)
-            output = inner(**with_cache(arguments, self._cache))
+            if CACHE in arguments:
+                arguments[self._cache] = arguments.pop(CACHE)
+            output = inner(**arguments)
         except BaseException:
-            spoil(arguments.get(CACHE), len(self.blocks))
+            spoil(given_cache(arguments), len(self.blocks))
             raise
         finally:
             ambient.forward = outer

@@ -183,11 +183,6 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-def with_cache(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The arguments of a call with the cache under this name."""
-    return {name if key in CACHE_NAMES else key: value for key, value in arguments.items()}
-
-
 def find_attention(block: nn.Module) -> nn.Module:
     """The attention module of a block."""
     attention = _attention_or_none(block)
