@@ -1,5 +1,6 @@
 """The record on real models: pruners replayed from the dense model's states, its questions, its tables."""
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -158,6 +159,23 @@ def test_methods_that_are_none_are_told(name):
 
 def test_blocks_are_named_one_by_one_or_by_their_ends():
     assert blocks_of("2,4-6,11", 12) == [2, 4, 5, 6, 11]
+
+
+def test_the_page_shows_the_measured_times(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["record_times.py", "--tables", "--output", str(tmp_path)])
+    runpy.run_path("experiments/record_times.py", run_name="__main__")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| smollm2")]
+    assert len(rows) >= 3 and [row for row in rows if row not in (ROOT / "docs" / "record.md").read_text()] == []
+
+
+def test_the_figure_is_drawn_from_stored_rows(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("pareto", ROOT / "docs" / "pareto.py")
+    pareto = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pareto)
+    monkeypatch.setattr(pareto, "PICTURE", tmp_path / "pareto.png")
+    pareto.main()
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(("words", "methods"), [((), 7), (("--model", "gemma3-270m", "--split", "validation"), 3)])
