@@ -7,7 +7,7 @@ import pytest
 
 from ftp_lightning.__main__ import STAGES, main, parse, settings_of
 from ftp_lightning.cli.flags import ALWAYS, GROUPS, IMPORTANT, SHOWN, flags_of, grouped, important
-from ftp_lightning.cli.help import MORE, SECTIONS, stage_map
+from ftp_lightning.cli.help import MORE, SECTIONS, stage_help, stage_map
 
 TINY = ["--model", "random:tiny"]
 
@@ -145,3 +145,9 @@ def test_remedies_are_sentences():
 
     assert shown(UserError("a.txt is empty\nGive it more text")) == "a.txt is empty\nGive it more text."
     assert shown(UserError("x\n`make models` helps\n\nfour")) == "x\n`make models` helps.\n"
+
+
+def test_help_names_the_folder_of_its_stage_and_no_flag_that_is_refused():
+    text = stage_help(settings_of("tune"), everything=True)
+    assert "by default runs/tune" in text and not {"data", "split"} & flags_in(text)
+    assert {"prompts", "output"} <= flags_in(text)

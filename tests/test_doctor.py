@@ -24,7 +24,7 @@ def test_what_is_missing_is_told_with_its_remedy(command, monkeypatch):
     def missing(name, revision=None):
         raise UserError("not here")
 
-    versions = {"torch": "2.1.0", "wandb": None, "gguf": "0.19"}
+    versions = {"torch": "2.1.0", "wandb": None, "gguf": "0.19", "torchao": None}
     monkeypatch.setattr("ftp_lightning.models.title", missing)
     monkeypatch.setattr(machine, "version_of", lambda name: versions.get(name, "4.9"))
     monkeypatch.setattr(
@@ -35,7 +35,7 @@ def test_what_is_missing_is_told_with_its_remedy(command, monkeypatch):
     assert "torch 2.1.0 is installed, >=2.6 is needed: pip install 'torch>=2.6'" in out
     assert "wandb is not installed: pip install 'wandb>=0.19'" in out
     assert "the model gemma3-270m is not installed: make models" in out
-    assert "peft 4.9 is" not in out
+    assert "peft 4.9 is" not in out and "torchao          not installed (optional: quantised models)" in out
 
 
 def test_little_memory_and_disk_are_told():

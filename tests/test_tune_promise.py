@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 
 from ftp_lightning.evaluation.statistics import Interval, clustered
+from ftp_lightning.tuning.outcome import sentences
 from ftp_lightning.tuning.promise import climb, holds, prompts_needed, reachable, step_down
 
 
@@ -93,3 +94,11 @@ def test_what_few_prompts_can_show():
     assert reachable(["a"] * 15) == 0.0
     enough = prompts_needed(0.97)
     assert reachable(range(enough // 2)) >= 0.97 > reachable(range(enough // 2 - 2))
+
+
+@pytest.mark.parametrize(("speed", "said"), [(0.92, "takes 1.09 times as long: "), (1.2, "comes 1.20 times as fast.")])
+def test_a_pruner_that_gains_no_time_says_so(speed, said):
+    row = {"flops_cut": 0.1, "items": 20, "kept": 1.0, "kept_low": 0.83, "kept_high": 1.0, "speed": speed}
+    about = {"keep": 0.7, "confirmed": True, "ended_by_time": False, "curve": [{"holds": False}]}
+    told = sentences(about | {"chosen": row, "held_out": [row]})
+    assert told[-1].startswith(f"The first token of a typical prompt {said}")
