@@ -61,6 +61,9 @@ class RunStage(BudgetSettings, RowsSettings):
     )
     steps: int = option(200, "steps of router training", least=1, most=10**8)
     batch_size: int = option(4, "windows per step of router training", least=1, most=10**6)
+    validation_windows: int = option(
+        TrainStage.validation_windows, "windows that router training is measured on, at most", least=1, most=10**7
+    )
     learning_rate: float = option(1e-2, "learning rate of router training", above=0.0, most=10.0)
     recall_share: float = option(0.5, "share of windows that hold facts to recall", least=0.0, most=1.0)
     train_data: str | None = option(None, "text to train the router on, if it differs from --data")
@@ -190,7 +193,7 @@ class RunStage(BudgetSettings, RowsSettings):
 
     def _training(self) -> dict[str, Any]:
         names = ["steps", "batch_size", "learning_rate", "recall_share", "processes"]
-        names += ["guide", "guide_share", "guide_decay"]
+        names += ["validation_windows", "guide", "guide_share", "guide_decay"]
         return {name: getattr(self, name) for name in names} | {"data": self.train_data or self.data} | self.row_flags()
 
     def _evaluation(self) -> dict[str, Any]:
