@@ -24,7 +24,7 @@ kv_bytes_dense kv_bytes_pruned mixed router attention device dtype threads""".sp
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
+def command(settled, capsys, monkeypatch, tmp_path):
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
 

@@ -17,7 +17,7 @@ from tests.tiny import random_llama
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(settled):
     return random_llama(48, max_position_embeddings=64)
 
 

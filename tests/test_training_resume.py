@@ -129,7 +129,7 @@ def heard():
 def test_handlers_of_signals_are_put_back_after_a_training(tmp_path, number, heard):
     before = [signal.getsignal(one) for one in stopping.SIGNALS]
     with pytest.raises(SystemExit) as left:
-        train(tmp_path, 3, number)
+        train(tmp_path, 1, number, steps=3, validations=1)
     assert left.value.code == 128 + number
-    train(tmp_path)
+    train(tmp_path, steps=3, validations=1)
     assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
