@@ -77,7 +77,7 @@ faults: $(SETUP)  ## do faults to every stage: kills, full disks, broken files (
 attack: $(SETUP)  ## try what docs/faults.md lists: hostile files, values, models, resumes, signals; at most 15 minutes
 	$(PYTHON) tests/faults/attack.py --minutes 15 $(ARGS)
 
-drift:  ## the quick tests with the newest versions of the libraries in pyproject's ranges, or LOWEST=1; ARGS: --tests FILE
+drift:  ## tests with the newest versions of the libraries in pyproject's ranges, or LOWEST=1; ARGS: --all, --tests FILE
 	python3 tests/drift.py $(if $(LOWEST),--lowest) $(ARGS)
 
 check: $(SETUP)  ## lint, format, types, docs build, tests

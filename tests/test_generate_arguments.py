@@ -111,7 +111,7 @@ REFUSED = {
 """A sentence of ours; of `use_mtp` transformers' own refusal, where the model has no such heads."""
 OTHER_OUTPUT = {"output_hidden_states"}
 """The prompt's hidden states behind the last block are what the pruner makes of them."""
-GONE = {
+GONE = {"_commit_hash", 
     "penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids",
     "_from_model_config", "transformers_version",
 }  # fmt: skip

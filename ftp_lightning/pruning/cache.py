@@ -9,6 +9,7 @@ Shapes: B rows, T new tokens, K kept ones, G key heads, S stored entries, D head
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ from ftp_lightning.pruning.kept import Call, Kept, Tokens
 if TYPE_CHECKING:
     from ftp_lightning.pruning.block_run import BlockRun
     from ftp_lightning.pruning.score_log import ScoreLog
+
+
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class RoutedLayer(DynamicLayer):
@@ -164,7 +168,10 @@ class RoutedLayer(DynamicLayer):
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last |n| tokens seen (n <= 0, as Hugging Face calls it)."""
+        """Forget the last |n| tokens seen (n <= 0, as Hugging Face calls it); for older versions of transformers n > 0
+        are all that stay."""
+        if _CROPS_TO_LENGTH and tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.seen)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if not self.is_initialized:
