@@ -49,7 +49,7 @@ class Report:
 def examine() -> Report:
     """Look at this machine. Takes some seconds: torch is imported, and one matrix product is timed."""
     machine, packages, models, tracking = _machine(), _packages(), _models(), _tracking()
-    problems = [*_wrong_packages(packages), *_missing_models(models, packages), *_small(machine)]
+    problems = [*_wrong_packages(), *_missing_models(models, packages), *_small(machine)]
     return Report(machine, packages, models, tracking, problems)
 
 
@@ -90,7 +90,7 @@ def _packages() -> dict[str, str | None]:
     return {name: version_of(name) for name in ("ftp-lightning", *REQUIRED, *OPTIONAL)}
 
 
-def _wrong_packages(packages: dict[str, str | None]) -> list[dict[str, str]]:
+def _wrong_packages() -> list[dict[str, str]]:
     """Requirements of pyproject.toml that are missing, or have a version outside its range."""
     from packaging.requirements import Requirement
 

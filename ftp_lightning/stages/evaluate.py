@@ -108,7 +108,7 @@ def carry_out(
     bench = bench_of(settings, model, tokenizer, processes if processes.count > 1 else None, place, seen)
     if processes.rank == 0:
         folder.save_state({"answers": str(place)})  # from here on an end leaves what was answered
-    _score_texts(settings, bench, methods, processes)
+    _score_texts(bench, methods, processes)
     items = _measured(settings, bench, methods, Progress(**timing) if processes.rank == 0 else None)
     if processes.rank == 0:
         _write(settings, folder, bench, tokenizer, items, methods, Progress(**timing))
@@ -146,7 +146,7 @@ def bench_of(
     return Bench(model, texts, HarnessTasks(model, tokenizer, files, about, run, processes), settings.batch_size)
 
 
-def _score_texts(settings: EvaluateStage, bench: Bench, methods: Methods, processes: Processes) -> None:
+def _score_texts(bench: Bench, methods: Methods, processes: Processes) -> None:
     """Score the text under every method and mode, shared among the processes; `bench` keeps what all have found."""
     from ftp_lightning.evaluation.continuation import MODES
 

@@ -49,7 +49,7 @@ def to_do(trials: Sequence[TrialStage]) -> list[TrialStage]:
 def carry_out(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> list[str]:
     """Every run, `jobs` at once. A run that is refused does not stop the others; returns what was said of each."""
     failures, started = [], time.monotonic()
-    for done, failure in enumerate(_each(trials, jobs, progress), start=1):
+    for done, failure in enumerate(_each(trials, jobs), start=1):
         if failure:
             failures.append(failure)
             progress.say(failure.splitlines()[0])
@@ -58,7 +58,7 @@ def carry_out(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> li
     return failures
 
 
-def _each(trials: Sequence[TrialStage], jobs: int, progress: Progress) -> Iterator[str | None]:
+def _each(trials: Sequence[TrialStage], jobs: int) -> Iterator[str | None]:
     if jobs == 1:
         with _one_process():
             yield from (_run(trial) for trial in trials)
