@@ -166,7 +166,7 @@ def test_absurd_numbers_are_refused_where_they_are_born(flag):
 def test_no_name_in_data_becomes_a_path(tmp_path, subject):
     row = {"subject": subject, "question": "q", "choices": ["a", "b"], "answer": 0}
     (tmp_path / "mmlu.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match="no subject"):
+    with pytest.raises(UserError, match="is not a subject"):
         by_subject({"test": tmp_path / "mmlu.jsonl"}, tmp_path / "out" / "deep")
     assert [path.name for path in tmp_path.rglob("*")] == ["mmlu.jsonl"]
 

@@ -50,7 +50,7 @@ def test_an_empty_schedule_is_refused():
         (lambda: Schedule("01"), "sparsity is '01', must be one number per block"),
         (lambda: Schedule([0.1, None]), r"sparsity is \[0.1, None\], must be one number per block"),
         (lambda: Schedule({0: 0.1}), "must be one number per block"),
-        (lambda: Schedule([0.1, 0.2], kv=3), "kv is 3; this version knows evict, keep"),
+        (lambda: Schedule([0.1, 0.2], kv=3), "kv is 3, must be one of evict, keep"),
         (lambda: Schedule.uniform(2.5, 0.3), "num_blocks is 2.5, must be a whole number"),
         (lambda: Schedule.uniform("a", 0.3), "num_blocks is 'a', must be a whole number"),
         (lambda: Schedule.uniform(0, 0.3), "num_blocks is 0, .* at least one block"),
