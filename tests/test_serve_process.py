@@ -113,6 +113,17 @@ def test_workers_end_with_their_server(tmp_path):
         until(lambda: all(map(ended, everything)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number, to_all", [(signal.SIGHUP, False), (signal.SIGUSR1, False), (signal.SIGTERM, True)])
+def test_a_server_leaves_in_order_whatever_signal_comes(tmp_path, number, to_all):
+    """Also where all its processes are told, as systemd does."""
+    with Process(tmp_path) as server:
+        for pid in (*server.descendants(), server.process.pid) if to_all else (server.process.pid,):
+            os.kill(pid, number)
+        assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_what_a_server_starts_first_ends_with_it():
     """LitServe's manager, which also holds the port: no worker is there yet that could end it."""
     come, tell = os.pipe()

@@ -8,7 +8,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -24,7 +26,7 @@ from ftp_lightning.serving.plan import Plan
 from ftp_lightning.serving.prompts import Prompts
 from ftp_lightning.serving.replies import Replies
 from ftp_lightning.serving.worker import PrunedAPI
-from ftp_lightning.stopping import end_with_parent
+from ftp_lightning.stopping import SIGNALS, end_with_parent
 
 DRAIN, GRACE = 2.0, 4
 """Seconds after SIGTERM at which running requests end with an error, and at which those that could not be told so are
@@ -54,10 +56,31 @@ class PrunedServer(LitServer):
         add_paths(self.app, spec)
 
     def _init_manager(self, num_api_servers: int) -> Any:
-        manager = super()._init_manager(num_api_servers)
+        with _deaf_children(*SIGNALS):
+            manager = super()._init_manager(num_api_servers)
         manager.end_with_parent()  # it would not notice that this process was killed
         self.lit_api.shared = manager.dict(gone=[])
         return manager
+
+    def launch_inference_worker(self, lit_api: Any) -> Any:
+        with _deaf_children(signal.SIGINT):
+            return super().launch_inference_worker(lit_api)
+
+    def launch_single_inference_worker(self, lit_api: Any, worker_id: int) -> Any:
+        with _deaf_children(signal.SIGINT):
+            return super().launch_single_inference_worker(lit_api, worker_id)
+
+
+@contextmanager
+def _deaf_children(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes that are started inside do not hear these signals: what is told to all is for this process, which ends
+    the others."""
+    resource_tracker.ensure_running()  # whose start, with the first such process, unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def build(served: Served) -> PrunedServer:
@@ -81,6 +104,9 @@ class Draining(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has SIGHUP ignored
+                signal.signal(number, self.handle_exit)
         self.ready()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -96,14 +122,18 @@ def serve(served: Served, host: str, port: int, ready: Callable[[str], None]) ->
     before = {sig: signal.signal(sig, _stop) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:
         with wrap_litserve_start(server, worker_monitor=True):
-            _wait_for_workers(server)
-            gc.freeze()  # else the end of the interpreter looks through all objects of the libraries: a second or more
-            config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-            spec: Any = server.lit_api.spec
-            Draining(config, spec.replies, lambda: ready(_address(bound))).run(sockets=[bound])
-            logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its monitor misses the manager that ends now
-            server._shutdown_event.set()
-            time.sleep(0.05)  # so that the monitor starts no worker for those that are ended next
+            try:
+                _wait_for_workers(server)
+                gc.freeze()  # else the end of the interpreter looks through all objects of the libraries: a second
+                config = uvicorn.Config(
+                    server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
+                )
+                spec: Any = server.lit_api.spec
+                Draining(config, spec.replies, lambda: ready(_address(bound))).run(sockets=[bound])
+            finally:
+                logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its monitor misses the manager that ends
+                server._shutdown_event.set()
+                time.sleep(0.05)  # so that the monitor starts no worker for those that are ended next
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)

@@ -6,9 +6,7 @@ import ctypes
 import hmac
 import logging
 import math
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty
@@ -63,9 +61,7 @@ class PrunedAPI(LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the model; what the user can mend is told to the server, which says it."""
-        if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its workers
-            end_with_parent()
+        end_with_parent()
         try:
             self._load(device)
         except UserError as error:
