@@ -25,7 +25,7 @@ PACKED = "experiments/found/record_times.jsonl.xz"
 
 
 def main() -> None:
-    about = {"model": SMOL, "tokens": "1024,256,512,2048", "methods": "; ".join(READY)}
+    about = {"model": SMOL, "tokens": "64,128,256,512,1024,2048", "methods": "; ".join(READY)}
     args = arguments(__doc__, "runs/record_times", PACKED, **about)
     methods = [one.strip() for one in args.methods.split(";") if one.strip()]
     cells = [Timed(args.model, int(length), one) for length in args.tokens.split(",") for one in methods]
