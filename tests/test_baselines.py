@@ -322,7 +322,7 @@ def test_what_is_wrong_is_told():
         TokenPruner(AttentionSelector(), Schedule([0.5] * 4), decode="threshold")
     with pytest.raises(ValueError, match="removed names"):
         TokenPruner(StaticRouter(), Schedule([0.5] * 4), removed=[(4, "block")])
-    with pytest.raises(UserError, match="own schedule alone"):
+    with pytest.raises(UserError, match="own schedule only"):
         METHODS["short_gpt"].place(setting(), 0.3, PROFILE, form=Schedule([1.0] * 4))
     with pytest.raises(UserError, match="needs `influence`"):
         METHODS["short_gpt"].place(Setting(MODEL), 0.3, PROFILE)

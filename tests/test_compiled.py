@@ -105,7 +105,7 @@ def test_blocks_compiled_one_by_one_are_refused():
 
 def test_a_function_is_no_model():
     """What `torch.compile` makes of a compiled model is a function in some versions."""
-    with pytest.raises(UserError, match="is no model"):
+    with pytest.raises(UserError, match="is not a model"):
         TokenPruner(RandomRouter(1), SCHEDULE).attach(family("llama").forward)
 
 

@@ -117,7 +117,7 @@ def test_lists_may_stand_beside_the_label_and_the_studys_own_intervals_decide(tm
         ({"rows": []}, "has no rows"),
         ({"baseline": "best"}, "baseline 'best'"),
         ({"rows": [{"label": "a", "seeds": [0, 1], "metrics": {"kept": [0.5]}}]}, "one value per seed"),
-        ({"rows": [{"label": "a", "seeds": [0], "metrics": {"kept": ["x"]}}]}, "no number"),
+        ({"rows": [{"label": "a", "seeds": [0], "metrics": {"kept": ["x"]}}]}, "not a number"),
         ({"rows": [{"label": "a", "metrics": {"kept": []}}]}, "names no seeds"),
         ({"rows": [{"label": "a", "seeds": [], "metrics": {}}] * 2}, "label of its own"),
     ],
