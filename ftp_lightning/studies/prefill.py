@@ -23,8 +23,9 @@ from ftp_lightning.studies.grid import Cell
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+SHORT = 256
 PAIRS, MOST = 15, 201
-"""Pairs of prefills from 256 tokens on, and at most: shorter prompts are cheaper, and their times differ more."""
+"""Pairs of prefills from SHORT tokens on, and at most: shorter prompts are cheaper, and their times differ more."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def measure(cell: Prefill) -> DataFrame:
 
     model, generator = loaded(cell.model, cell.dtype), torch.Generator().manual_seed(0)
     prompts = random_prompts(model, cell.tokens, 1, generator=generator)
-    pruner, pairs = placed(cell, model), max(PAIRS, min(MOST, PAIRS * 256 // cell.tokens))
-    found = prefill_speed(model, pruner, prompts, pairs, generator=generator, clock=time.process_time)
+    pruner, pairs = placed(cell, model), max(PAIRS, min(MOST, PAIRS * SHORT // cell.tokens))
+    timing: dict[str, Any] = {"clock": time.process_time, "settled": cell.tokens < SHORT}
+    found = prefill_speed(model, pruner, prompts, pairs, generator=generator, **timing)
     trace = pruner.trace.routed
     limit = realised_speedup_limit(model, trace, pruner.kv, rank=pruner.skip_rank, last_only=trace.last_only)
     shape = shape_limit(BlockClock(model, prompts, clock=time.process_time), found.dense_ms, trace, pruner.kv)
