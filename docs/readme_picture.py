@@ -4,11 +4,10 @@ python docs/readme_picture.py [--height 2600]
 """
 
 import argparse
-import subprocess
-import tempfile
 from pathlib import Path
 
 from markdown import markdown
+from screenshots import shoot
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "readme.png"
@@ -23,12 +22,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=2600, help="pixels of the picture, from the top")
     body = markdown((ROOT / "README.md").read_text(encoding="utf-8"), extensions=["fenced_code", "tables"])
     page = f'<meta charset="utf-8"><base href="{ROOT.as_uri()}/"><style>{STYLE}</style>{body}'
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "readme.html"
-        file.write_text(page, encoding="utf-8")
-        size = f"--window-size=900,{parser.parse_args().height}"
-        chromium = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", size, f"--screenshot={PICTURE}"]
-        subprocess.run([*chromium, file.as_uri()], check=True, capture_output=True)
+    shoot(page, PICTURE, 900, parser.parse_args().height)
 
 
 if __name__ == "__main__":

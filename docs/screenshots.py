@@ -28,6 +28,17 @@ FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "hide-scrollbars", "no-fir
 WIDTH, HEAD = 1280, 1420
 
 
+def shoot(page: str, picture: Path, width: int, height: int) -> None:
+    """A picture of a page's text, as HTML or SVG, of so many pixels."""
+    program = find_browser()
+    assert program is not None, "no Chromium is installed"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ("page.svg" if page.lstrip().startswith("<svg") else "page.html")
+        file.write_text(page, encoding="utf-8")
+        flags = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={width},{height}"]
+        subprocess.run([program, *flags, f"--screenshot={picture}", file.as_uri()], check=True, capture_output=True)
+
+
 class Browser:
     """One tab of a headless Chromium. `complaints`: what the console was told as a warning or an error."""
 

@@ -5,11 +5,10 @@ python docs/try_picture.py [--pairs N]
 
 import argparse
 import re
-import subprocess
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from screenshots import shoot
 
 from ftp_lightning.cli.coloured import print_continued
 from ftp_lightning.stages.first_look import REAL, TryStage
@@ -27,12 +26,7 @@ def main() -> None:
     print_continued(settings.continued(*load_model(settings)), REAL, settings._pruner_name(), console)
     svg = console.export_svg(title=f"ftp-lightning try --budget {BUDGET}")
     width, height = (round(float(size)) for size in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "try.svg"
-        page.write_text(svg, encoding="utf-8")
-        size = f"--window-size={width},{height}"
-        chromium = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", size, f"--screenshot={PICTURE}"]
-        subprocess.run([*chromium, page.as_uri()], check=True, capture_output=True)
+    shoot(svg, PICTURE, width, height)
 
 
 if __name__ == "__main__":
