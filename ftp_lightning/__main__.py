@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from ftp_lightning.errors import UserError, file_error
+from ftp_lightning.errors import UserError, machine_error
 from ftp_lightning.launcher import launched
 from ftp_lightning.stopping import RESUME, Stopped, heeding
 
@@ -44,33 +44,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     collect_seldom()
     hush()
-    with heeding():
-        try:
-            return _run(argv)
-        except UserError as error:
-            from ftp_lightning.cli.messages import shown
+    try:
+        with heeding():
+            return _told(argv)
+    except RuntimeError as error:  # heeding needs a thread
+        if (told := machine_error(error)) is None:
+            raise
+        return _say(str(told))
 
-            return _say(shown(error))
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] == "ftp_lightning":
-                raise
-            return _say(
-                f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`."
-            )
-        except Stopped as stopped:
-            return _say(f"\n{RESUME}", 128 + stopped.number)
-        except KeyboardInterrupt:
-            return _say(f"\n{RESUME}", 130)
-        except BrokenPipeError:  # nobody reads what we print any more
-            _print_no_more()
-            return 141
-        except MemoryError:
-            return _say("there is not enough memory\nGive smaller sizes, or free some memory.")
-        except OSError as error:
-            told = file_error(error)
-            if told is None:
-                raise
-            return _say(str(told))
+
+def _told(argv: list[str]) -> int:
+    """Run the stage, and tell of what went wrong, while signals are still heeded."""
+    try:
+        return _run(argv)
+    except UserError as error:
+        from ftp_lightning.cli.messages import shown
+
+        return _say(shown(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "ftp_lightning":
+            raise
+        return _say(f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.")
+    except Stopped as stopped:
+        return _say(f"\n{RESUME}", 128 + stopped.number)
+    except KeyboardInterrupt:
+        return _say(f"\n{RESUME}", 130)
+    except BrokenPipeError:  # nobody reads what we print any more
+        _print_no_more()
+        return 141
+    except MemoryError:
+        return _say("there is not enough memory\nGive smaller sizes, or free some memory.")
+    except BaseException as error:
+        if (told := machine_error(error)) is None:
+            raise
+        return _say(str(told))
 
 
 def _say(text: str, status: int = 2) -> int:

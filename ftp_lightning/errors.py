@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+from traceback import walk_tb
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space",
@@ -51,3 +53,37 @@ def file_error(error: BaseException | None) -> Interrupted | None:
     where = f" {error.filename}" if error.filename else ""
     remedy = _REMEDIES.get(error.errno, "Look at the file and its folder")
     return Interrupted(f"cannot read or write{where}: {error.strerror}\n{remedy}, then run the same command to resume.")
+
+
+def machine_error(error: BaseException) -> UserError | None:
+    """What to say of an error that the machine or the environment is to blame for, wherever it arose. None for others.
+
+    No further thread or process may start; package data that `importlib.metadata` cannot read; else `file_error`.
+    """
+    if _is_of_threads(error):
+        return Interrupted(
+            "no further process or thread may start here\n"
+            "Raise the limit (`ulimit -u`), or end some processes; then run the same command to resume."
+        )
+    if (folder := _broken_package(error)) is not None:
+        return UserError(f"package data in {folder} cannot be read: {error}\nInstall the package again.")
+    return file_error(error)
+
+
+def _is_of_threads(error: BaseException) -> bool:
+    """The error of Python, of fork, or of a library written in Rust, whose class no module names."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EAGAIN and error.filename is None
+    return "can't start new thread" in str(error) or "ThreadPoolBuildError" in str(error)
+
+
+def _broken_package(error: BaseException) -> Path | None:
+    """The `dist-info` folder that could not be read."""
+    if not isinstance(error, Exception):
+        return None
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == "importlib.metadata":
+            read = getattr(frame.f_locals.get("self"), "_path", None)
+            if isinstance(read, Path):
+                return read
+    return None

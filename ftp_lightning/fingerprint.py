@@ -58,10 +58,11 @@ def versions() -> dict[str, str | None]:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, without importing it; None where it is not installed."""
+    """The version of an installed package, without importing it; None where it is not installed, or its `dist-info`
+    cannot be read: that is no reason to end a run."""
     try:
         return version(package)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, KeyError, ValueError, OSError):
         return None
 
 

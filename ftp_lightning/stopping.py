@@ -85,8 +85,9 @@ def heeding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or _watch is not None:
         yield
         return
-    _watch = watch = _Watch()
+    watch = _Watch()
     watch.start()
+    _watch = watch
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before_fd = signal.set_wakeup_fd(watch.telling.fileno(), warn_on_full_buffer=False)
