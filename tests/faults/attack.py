@@ -477,6 +477,7 @@ def stopped(base: Path, work: Path, until: float, rng: random.Random) -> Counter
         found[how] += 1
         if how in BAD:
             print(f"signals: {name}, {number.name}: {how}, {ended.status}, {left_in:.1f} s, {wrong}", file=sys.stderr)
+            print(ended.said[-4000:], file=sys.stderr)
     return found
 
 
