@@ -12,7 +12,7 @@ from importlib import import_module
 
 from ftp_lightning.errors import UserError, machine_error
 from ftp_lightning.launcher import launched
-from ftp_lightning.stopping import RESUME, Stopped, heeding
+from ftp_lightning.stopping import RESUME, Stopped, heeding, stopped_by
 
 STAGES = {
     "try": ("TryStage", "see what pruning does to one prompt: both answers, tokens in colour, times"),
@@ -46,38 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     hush()
     try:
         with heeding():
-            return _told(argv)
+            try:
+                return _run(argv)
+            except BaseException as error:
+                return _told(error)
     except RuntimeError as error:  # heeding needs a thread
-        if (told := machine_error(error)) is None:
-            raise
-        return _say(str(told))
+        return _told(error)
 
 
-def _told(argv: list[str]) -> int:
-    """Run the stage, and tell of what went wrong, while signals are still heeded."""
-    try:
-        return _run(argv)
-    except UserError as error:
+def _told(error: BaseException) -> int:
+    """Say what ended the stage; the exit status. Raises what is a fault of this package.
+
+    Once a signal has come, whatever the stage ends with is its doing: libraries make other errors of `Stopped`.
+    """
+    if (number := error.number if isinstance(error, Stopped) else stopped_by()) is not None:
+        return _say(f"\n{RESUME}", 128 + number)
+    if isinstance(error, KeyboardInterrupt):
+        return _say(f"\n{RESUME}", 130)
+    if isinstance(error, BrokenPipeError):  # nobody reads what we print any more
+        _print_no_more()
+        return 141
+    if isinstance(error, UserError):
         from ftp_lightning.cli.messages import shown
 
         return _say(shown(error))
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "ftp_lightning":
-            raise
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ftp_lightning"):
         return _say(f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.")
-    except Stopped as stopped:
-        return _say(f"\n{RESUME}", 128 + stopped.number)
-    except KeyboardInterrupt:
-        return _say(f"\n{RESUME}", 130)
-    except BrokenPipeError:  # nobody reads what we print any more
-        _print_no_more()
-        return 141
-    except MemoryError:
+    if isinstance(error, MemoryError):
         return _say("there is not enough memory\nGive smaller sizes, or free some memory.")
-    except BaseException as error:
-        if (told := machine_error(error)) is None:
-            raise
-        return _say(str(told))
+    if (told := machine_error(error)) is None:
+        raise error
+    return _say(str(told))
 
 
 def _say(text: str, status: int = 2) -> int:

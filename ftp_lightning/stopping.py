@@ -44,7 +44,7 @@ class _Watch(threading.Thread):
         self.told, self.telling = socket.socketpair()
         self.telling.setblocking(False)
         self.came: int | None = None
-        self.raised = False
+        self.raised: int | None = None
         self.since = 0.0
 
     def run(self) -> None:
@@ -123,10 +123,15 @@ def is_second(first: float) -> bool:
     return time.monotonic() - first > SAME
 
 
+def stopped_by() -> int | None:
+    """The signal that has raised `Stopped` since `heeding` began; None where none has."""
+    return None if _watch is None else _watch.raised
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     """Raises once: what is done while the process leaves is not disturbed."""
-    if _watch is not None and not _watch.raised:
-        _watch.raised = True
+    if _watch is not None and _watch.raised is None:
+        _watch.raised = number
         raise Stopped(number)
 
 

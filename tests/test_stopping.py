@@ -31,6 +31,14 @@ def deaf():
             continue
 
 
+def passed_off():
+    """A library that makes an error of its own of whatever comes."""
+    try:
+        sleeping()
+    except BaseException as error:
+        raise RuntimeError("Caught an unknown exception!") from error
+
+
 def in_a_library():
     """A call into C that goes on when a signal has come, so that Python's handlers are never run."""
     libc = ctypes.CDLL(None)
@@ -85,7 +93,7 @@ def signalled(work, numbers, pause=0.5, patience=0.3, before=lambda: None):
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-@pytest.mark.parametrize("work", [sleeping, deaf, in_a_library])
+@pytest.mark.parametrize("work", [sleeping, deaf, passed_off, in_a_library])
 def test_every_signal_ends_a_run_whatever_it_is_doing(work, number):
     assert signalled(work, [number])[0] == 128 + number
 
