@@ -466,9 +466,10 @@ def stopped(base: Path, work: Path, until: float, rng: random.Random) -> Counter
             continue
         ended, left_in = kill.signalled(arguments_of(name, base, output), number, rng.uniform(0, took[name]))
         found["tried"] += 1
+        heeded = kill.heeded(ended, number, output)
         again = kill.run(arguments_of(name, base, output))
         wrong = again.status or differences(files(base / name, name), files(output, name))
-        if ended.status not in (0, 128 + number):
+        if not heeded:
             how = "traceback"
         elif left_in > 5.5:
             how = "hang"

@@ -178,6 +178,14 @@ def signalled(arguments: list[str], number: int, after: float) -> tuple[Ended, f
         return Ended(os.waitstatus_to_exitcode(found[1]), text, time.monotonic() - began), left_in
 
 
+def heeded(ended: Ended, number: int, output: Path) -> bool:
+    """Whether a stage left as that signal wants it: with 128 + n, or 0 where it was done. Before Python has set its
+    handlers, and once the work is done, the system ends the process; a shell tells it as 128 + n too."""
+    if ended.status == -number:
+        return not ended.said or (output / "provenance.json").exists()
+    return ended.status in (0, 128 + number)
+
+
 def _kill(child: int) -> None:
     """It and what it has started, where it has come so far as to lead a group."""
     try:
