@@ -6,6 +6,7 @@ the end of its step. A second signal leaves at once.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -46,16 +48,36 @@ class _Watch(threading.Thread):
         self.came: int | None = None
         self.raised: int | None = None
         self.since = 0.0
+        self.lost, self.echoes = False, 0
 
     def run(self) -> None:
         while (numbers := self._heard()) is not None:
             for number in numbers:
-                if self.came is None:
+                if self.echoes:
+                    self.echoes -= 1
+                elif self.came is None:
                     self.came, self.since = number, time.monotonic()
                 elif is_second(self.since):
                     leave_now(number)
+            if self.lost:
+                self._raise_again()
             if self.came is not None and not _unhurried and time.monotonic() - max(self.since, _hurried_at) > PATIENCE:
                 leave_now(self.came)
+
+    def _raise_again(self) -> None:
+        """The main thread was in a callback whose errors Python ignores; a moment later it has left that."""
+        time.sleep(0.02)
+        self.lost, self.raised, self.echoes = False, None, self.echoes + 1
+        _thread.interrupt_main(self.came or signal.SIGINT)
+
+    def unraisable(self, before: Callable[[Any], Any], told: Any) -> None:
+        """Stands for `sys.unraisablehook`, which is told of errors in `__del__` and in callbacks of weak references."""
+        if not isinstance(told.exc_value, Stopped):
+            before(told)
+            return
+        self.lost = True
+        with suppress(OSError):
+            self.telling.send(b"\0")
 
     def _heard(self) -> list[int] | None:
         """The signals that have come, perhaps none; None where nobody listens any more. Looks again every 0.1 s once
@@ -90,6 +112,7 @@ def heeding() -> Iterator[None]:
     _watch = watch
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    before_hook, sys.unraisablehook = sys.unraisablehook, partial(watch.unraisable, sys.unraisablehook)
     before_fd = signal.set_wakeup_fd(watch.telling.fileno(), warn_on_full_buffer=False)
     try:
         for number in SIGNALS:
@@ -101,6 +124,7 @@ def heeding() -> Iterator[None]:
         put_back(before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         signal.set_wakeup_fd(before_fd)
+        sys.unraisablehook = before_hook
         _watch = None
         watch.telling.close()
 

@@ -31,6 +31,18 @@ def deaf():
             continue
 
 
+class Slow:
+    def __del__(self):
+        sleeping()
+
+
+def in_a_callback():
+    """Python ignores errors in a finaliser, and goes on."""
+    thing = Slow()
+    del thing
+    sleeping()
+
+
 def passed_off():
     """A library that makes an error of its own of whatever comes."""
     try:
@@ -93,9 +105,15 @@ def signalled(work, numbers, pause=0.5, patience=0.3, before=lambda: None):
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-@pytest.mark.parametrize("work", [sleeping, deaf, passed_off, in_a_library])
+@pytest.mark.parametrize("work", [sleeping, deaf, passed_off, in_a_callback, in_a_library])
 def test_every_signal_ends_a_run_whatever_it_is_doing(work, number):
     assert signalled(work, [number])[0] == 128 + number
+
+
+def test_a_signal_that_comes_in_a_finaliser_does_not_wait_for_patience():
+    for number in stopping.SIGNALS:
+        status, seconds = signalled(in_a_callback, [number], patience=30)
+        assert status == 128 + number and seconds < 25
 
 
 def test_a_second_signal_does_not_wait_for_what_is_finished_first():
