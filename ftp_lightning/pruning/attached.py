@@ -104,7 +104,7 @@ class Attached:
             site = plan.site
             self._wrap(block, "forward", self.run_block, plan.index)
             for kind, projections in (("query", (site.query,)), ("key_value", site.key_value)):
-                for projection in projections:
+                for projection in projections if plan.splits_keys else ():
                     if projection is not None:
                         width = projection.out_features
                         self._wrap(projection, "forward", self.run_projection, plan.index, kind, width)
@@ -164,9 +164,11 @@ class Attached:
         with self.gate.call() as pruned:
             if self.ambient.stock or not pruned:  # a scout runs the model as it is
                 return inner(*args, **kwargs)
-            arguments = self._signature.bind(self.decoder, *args, **kwargs).arguments
-            arguments.pop("self", None)
-            arguments |= arguments.pop("kwargs", {})
+            arguments = dict(kwargs)
+            if args:
+                arguments = self._signature.bind(self.decoder, *args, **kwargs).arguments
+                arguments.pop("self", None)
+                arguments |= arguments.pop("kwargs", {})
             if self._cache in arguments:
                 arguments[CACHE] = arguments.pop(self._cache)
             cache, generation, past = arguments.get(CACHE), self.ambient.generation, 0
@@ -202,7 +204,7 @@ class Attached:
         if not forward.active:
             forward.note_dense(len(self.blocks))
         other_text = ambient.generation is not None and generation is None
-        own_prompt = forward.routed is not None and not other_text
+        own_prompt = forward.is_prompt and not other_text
         forward.trace.prompt = forward.trace if own_prompt else pruner.trace.prompt
         ambient.last = forward.trace, forward.routings
         pruner.latest.told = threading.get_ident(), forward.trace, forward.routings
@@ -210,11 +212,13 @@ class Attached:
 
     # ---------------------------------------------------------------- a block's forward, and what is in it
 
-    @torch.compiler.disable
     def run_block(self, index: int, inner, *args, **kwargs):
-        forward, plan = self.ambient.forward, self.plan.blocks[index]
+        if torch.compiler.is_dynamo_compiling():  # `disable` alone costs more than this look
+            return self.run_block_untraced(index, inner, *args, **kwargs)
+        forward = self.ambient.forward
         if forward is None:
             return inner(*args, **kwargs)
+        plan = self.plan.blocks[index]
         if plan.site.place is not None:
             args, kwargs = brought(args, kwargs, plan.site.place)
             forward.go_to(plan.site.place)
@@ -223,6 +227,8 @@ class Attached:
             return forward.run.compute()
         finally:
             forward.run = None
+
+    run_block_untraced = torch.compiler.disable(run_block)
 
     def run_part(self, run_it, inner, *args, **kwargs):
         """The forward of an attention or of an MLP that other tokens enter than the rest of the block."""

@@ -49,7 +49,8 @@ class Forward:
         past: slots seen before. span: slots seen when this forward is done.
         new: the tokens of this forward.
         padded: whether there is padding.
-        routed: the tokens that are ranked together; None for a continuation.
+        is_prompt: its tokens are a prompt or a chunk of one, not a continuation.
+        routed: those that are ranked together; None for a continuation, and where nothing is changed.
         active: some block does something else than the stock model; else the wrappers of blocks do not see it.
         training: the differentiable forward, with these settings.
         ask: what finds the tokens that enter a part of a block; None: all do (a continuation under `decode="dense"`).
@@ -74,6 +75,7 @@ class Forward:
     trace: Trace
     past_real: Tensor | None = None
     padded: bool = False
+    is_prompt: bool = False
     routed: RoutedTokens | None = None
     active: bool = True
     training: Training | None = None
@@ -98,8 +100,10 @@ class Forward:
     def of(shape: torch.Size, past: int, mask: Tensor | None, home: torch.device) -> Forward:
         """shape: (B, T). mask (B, past + T), 1 = real; None: no padding."""
         batch, tokens = shape
-        real, past_real, padded = torch.ones(batch, tokens, dtype=torch.bool, device=home), None, False
-        if mask is not None:
+        past_real, padded = None, False
+        if mask is None:
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=home)
+        else:
             mask = mask.to(home)[:, -(past + tokens) :].to(torch.bool)
             padded = not bool(mask.all())
             real, past_real = mask[:, -tokens:], mask[:, :-tokens] if padded else None
@@ -208,18 +212,21 @@ def check_call(attached: Attached, arguments: dict, past: int) -> None:
 def _open_prompt(attached: Attached, forward: Forward) -> None:
     """The new tokens are ranked together: a prompt, or a chunk of one; in training the first ones alone."""
     plan, training = attached.plan, attached.ambient.training
-    forward.training, forward.active, forward.last_tokens = training, plan.changes, attached.ambient.last_tokens
+    forward.is_prompt, forward.training, forward.active = True, training, plan.changes
     forward.ask = route if training is None else decided_with_gate
+    if plan.changes and not forward.past and training is None:  # what follows a routed prompt is routed
+        longest = int(forward.real.sum(1).max()) if forward.padded else forward.real.shape[1]
+        forward.trace.too_short = longest < plan.least_tokens  # skipping would cost it more than it saves
+        forward.active = not forward.trace.too_short
+    if not forward.active:
+        return
+    forward.last_tokens = attached.ambient.last_tokens
     starts: bool | list[bool] = forward.past == 0
     if forward.past and forward.past_real is not None:  # a row whose padding filled the chunks before starts here
         starts = (~forward.past_real.any(1)).tolist()
     real = forward.real if training is None else forward.real[:, : training.prompt_tokens]
     forward.routed = routed = RoutedTokens.of(real, forward.padded, starts)
-    # skipping would cost a short prompt more than it saves; what follows a routed prompt is routed
-    fresh = not forward.past and training is None
-    if plan.changes and fresh and max(routed.lengths) < plan.least_tokens:
-        forward.active, forward.trace.too_short = False, True
-    if not forward.active or isinstance(attached.pruner.router, FixedRouter):
+    if isinstance(attached.pruner.router, FixedRouter):
         return
     forward.counts = list(map(routed.counts, plan.sparsity))
     forward.kept = torch.tensor(forward.counts, device=forward.home)

@@ -41,6 +41,11 @@ class BlockPlan:
     parts: tuple[str, ...]
     removed: frozenset[str]
 
+    @property
+    def splits_keys(self) -> bool:
+        """Keys and values may be made apart from the queries: of tokens that are skipped, or that nobody reads."""
+        return self.keeps or self.is_last
+
 
 @dataclass(frozen=True)
 class Plan:
