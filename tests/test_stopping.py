@@ -198,17 +198,27 @@ def test_workers_end_with_their_parent(tmp_path):
         assert not Path(f"/proc/{worker}").exists()
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Undisturbed folders of the stages, and how long each took."""
+    kill._import_all()
+    folder = tmp_path_factory.mktemp("base")
+    return folder, {
+        name: kill.run(kill.arguments_of(name, folder, folder / name)).seconds for name in ("search", "train", "run")
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_a_stage_that_is_stopped_anywhere_comes_to_the_same_result(tmp_path, number):
-    kill._import_all()
-    (tmp_path / "base").mkdir()
-    for name in ("search", "train"):
-        took = kill.run(kill.arguments_of(name, tmp_path, tmp_path / "base" / name)).seconds
-        whole = kill.files(tmp_path / "base" / name, name)
-        for turn in range(10):
-            output = tmp_path / f"{name}-{turn}"
-            ended, left_in = kill.signalled(kill.arguments_of(name, tmp_path, output), number, took * (turn + 0.5) / 10)
-            assert kill.heeded(ended, number, output) and left_in < 5.5, ended
-            assert kill.run(kill.arguments_of(name, tmp_path, output)).status == 0
-            assert kill.differences(whole, kill.files(output, name)) == []
+@pytest.mark.parametrize("name", ["search", "train", "run"])
+def test_a_stage_that_is_stopped_anywhere_comes_to_the_same_result(base, tmp_path, name, number):
+    """At 20 moments, spread over the time that it takes. `run`: half an hour for all signals."""
+    folder, took = base
+    whole = kill.files(folder / name, name)
+    for turn in range(20):
+        output = tmp_path / str(turn)
+        after = took[name] * (turn + 0.5) / 20
+        ended, left_in = kill.signalled(kill.arguments_of(name, folder, output), number, after)
+        assert kill.heeded(ended, number, output) and left_in < 5.5, (turn, left_in, ended)
+        assert kill.run(kill.arguments_of(name, folder, output)).status == 0
+        assert kill.differences(whole, kill.files(output, name)) == []
