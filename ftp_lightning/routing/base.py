@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ftp_lightning.errors import UserError
@@ -183,11 +182,6 @@ def _register(kind: type[Router], name: str) -> None:
     if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(f"the router name {name!r} is taken by {known.__module__}.{known.__qualname__}")
     OWN_ROUTERS[name] = kind  # a class that is defined again, as in a notebook, takes the place of its former self
-
-
-def as_float(x: Tensor) -> Tensor:
-    """Scores are float32 whatever the model's dtype: ranks must not depend on it."""
-    return x.to(torch.float32)
 
 
 def check_made_for(what: str, own: int, found: int) -> None:
