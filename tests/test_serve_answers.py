@@ -323,7 +323,7 @@ def test_a_model_that_fails_is_told_and_the_server_goes_on(monkeypatch, caplog):
     with client() as one:
         model = embedded()[0]
         with monkeypatch.context() as patch:
-            patch.setattr(model, "generate", lambda *args, **kwargs: 1 / 0)
+            patch.setitem(model.__dict__, "generate", lambda *args, **kwargs: 1 / 0)
             failed = one.post("/v1/completions", json={"prompt": "a"})
         assert failed.status_code == 500 and "log says why" in failed.json()["error"]["message"]
         assert complete(one, "a", max_tokens=1)["choices"][0]["finish_reason"] == "length"
