@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _run(argv)
             except BaseException as error:
                 return _told(error)
-    except RuntimeError as error:  # heeding needs a thread
+    except (RuntimeError, OSError) as error:  # heeding needs a thread and a socket
         return _told(error)
 
 
@@ -70,7 +70,7 @@ def _told(error: BaseException) -> int:
         from ftp_lightning.cli.messages import shown
 
         return _say(shown(error))
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ftp_lightning"):
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != "ftp_lightning":
         return _say(f"the package {error.name} is not installed\nRun `pip install .` in the clone, or `make setup`.")
     if isinstance(error, MemoryError):
         return _say("there is not enough memory\nGive smaller sizes, or free some memory.")

@@ -22,6 +22,10 @@ _REMEDIES = {
 }
 
 
+_STARTING = ("subprocess", "multiprocessing", "threading")
+"""Modules whose EAGAIN means that no process may start; elsewhere it may be that of a pipe that is full."""
+
+
 class UserError(ValueError):
     """What is wrong, where, and what to do, in at most three lines.
 
@@ -65,16 +69,21 @@ def machine_error(error: BaseException) -> UserError | None:
             "no further process or thread may start here\n"
             "Raise the limit (`ulimit -u`), or end some processes; then run the same command to resume."
         )
-    if (folder := _broken_package(error)) is not None:
+    if (told := file_error(error)) is None and (folder := _broken_package(error)) is not None:
         return UserError(f"package data in {folder} cannot be read: {error}\nInstall the package again.")
-    return file_error(error)
+    return told
 
 
 def _is_of_threads(error: BaseException) -> bool:
     """The error of Python, of fork, or of a library written in Rust, whose class no module names."""
     if isinstance(error, OSError):
-        return error.errno == errno.EAGAIN and error.filename is None
+        return error.errno == errno.EAGAIN and any(name in _STARTING for name in _passed(error))
     return "can't start new thread" in str(error) or "ThreadPoolBuildError" in str(error)
+
+
+def _passed(error: BaseException) -> set[str]:
+    """Top-level names of the modules that the error came through."""
+    return {str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in walk_tb(error.__traceback__)}
 
 
 def _broken_package(error: BaseException) -> Path | None:

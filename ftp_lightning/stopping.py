@@ -6,7 +6,6 @@ the end of its step. A second signal leaves at once.
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import multiprocessing
 import os
@@ -65,10 +64,13 @@ class _Watch(threading.Thread):
                 leave_now(self.came)
 
     def _raise_again(self) -> None:
-        """The main thread was in a callback whose errors Python ignores; a moment later it has left that."""
+        """The main thread was in a callback whose errors Python ignores; a moment later it has left that, and may be
+        waiting inside a library, from which a signal alone wakes it."""
         time.sleep(0.02)
-        self.lost, self.raised, self.echoes = False, None, self.echoes + 1
-        _thread.interrupt_main(self.came or signal.SIGINT)
+        self.lost = False
+        if _watch is self and (number := self.raised or self.came) is not None:
+            self.raised, self.echoes = None, self.echoes + 1
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def unraisable(self, before: Callable[[Any], Any], told: Any) -> None:
         """Stands for `sys.unraisablehook`, which is told of errors in `__del__` and in callbacks of weak references."""
@@ -121,12 +123,13 @@ def heeding() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         yield
     finally:
+        _watch = None
+        signal.set_wakeup_fd(before_fd)
+        watch.telling.close()
+        watch.join()  # else it could send a signal again that nobody heeds any more
         put_back(before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        signal.set_wakeup_fd(before_fd)
         sys.unraisablehook = before_hook
-        _watch = None
-        watch.telling.close()
 
 
 def put_back(handlers: dict[int, Any]) -> None:

@@ -2,7 +2,11 @@
 
 import errno
 import importlib.metadata
+import multiprocessing
+import os
+import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +27,6 @@ def refuse(error: BaseException):
 
 THREADS = [
     RuntimeError("can't start new thread"),
-    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
     Panic("The global thread pool has not been initialized.: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) }"),
 ]
 
@@ -33,6 +36,32 @@ def test_a_limit_on_processes_is_told_in_a_sentence(error, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "_run", refuse(error))
     assert command_line.main(["doctor"]) == 2
     assert "no further process or thread may start" in capsys.readouterr().err
+
+
+AGAIN = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def test_a_process_that_may_not_be_forked_is_told_but_a_full_pipe_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(os, "fork", refuse(AGAIN))
+    monkeypatch.setattr(command_line, "_run", lambda _: multiprocessing.get_context("fork").Process().start())
+    assert command_line.main(["doctor"]) == 2
+    assert "no further process or thread may start" in capsys.readouterr().err
+    monkeypatch.setattr(command_line, "_run", refuse(AGAIN.with_traceback(None)))
+    assert command_line.main(["doctor"]) == 2
+    assert "no further process" not in capsys.readouterr().err
+
+
+def test_it_is_told_where_no_socket_can_be_had(monkeypatch, capsys):
+    monkeypatch.setattr(socket, "socketpair", refuse(OSError(errno.EMFILE, "Too many open files")))
+    assert command_line.main(["doctor"]) == 2
+    assert "`ulimit -n`" in capsys.readouterr().err
+
+
+def test_a_system_error_while_package_data_are_read_keeps_its_remedy(broken, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "read_text", refuse(OSError(errno.EMFILE, "Too many open files")))
+    monkeypatch.setattr(command_line, "_run", lambda _: importlib.metadata.version("broken_thing"))
+    assert command_line.main(["doctor"]) == 2
+    assert "`ulimit -n`" in capsys.readouterr().err
 
 
 def test_it_is_told_where_not_even_signals_can_be_heeded(monkeypatch, capsys):
