@@ -125,6 +125,7 @@ def heeding() -> Iterator[None]:
     finally:
         _watch = None
         signal.set_wakeup_fd(before_fd)
+        watch.telling.shutdown(socket.SHUT_RDWR)  # a forked process may hold it open
         watch.telling.close()
         watch.join()  # else it could send a signal again that nobody heeds any more
         put_back(before)

@@ -155,6 +155,19 @@ def test_a_stream_that_is_gone_changes_no_status(gone):
     assert signalled(sleeping, [signal.SIGHUP], before=before)[0] == 128 + signal.SIGHUP
 
 
+def test_a_forked_process_that_lives_on_holds_nothing_up():
+    began = time.monotonic()
+    with stopping.heeding():
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+    taken = time.monotonic() - began
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert taken < 15
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
