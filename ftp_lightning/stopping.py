@@ -125,7 +125,8 @@ def heeding() -> Iterator[None]:
     finally:
         _watch = None
         signal.set_wakeup_fd(before_fd)
-        watch.telling.shutdown(socket.SHUT_RDWR)  # a forked process may hold it open
+        if watch.is_alive():  # a forked process has no watch, but the same socket, and may hold it open
+            watch.telling.shutdown(socket.SHUT_RDWR)
         watch.telling.close()
         watch.join()  # else it could send a signal again that nobody heeds any more
         put_back(before)
