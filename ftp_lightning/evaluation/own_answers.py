@@ -6,6 +6,7 @@ They need no labels, and ask what a user cares about: does the pruned model stil
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,12 @@ EMPTY = "empty_answer"
 
 
 def own_answers(
-    model, prompts: Rows, new_tokens: int, folder: str | Path | None = None, only_missing: bool = False
+    model,
+    prompts: Rows,
+    new_tokens: int,
+    folder: str | Path | None = None,
+    only_missing: bool = False,
+    tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> Rows:
     """The prompts with the dense model's greedy answers of at most `new_tokens` tokens as continuations.
 
@@ -43,6 +49,7 @@ def own_answers(
         model: a Hugging Face causal LM with nothing attached.
         prompts: rows whose continuations are replaced; with `only_missing` those that have one keep it.
         folder: None keeps nothing.
+        tell: is told before each batch how many answers are there, and of how many.
 
     Raises UserError where a prompt and its answer do not fit the model, or all answers are empty; ValueError without
     prompts, or for answers of no tokens.
@@ -52,7 +59,7 @@ def own_answers(
     asked = [i for i, row in enumerate(prompts.rows) if not (only_missing and row.continuation)]
     _check_positions(model, prompts.subset(asked).prompt_tokens + new_tokens)
     ends = end_tokens(model)
-    found = _answers(model, prompts.subset(asked).prompts(), new_tokens, ends, folder)
+    found = _answers(model, prompts.subset(asked).prompts(), new_tokens, folder, tell)
     answers = dict(zip(asked, found, strict=True))
     empty = {i for i, answer in answers.items() if answer[:1] and answer[0] in ends}
     if len(empty) == len(prompts):
@@ -75,14 +82,29 @@ def end_tokens(model) -> frozenset[int]:
     return frozenset(first if isinstance(first, list) else [first])
 
 
-def _answers(model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder: str | Path | None) -> list[list[int]]:
+def unanswered(model, prompts: Rows, new_tokens: int, folder: str | Path) -> list[bool]:
+    """For each prompt, whether `own_answers` would ask the model."""
+    keys = [request_key(row.prompt) for row in prompts.rows]
+    known = _known(AnswerBook(folder, _identity(model, new_tokens)), keys)
+    return [key not in known for key in keys]
+
+
+def _identity(model, new_tokens: int) -> str:
+    """Of all that decides an answer but the prompt."""
+    ends = sorted(end_tokens(model))
+    who = {"model": model_identity(model), "dtype": str(model.dtype), "ends": ends, "new_tokens": new_tokens}
+    return digest(json.dumps(who, sort_keys=True).encode())
+
+
+def _answers(
+    model, prompts: Rows, new_tokens: int, folder: str | Path | None, tell: Callable[[int, int], None]
+) -> list[list[int]]:
     """The answer to each prompt, from the folder or from the model.
 
     Of several processes that want the same, one asks the model and the others wait and read. A sharded model is asked
     by all at once.
     """
-    who = {"model": model_identity(model), "dtype": str(model.dtype), "ends": sorted(ends), "new_tokens": new_tokens}
-    identity = digest(json.dumps(who, sort_keys=True).encode())
+    identity, ends = _identity(model, new_tokens), end_tokens(model)
     keys = [request_key(row.prompt) for row in prompts.rows]
     known = _known(AnswerBook(folder, identity), keys)
     if len(known) == len(set(keys)):
@@ -93,7 +115,8 @@ def _answers(model, prompts: Rows, new_tokens: int, ends: frozenset[int], folder
         known = _known(book, keys)
         first = {key: i for i, key in enumerate(keys) if key not in known}
         missing = prompts.subset(first.values())
-        for numbers, batch in missing.batches(BATCH):
+        for done, (numbers, batch) in enumerate(missing.batches(BATCH)):
+            tell(len(prompts) - len(missing) + done * BATCH, len(prompts))
             found = dict(zip((list(first)[i] for i in numbers), greedy(model, batch, new_tokens, ends)))
             book.add({key: Answer(tuple(answer)) for key, answer in found.items()})
             known |= found

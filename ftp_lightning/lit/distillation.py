@@ -186,6 +186,7 @@ def fit_distillation(
     folder: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     fingerprint: str = "",
+    between: Callable[[], None] = lambda: None,
 ) -> Compensation:
     """Train a system, and return the compensation of the epoch that was best on its checking lessons, the start among
     them; without any, of the last epoch.
@@ -194,9 +195,10 @@ def fit_distillation(
         folder: where the last epoch is kept, so that the same call goes on after a kill; None keeps nothing.
         progress: told (epoch, epochs).
         fingerprint: of all that decides the result; what is kept of another one is thrown away.
+        between: called after each batch; what it raises ends the training.
     """
     settings = system.settings
-    callbacks: list[L.Callback] = [_Progress(progress, settings.epochs)]
+    callbacks: list[L.Callback] = [_Progress(progress, settings.epochs, between)]
     last = None if folder is None else Path(folder) / "distillation.ckpt"
     if last is not None:
         about = {"dirpath": last.parent, "filename": last.stem, "enable_version_counter": False}
@@ -232,6 +234,7 @@ def distil_compensation(
     validation_rows: Rows | None = None,
     settings: DistillationSettings | None = None,
     folder: str | Path | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Compensation:
     """The compensation of `pruner`, trained on the KL of the continuation between the dense and the pruned model.
 
@@ -241,6 +244,7 @@ def distil_compensation(
         rows: prompts and continuations; the dense model's own answers are best (`evaluation.own_answers`).
         validation_rows: the best epoch is chosen on these.
         folder: where the last epoch is kept, so that the same call goes on after a kill.
+        between: called between batches; what it raises ends the call.
 
     Returns a compensation in float32 on the CPU, for `pruner.changed(compensation=...)`. UserError where the pruner
     adds nothing to skipped tokens, or none skip.
@@ -250,10 +254,10 @@ def distil_compensation(
         >>> pruner = pruner.changed(compensation=distil_compensation(model, pruner, rows))
     """
     settings = settings or DistillationSettings()
-    about = (model, pruner)
-    checking = [] if validation_rows is None else lessons(*about, validation_rows, settings.batch_size)
-    system = Distillation(*about, lessons(*about, rows, settings.batch_size), checking, settings)
-    return fit_distillation(system, folder)
+    about, size = (model, pruner), settings.batch_size
+    checking = [] if validation_rows is None else lessons(*about, validation_rows, size, between)
+    system = Distillation(*about, lessons(*about, rows, size, between), checking, settings)
+    return fit_distillation(system, folder, between=between)
 
 
 def _is_of(checkpoint: Path, fingerprint: str) -> bool:
@@ -265,10 +269,16 @@ def _is_of(checkpoint: Path, fingerprint: str) -> bool:
 
 
 class _Progress(L.Callback):
-    """Tells a function how far the distillation is."""
+    """Tells a function how far the distillation is, and calls another one after each batch."""
 
-    def __init__(self, tell: Callable[[int, int], None] | None, epochs: int):
-        self.tell, self.epochs = tell, epochs
+    def __init__(self, tell: Callable[[int, int], None] | None, epochs: int, between: Callable[[], None]):
+        self.tell, self.epochs, self.between = tell, epochs, between
+
+    def on_train_batch_end(self, *args) -> None:
+        self.between()
+
+    def on_validation_batch_end(self, *args) -> None:
+        self.between()
 
     def on_train_epoch_end(self, trainer, *args) -> None:
         if self.tell is not None:

@@ -5,6 +5,7 @@ Shapes: B rows, S tokens that entered the model, P prompt tokens, C continuation
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,21 @@ class Lesson:
 
 
 @torch.no_grad()
-def lessons(model: nn.Module, pruner: TokenPruner, rows: Rows, batch_size: int = 1) -> list[Lesson]:
-    """What the dense model does with each batch of rows, for `Distillation`.
+def lessons(
+    model: nn.Module,
+    pruner: TokenPruner,
+    rows: Rows,
+    batch_size: int = 1,
+    between: Callable[[], None] = lambda: None,
+) -> list[Lesson]:
+    """What the dense model does with each batch of rows, for `Distillation`; `between` is called before each.
 
     Memory, on the CPU: per token D numbers of the model's dtype, per continuation token 2 V bytes. Time: one dense and
     one pruned forward.
     """
     found = []
     for _, batch in rows.batches(batch_size):
+        between()
         batch = moved(batch, home(model))
         replayed = _decides_below(pruner)
         first = distilled_from(pruner) if replayed else _first_needed(model, pruner)

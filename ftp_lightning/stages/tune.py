@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class TuneStage(StageSettings):
         None, "file of prompts: JSON(L) of chat, prompt or instruction records, or text; `embedded`: our stories"
     )
     keep: float = option(0.99, "share of the dense model's own answers to keep", above=0.0, most=1.0)
-    minutes: float = option(30.0, "time after which no further cut is tried", above=0.0)
+    minutes: float = option(30.0, "time that it may take; where it is short, fewer prompts are used", above=0.0)
     cuts: tuple[float, ...] = option(CUTS, "cuts of the prefill's FLOPs to try, ascending")
     pruned: str | None = option(None, "a pruner to try as well, from its last block down", is_file=True)
     limit: int | None = option(1000, "prompts at most", least=1, most=10**7)
@@ -64,11 +65,12 @@ class TuneStage(StageSettings):
     def work(self, folder: StageFolder, progress: Progress) -> None:
         from ftp_lightning.evaluation.own_answers import own_answers
         from ftp_lightning.stages.inputs import load_model, load_pruner, num_blocks
+        from ftp_lightning.tuning.allowance import Allowance, OutOfTime
         from ftp_lightning.tuning.measured import Measured
         from ftp_lightning.tuning.outcome import outcome
         from ftp_lightning.tuning.parts import check_answers, check_enough, split_rows
         from ftp_lightning.tuning.recipes import RECIPES, given
-        from ftp_lightning.tuning.tuner import Allowance, Tuner
+        from ftp_lightning.tuning.tuner import Tuner
 
         model, tokenizer = load_model(self)
         num_blocks(model)
@@ -76,27 +78,38 @@ class TuneStage(StageSettings):
         prompts = self._prompts(model, tokenizer)
         planned = self._check_reachable(split_rows(prompts, self.seed))
         former = folder.load_state() or {}
-        allowance = Allowance(60 * self.minutes, former.get("seconds", 0.0))
-        _say_estimate(self, model, prompts, planned, progress, bool(former))
-        folder.save_state({"seconds": allowance.spent})
-
+        allowance = Allowance(60 * self.minutes, former.get("seconds", 0.0), progress.started)
         place = Path(self.own_answers).expanduser()
-        rows = own_answers(model, prompts, self.continuation_tokens, place)
-        check_enough(str(self.prompts), rows.rows, rows.left_out, _longest(self, model))
-        check_answers(rows)
-        parts = split_rows(rows, self.seed)
-        self._check_reachable(parts)  # prompts that are answered by nothing are gone
+        used = former.get("prompts") or _affordable(self, model, prompts, planned, place, progress)
+        unused, prompts = len(prompts) - used, prompts.subset(range(used))
 
         def tell(what: str) -> None:
             progress.step(allowance.spent, allowance.seconds, what, allowance.left)
 
         def note() -> None:
-            folder.save_state({"seconds": allowance.spent})
+            folder.save_state({"seconds": allowance.spent, "prompts": used})
 
+        def answered(done: int, of: int) -> None:
+            allowance.check()
+            tell(f"own answers, {done} of {of}")
+            note()
+
+        note()
+        try:
+            rows = own_answers(model, prompts, self.continuation_tokens, place, tell=answered)
+        except OutOfTime:
+            raise UserError(
+                f"the {self.minutes:g} minutes are over before the model has answered all {used} prompts\n"
+                "Give more --minutes, with --overwrite where a run was interrupted: no answer is made twice."
+            ) from None
+        check_enough(str(self.prompts), rows.rows, rows.left_out, _longest(self, model))
+        check_answers(rows)
+        parts = split_rows(rows, self.seed)
+        self._check_reachable(parts)  # prompts that are answered by nothing are gone
         measured = Measured(model, place / "measured", self.batch_size)
         tuner = Tuner(measured, parts, self.keep, self.cuts, allowance, self.seed, tell, note)
         tuned = tuner.run([*recipes, *RECIPES])
-        counts = rows.counts() | {part: len(found) for part, found in parts.items()}
+        counts = rows.counts() | {part: len(found) for part, found in parts.items()} | {"no_time": unused}
         found = outcome(tuned, self.keep, counts)
         tuned.pruner.save(folder.place("pruned"), base=self.model, model=model)
         folder.write_json("tune.json", found)
@@ -141,27 +154,40 @@ def _longest(settings: TuneStage, model: Any) -> int:
     return 10**9 if limit is None else limit - settings.continuation_tokens
 
 
-def _say_estimate(
-    settings: TuneStage, model: Any, prompts: Rows, planned: dict[str, int], progress: Progress, again: bool
-) -> None:
-    """Say how long it will take at most, by the time of one prompt; UserError where the answers alone take longer."""
-    from ftp_lightning.evaluation.own_answers import BATCH, end_tokens, greedy
+def _affordable(
+    settings: TuneStage, model: Any, prompts: Rows, planned: dict[str, int], place: Path, progress: Progress
+) -> int:
+    """How many of the prompts --minutes allows, by the time of a few of them; says what they will take. UserError where
+    so few cannot show what is asked for."""
+    from ftp_lightning.evaluation.own_answers import BATCH, end_tokens, greedy, unanswered
+    from ftp_lightning.tuning.allowance import FILLED, affordable, needed
+    from ftp_lightning.tuning.parts import LEAST, split_rows
+    from ftp_lightning.tuning.promise import reachable
 
     middle = max(0, (len(prompts) - BATCH) // 2)
     typical, ends = prompts.batch(prompts.order[middle : middle + BATCH]), end_tokens(model)
     greedy(model, prompts.batch(prompts.order[:1]), 1, ends)  # the first call of a process is slow
-    one = _seconds(lambda: greedy(model, typical, 1, ends)) / BATCH
-    answers = len(prompts) * _seconds(lambda: greedy(model, typical, settings.continuation_tokens, ends)) / BATCH
-    if not again and answers > 60 * settings.minutes:
-        raise UserError(
-            f"the model's own answers to {len(prompts)} prompts alone take about {clock(answers)}, and --minutes "
-            f"allows {settings.minutes:g}\nGive a --limit, or more --minutes."
-        )
-    measuring = one * sum(planned.values())
+    prefill = _seconds(lambda: greedy(model, typical, 1, ends)) / BATCH
+    answer = _seconds(lambda: greedy(model, typical, settings.continuation_tokens, ends)) / BATCH
+    asked = unanswered(model, prompts, settings.continuation_tokens, place)
+    seconds = needed(asked, answer, prefill)
+    used = affordable(seconds, 60 * settings.minutes)
+    if used < len(prompts):
+        told = f"--minutes {settings.minutes:g} allows about {used} of {len(prompts)} prompts"
+        documents = split_rows(prompts.subset(range(used)), settings.seed)["validation"].documents
+        shown = int(1000 * reachable(documents)) / 1000
+        enough = f"Give --minutes {math.ceil(seconds[-1] / FILLED / 60)} for all of them"
+        if used < LEAST:
+            raise UserError(f"{told}, at least {LEAST} are needed\n{enough}.")
+        if shown < settings.keep:
+            raise UserError(f"{told}, which can show at most {shown:g}\n{enough}, or --keep {shown:g} or less.")
+        progress.say(f"{told}; {enough[0].lower()}{enough[1:]}.")
+    measuring = prefill * sum(planned.values()) * used / len(prompts)
     progress.say(
-        f"{len(prompts)} prompts. The model's own answers take about {clock(answers)}, measurements at most "
+        f"{used} prompts. The model's own answers take about {clock(answer * sum(asked[:used]))}, measurements at most "
         f"{clock(measuring)}; --minutes {settings.minutes:g} may end it sooner. After Ctrl-C the same command resumes."
     )
+    return used
 
 
 def _seconds(run: Any) -> float:

@@ -6,7 +6,7 @@ trains it trains in `fit`, on the ground's rows, which are in no other part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from ftp_lightning.attention_score import AttentionScore
 from ftp_lightning.costs.budget import OutOfReach, default_with_cut, late_with_cut, stages_with_cut
 from ftp_lightning.costs.request import planned_cut
-from ftp_lightning.data.rows import Rows
+from ftp_lightning.data.rows import Batch, Rows
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.family import find_decoder
 from ftp_lightning.routing import Router, StaticRouter, UntrainedRouter
@@ -27,6 +27,8 @@ RANK = 64
 """Rank of a fitted compensation [ours]: 4.5 MB for 30 blocks of 576, stored in bfloat16."""
 DISTILLED_CUT = 0.3
 """The cut for which a compensation is distilled [ours], or the largest smaller one: all cuts of a family share it."""
+BATCH = 8
+"""Prompts per forward of a fit [ours]."""
 CHECKED = 3
 """Of so many fit prompts one chooses the best epoch of a distillation [ours]."""
 STAGE = 0.9
@@ -44,6 +46,7 @@ class Ground:
         seed: of everything random.
         folder: where a recipe may keep what it has trained, to go on after a kill; None keeps nothing.
         memo: what several recipes share, found once.
+        between: called between the batches of a fit; what it raises ends the fit.
     """
 
     model: Any
@@ -52,10 +55,17 @@ class Ground:
     seed: int = 0
     folder: Path | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    between: Callable[[], None] = lambda: None
 
     @property
     def blocks(self) -> int:
         return len(find_decoder(self.model)[1])
+
+    def batches(self) -> Iterator[Batch]:
+        """The rows, `BATCH` at a time."""
+        for _, batch in self.rows.batches(BATCH):
+            self.between()
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ def fitted(ground: Ground, rank: int) -> Compensation:
     """The ridge regression of this rank on the ground's rows, fitted once."""
     if ("ridge", rank) not in ground.memo:
         width = ground.model.config.get_text_config().hidden_size
-        ground.memo["ridge", rank] = fit_compensation(ground.model, ground.rows, min(rank, width)).rounded()
+        ground.memo["ridge", rank] = fit_compensation(ground.model, ground.batches(), min(rank, width)).rounded()
     return ground.memo["ridge", rank]
 
 
@@ -139,7 +149,7 @@ def distilled(ground: Ground) -> TokenPruner:
     teaching = ground.rows.subset(place for place in places if (place + 1) % CHECKED)
     checking = ground.rows.subset(place for place in places if not (place + 1) % CHECKED)
     settings = DistillationSettings(seed=ground.seed)
-    found = distil_compensation(ground.model, pruner, teaching, checking, settings, ground.folder)
+    found = distil_compensation(ground.model, pruner, teaching, checking, settings, ground.folder, ground.between)
     return pruner.changed(compensation=found.rounded())
 
 

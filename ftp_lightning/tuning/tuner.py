@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from ftp_lightning.models import model_identity
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.schedule import Schedule
 from ftp_lightning.schedule_family import ScheduleFamily
+from ftp_lightning.tuning.allowance import Allowance, OutOfTime
 from ftp_lightning.tuning.measured import Measured
 from ftp_lightning.tuning.promise import climb, step_down
 from ftp_lightning.tuning.recipes import Ground, Recipe
@@ -26,26 +27,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 CHOICE_TIME = 0.4
-"""Share of the time after which no further recipe is tried [ours]."""
+"""Share of the time left by the answers after which the choice among recipes ends [ours]."""
 SLACK = 0.1
 """A recipe is followed down to this much below the share to keep [ours]: one lost answer of 30 is 3 points."""
-
-
-@dataclass
-class Allowance:
-    """The time that a tuning may take, in seconds; `before`: what was spent before an interruption."""
-
-    seconds: float
-    before: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def spent(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    @property
-    def left(self) -> float:
-        return self.seconds - self.spent
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,7 @@ class Tuned:
     """What was found.
 
     Attributes:
-        chosen: the candidate. others: those it was preferred to. untried: names of recipes that time left out.
+        chosen: the candidate. others: those it was preferred to. untried: names of recipes for which time was short.
         rungs: the chosen candidate on validation prompts, up to and with the first cut that fails.
         passed: how many of them hold. held_out: the confirmation, and the smaller cuts asked where it failed.
         left: how many cuts hold after it. timed_out: whether time ended the climb.
@@ -152,11 +136,21 @@ class Tuner:
         self.measured, self.parts, self.keep, self.cuts = measured, parts, keep, tuple(cuts)
         self.allowance, self.seed, self.tell, self.note = allowance, seed, tell, note
         every = [row.prompt for rows in parts.values() for row in rows.rows]
+        self.validating = (1 - CHOICE_TIME) * allowance.left  # seconds that the choice among recipes must leave
         self.typical = sorted(every, key=len)[len(every) // 2]
         self.ground = Ground(measured.model, parts["fit"], round(statistics.fmean(map(len, every))), seed)
 
     def run(self, recipes: Sequence[Recipe]) -> Tuned:
-        """The largest cut that holds, of the recipe that keeps most. UserError where no cut holds."""
+        """The largest cut that holds, of the recipe that keeps most. UserError where no cut holds, or time is short."""
+        try:
+            return self._run(recipes)
+        except OutOfTime:
+            raise UserError(
+                f"the {self.allowance.seconds / 60:g} minutes are over, and no cut is validated and confirmed yet\n"
+                "Give more --minutes, with --overwrite where a run was interrupted: nothing is measured twice."
+            ) from None
+
+    def _run(self, recipes: Sequence[Recipe]) -> Tuned:
         candidates, untried = self.candidates(recipes)
         best = max(candidates, key=lambda candidate: candidate.merit)
         rungs, passed, timed_out = self.validated(best)
@@ -175,19 +169,23 @@ class Tuner:
         return Tuned(best, others, untried, rungs, passed, held_out, left, timed_out)
 
     def candidates(self, recipes: Sequence[Recipe]) -> tuple[list[Candidate], list[str]]:
-        """The recipes on the choice prompts, and the names of those for which there was no time."""
+        """The recipes on the choice prompts, and the names of those for which time was short.
+
+        The first one is fitted however long that takes, and is not compared where there is no time for a second one.
+        """
         found: list[Candidate] = []
         for place, recipe in enumerate(recipes):
-            if found and self.allowance.spent > CHOICE_TIME * self.allowance.seconds:
-                return found, [one.name for one in recipes[place:]]
-            self.tell(f"fitting {recipe.name}")
-            pruner = self.prepared(recipe)
-            candidate = Candidate(recipe.name, pruner, recipe.schedules(self.ground, pruner, self.cuts), [])
-            for cut in candidate.schedules:
-                candidate.curve.append(self.rung(candidate, cut, "choice"))
-                if (candidate.curve[-1].kept.value or 0.0) < self.keep - SLACK:
-                    break
-            if candidate.curve:
+            reserve = self.validating if found else 0.0
+            try:
+                candidate = self.fitted(recipe, reserve)
+                if candidate.schedules and not found:
+                    found.append(candidate)
+                self.compare(candidate)
+            except OutOfTime:
+                if not found:
+                    raise
+                return found, [one.name for one in recipes[place:] if one.name != found[0].name]
+            if candidate.schedules and candidate is not found[0]:
                 found.append(candidate)
         if not found:
             raise UserError(
@@ -196,40 +194,71 @@ class Tuner:
             )
         return found, []
 
+    def fitted(self, recipe: Recipe, reserve: float) -> Candidate:
+        """The candidate of a recipe. OutOfTime where fitting it would leave less than `reserve` seconds."""
+
+        def between() -> None:
+            self.allowance.check(reserve)
+            self.tell(f"fitting {recipe.name}")
+
+        between()
+        pruner = self.prepared(recipe, between)
+        return Candidate(recipe.name, pruner, recipe.schedules(self.ground, pruner, self.cuts), [])
+
+    def compare(self, candidate: Candidate) -> None:
+        """Add the candidate's curve on the choice prompts, as far as it is worth following."""
+        for cut in candidate.schedules:
+            candidate.curve.append(self.rung(candidate, cut, "choice", self.validating))
+            if (candidate.curve[-1].kept.value or 0.0) < self.keep - SLACK:
+                break
+
     def validated(self, candidate: Candidate) -> tuple[list[Rung], int, bool]:
         """The candidate's cuts on validation prompts, from the smallest up; how many hold; whether time ended it."""
         rungs: list[Rung] = []
         cuts, took = list(candidate.schedules), [0.0]
 
+        def confirming() -> float:
+            return max(took) * len(self.parts["held_out"]) / len(self.parts["validation"])
+
         def measure(number: int) -> Interval:
             started = time.monotonic()
-            rungs.append(self.rung(candidate, cuts[number], "validation", timed=True))
+            rungs.append(self.rung(candidate, cuts[number], "validation", confirming(), timed=True))
             took.append(time.monotonic() - started)
             return rungs[-1].kept
 
         def go_on() -> bool:
-            confirming = max(took) * len(self.parts["held_out"]) / len(self.parts["validation"])
-            return self.allowance.left >= max(took) + confirming
+            return self.allowance.left >= max(took) + confirming()
 
-        passed = climb(measure, len(cuts), self.keep, go_on)
+        try:
+            passed = climb(measure, len(cuts), self.keep, go_on)
+        except OutOfTime:
+            if not rungs:
+                raise
+            passed = len(rungs)  # all of them hold: the first that fails would have ended the climb
         return rungs, passed, len(rungs) == passed < len(cuts)
 
-    def rung(self, candidate: Candidate, cut: float, part: str, timed: bool = False) -> Rung:
-        """One cut of a candidate on one part of the prompts."""
+    def rung(self, candidate: Candidate, cut: float, part: str, reserve: float = 0.0, timed: bool = False) -> Rung:
+        """One cut of a candidate on one part of the prompts. OutOfTime where it would leave less than `reserve` s."""
         pruner, what = candidate.at(cut), f"{candidate.name}, cut of {cut:.0%}, {part.replace('_', '-')} prompts"
         rows = self.parts[part]
-        items = self.measured.items(candidate.name, pruner, rows, lambda done, of: self.tell(f"{what}, {done} of {of}"))
+
+        def between(done: int, of: int) -> None:
+            self.allowance.check(reserve)
+            self.tell(f"{what}, {done} of {of}")
+
+        items = self.measured.items(candidate.name, pruner, rows, between)
         speed = self.measured.speed(pruner, self.typical, self.seed).ratio if timed else None
         self.note()
         return Rung.of(cut, candidate.schedules[cut], items, speed)
 
-    def prepared(self, recipe: Recipe) -> TokenPruner:
+    def prepared(self, recipe: Recipe, between: Callable[[], None]) -> TokenPruner:
         """What a recipe fits, from disk where that is done."""
         about = (str(model_identity(self.ground.model)), str(self.ground.model.dtype), self.ground.rows.hash())
         key = digest(*(str(part).encode() for part in (*about, recipe.name, self.seed, code_version())))
         place = Path(self.measured.folder) / f"recipe-{key}"
         if not place.exists():
-            recipe.fit(replace(self.ground, folder=place.with_suffix(".training"))).save(place)
+            ground = replace(self.ground, folder=place.with_suffix(".training"), between=between)
+            recipe.fit(ground).save(place)
             self.note()
         return TokenPruner.load(place)
 

@@ -27,7 +27,6 @@ class AnswerBook:
         self._known: dict[str, Answer] = {}
         self._path = None if folder is None else Path(folder).expanduser() / f"{identity}.{rank}.jsonl"
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             for path in sorted(self._path.parent.glob(f"{identity}.*.jsonl")):
                 self._known |= dict(filter(None, map(_parsed, path.read_bytes().splitlines())))
 
@@ -42,6 +41,7 @@ class AnswerBook:
         lines = [json.dumps([key, a.value, a.sparsity, a.skipped, a.spent]) for key, a in answers.items()]
         # Begins with a line's end: what a kill left of the line before cannot spoil this one.
         content = "\n".join(["", *lines, ""]).encode()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "ab", buffering=0) as file:
             file.write(content)
             os.fsync(file.fileno())
