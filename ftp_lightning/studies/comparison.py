@@ -63,7 +63,11 @@ class Comparison:
 
     @lru_cache(maxsize=4)  # noqa: B019  it lives as long as the process
     def bench(self, model: str, task: str, chunk: int) -> Bench:
-        """The items of one chunk, drawn with the seed `chunk`, and the dense answers to them."""
+        """The items of one chunk, drawn with the seed `chunk`, and the dense answers to them.
+
+        Methods are asked the items that need the prompt alone, the first item where there are none.
+        """
+        from ftp_lightning.evaluation.harness.asking import HarnessTasks
         from ftp_lightning.stages.evaluate import EvaluateStage, bench_of
 
         about: dict[str, Any] = {"model": model, "prompt_tokens": self.tokens(model), "seed": chunk, "batch_size": 4}
@@ -71,9 +75,13 @@ class Comparison:
         if task == "own_answers":
             about |= {"rows": task, "data": self.prompts, "continuation_tokens": 24, "tasks": ()}
         else:
-            about |= {"apply_chat_template": task in dict(self.templated).get(model, ()), "task_data": self.squad}
+            about |= {"apply_chat_template": task in dict(self.templated).get(model, ()), "task_data": self.squad or None}
             about |= {"tasks": (task,), "windows": 1, "continuation_tokens": 8}
-        return bench_of(EvaluateStage(**about), *self.loaded(model), None, self.output / "answers")
+        found = bench_of(EvaluateStage(**about), *self.loaded(model), None, self.output / "answers")
+        if isinstance(found.ask, HarnessTasks) and task != "own_answers":
+            items = found.needed(found.dense[found.dense["task"] == task])
+            found.ask.only = {task: items.loc[items["needed"], "item"].tolist() or [0]}
+        return found
 
     @cache  # noqa: B019
     def pruner(self, model: str, method: str, cut: float) -> tuple[str, TokenPruner]:

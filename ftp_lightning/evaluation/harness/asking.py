@@ -34,6 +34,8 @@ class HarnessTasks:
         processes: those that share the items, if there are several.
         metrics: lm-eval's own numbers of the last call, by task.
         left_out: documents that were not asked, as a search has seen them, by task.
+        only: numbers of the documents that methods are asked, by task; None asks all. Of the answers that methods keep
+            only those that the dense model has right say anything, and they alone need be paid for.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class HarnessTasks:
     processes: Processes | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    only: dict[str, list[int]] | None = None
 
     def __call__(self, pruner: TokenPruner | None, mode: str = "prompt") -> DataFrame:
         """Ask all tasks; the questions without their passages are asked of the dense model alone."""
@@ -51,16 +54,18 @@ class HarnessTasks:
         from ftp_lightning.evaluation.harness.tasks import run_tasks
         from ftp_lightning.pruning.devices import home
 
-        place = str(home(self.model))
+        place, only = str(home(self.model)), None if pruner is None else self.only
         lm = FtpLM(self.model, pruner=pruner, mode=mode, tokenizer=self.tokenizer, device=place, **self.about)
         try:
             with self.files.named(with_deleted=pruner is None) as files:
-                found = run_tasks(lm, files, **self.run) if files else {}
+                found = run_tasks(lm, files, **self.run, only=only) if files else {}
         finally:
             lm.close()
         if self.processes is not None:
             found = self.processes.from_first(found)
         self.metrics = {task: summary["metrics"] for task, summary in found.items()}
         self.left_out = {task: summary["left_out"] for task, summary in found.items()}
+        for task, numbers in (only or {}).items():  # an item keeps its number among all
+            found[task]["items"] = [{**one, "item": n} for n, one in zip(numbers, found[task]["items"], strict=True)]
         parts = [record(told["items"], "", task).assign(chance=told["chance"]) for task, told in found.items()]
         return joined(parts)

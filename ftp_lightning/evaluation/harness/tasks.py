@@ -69,6 +69,7 @@ def run_tasks(
     apply_chat_template: bool = False,
     progress: bool = False,
     seen: Mapping[str, float] | None = None,
+    only: Mapping[str, list[int]] | None = None,
 ) -> dict[str, dict]:
     """Run tasks on an lm-eval model; tasks: name -> JSONL file(s), or None for the data lm-eval fetches from the Hub.
 
@@ -77,6 +78,7 @@ def run_tasks(
     id, right (see `Declared.right`), score and metric, its metrics, distance, kind, document, hash, and of the model's
     account prompt_tokens, sparsity, exercised, truncated. Empty on ranks other than 0. seen: documents that a search
     has looked at (`Schedule.seen`) are left out; `left_out` counts them.
+    only: task -> numbers of the documents to ask, of the tasks that are not asked whole; in place of a limit.
     UserError: unknown task, file missing or broken, Hub out of reach.
     """
     from lm_eval import evaluate
@@ -92,6 +94,7 @@ def run_tasks(
             lm=lm,
             task_dict=loaded,
             limit=limit,
+            samples=None if only is None else dict(only),
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=apply_chat_template,
             bootstrap_iters=0,

@@ -1,0 +1,48 @@
+"""Methods compared on tasks: only the items that need the prompt are asked, and their answers are the same."""
+
+import pytest
+
+from ftp_lightning import Schedule, StaticRouter, TokenPruner
+from ftp_lightning.data.sources import load_documents
+from ftp_lightning.evaluation.record import kept
+from ftp_lightning.studies.comparison import Compared, Comparison
+
+TOKENS, ITEMS = 200, 8
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    for part in ("calibration", "validation", "test"):
+        (folder / part).mkdir()
+        for number, text in enumerate(load_documents("embedded", "test")[:3]):
+            (folder / part / f"{number}.txt").write_text(text)
+    return Comparison(folder / "out", str(folder), "", "", ITEMS, (("embedded", TOKENS),))
+
+
+def test_only_items_that_need_the_prompt_are_asked(comparison):
+    dense = comparison.measure(Compared("embedded", "multi_key_recall", 0, 0.0, "dense"))
+    bench = comparison.bench("embedded", "multi_key_recall", 0)
+    pruner = TokenPruner(StaticRouter(), Schedule.default(12, 0.4))
+    few = bench.measure("few", pruner)
+    asked = dict(bench.ask.only)
+    bench.ask.only = None
+    every = bench.measure("every", pruner)
+    task = lambda items: items[items["task"] == "multi_key_recall"]  # noqa: E731
+
+    assert len(task(every)) == ITEMS == len(dense[dense["task"] == "multi_key_recall"])
+    needed = task(every)[task(every)["needed"]]
+    assert 0 < len(needed) < ITEMS and needed["item"].tolist() == asked["multi_key_recall"]
+    same = ["item", "id", "hash", "right", "document", "answers", "flops"]
+    assert task(few)[same].reset_index(drop=True).equals(needed[same].reset_index(drop=True))
+    assert kept(task(few)) == kept(task(every))
+
+
+def test_an_item_is_asked_where_none_needs_the_prompt(comparison, monkeypatch):
+    """Of a model that answers nothing right."""
+    from ftp_lightning.evaluation import bench
+
+    monkeypatch.setattr(bench, "with_need", lambda items, *_: items.assign(needed=False, dense_right=False))
+    found = comparison.bench("embedded", "multi_key_recall", 1)
+    assert found.ask.only == {"multi_key_recall": [0]}
+    assert len(found.measure("none", TokenPruner(StaticRouter(), Schedule.uniform(12, 0.2)))) == 1 + 1
