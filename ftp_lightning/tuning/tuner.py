@@ -147,7 +147,7 @@ class Tuner:
         except OutOfTime:
             raise UserError(
                 f"the {self.allowance.seconds / 60:g} minutes are over, and no cut is validated and confirmed yet\n"
-                "Give more --minutes, with --overwrite where a run was interrupted: nothing is measured twice."
+                "Give more --minutes, with --overwrite where a run was interrupted: no answer is made twice."
             ) from None
 
     def _run(self, recipes: Sequence[Recipe]) -> Tuned:
@@ -266,8 +266,8 @@ class Tuner:
 def _nothing(keep: float, rung: Rung, part: str) -> str:
     value, low, high = (end or 0.0 for end in (rung.kept.value, rung.kept.low, rung.kept.high))
     wanted = f"{100 * keep:.4g} %"
-    remedy = f"Give --keep {int(1000 * low) / 1000:g} or less" if low > 0.5 else "Give a lower --keep or smaller --cuts"
+    less = f"--keep {int(1000 * low) / 1000:g} or less" if low > 0.5 else "a lower --keep"
     return (
         f"no cut keeps {wanted} of the answers: {rung.cut:.0%}, the smallest that was tried, keeps {value:.1%} "
-        f"({low:.1%} to {high:.1%}) of {rung.kept.items} {part} answers\n{remedy}, or more prompts."
+        f"({low:.1%} to {high:.1%}) of {rung.kept.items} {part} answers\nGive {less}, smaller --cuts, or more prompts."
     )
