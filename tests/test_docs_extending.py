@@ -1,5 +1,6 @@
 """docs/extending.md, done: its blocks are applied to a copy of the repository, and its tests are run there."""
 
+import ast
 import os
 import re
 import shutil
@@ -49,6 +50,21 @@ def test_every_block_can_be_applied_and_is_python(copy: Path):
     assert kinds.count("diff") >= 8 and kinds.count("python") >= 4
     for _, name, _ in titled_blocks():
         compile((copy / name).read_text(), name, "exec")
+
+
+def test_what_the_blocks_import_is_there(copy: Path):
+    """Without running them: what a block names of a module of this package stands in that module's text."""
+    found = 0
+    for _, name, _ in titled_blocks():
+        for line in ast.walk(ast.parse((copy / name).read_text())) if name.endswith(".py") else ():
+            if isinstance(line, ast.ImportFrom) and (line.module or "").startswith("ftp_lightning."):
+                module = copy / line.module.replace(".", "/")
+                path = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+                for one in line.names:
+                    found += 1
+                    text = path.read_text() + ("" if not module.is_dir() else "".join(p.stem for p in module.iterdir()))
+                    assert re.search(rf"\b{one.name}\b", text), f"{name} imports {one.name} of {line.module}"
+    assert found > 10
 
 
 def test_a_block_that_no_longer_fits_is_noticed(tmp_path: Path):
