@@ -1,9 +1,10 @@
 """What does pruning keep on real models, method by method, at equal FLOPs of the prefill?
 
-    python experiments/real_models.py --books BOOKS --squad xquad_en.jsonl --prompts PROMPTS.jsonl
+    python experiments/real_models.py --books BOOKS --squad xquad_en.jsonl
     python experiments/real_models.py --tables     # the tables of docs/real_models.md, from what is published
 
-BOOKS holds the folders `calibration`, `validation` and `test` of text files; PROMPTS are what the model is to answer.
+BOOKS holds the folders `calibration`, `validation` and `test` of text files. The model's own answers are those to
+SQuAD's passages and questions, or to --prompts FILE.
 Items come in chunks of --items: every method is measured on the first chunk before the next one begins, so that the
 table is whole at any time. Several processes may run the same command at once.
 """

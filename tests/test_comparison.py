@@ -46,3 +46,21 @@ def test_an_item_is_asked_where_none_needs_the_prompt(comparison, monkeypatch):
     found = comparison.bench("embedded", "multi_key_recall", 1)
     assert found.ask.only == {"multi_key_recall": [0]}
     assert len(found.measure("none", TokenPruner(StaticRouter(), Schedule.uniform(12, 0.2)))) == 1 + 1
+
+
+def test_own_answers_are_those_to_the_questions_where_no_prompts_are_given(comparison, tmp_path):
+    import json
+    from dataclasses import replace
+
+    record = {
+        "context": "Ada has a red boat.",
+        "question": "What has Ada?",
+        "answers": ["a red boat"],
+        "title": "boats",
+    }
+    squad = tmp_path / "squad.jsonl"
+    squad.write_text("".join(json.dumps(record | {"id": str(number)}) + "\n" for number in range(2)))
+    asking = replace(comparison, squad=str(squad), output=tmp_path / "out")
+    lines = [json.loads(line) for line in open(asking.own_prompts())]
+    assert lines == [{"prompt": "Ada has a red boat.\n\nWhat has Ada?"}] * 2
+    assert replace(asking, prompts="mine.jsonl").own_prompts() == "mine.jsonl"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftp_lightning.data.reading import read_questions
 from ftp_lightning.studies.grid import Cell
+from ftp_lightning.whole_files import write_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -73,9 +76,12 @@ class Comparison:
         about: dict[str, Any] = {"model": model, "prompt_tokens": self.tokens(model), "seed": chunk, "batch_size": 4}
         about |= {"items": self.items, "data": f"{self.books}/test", "split": "all", "windows": self.items}
         if task == "own_answers":
-            about |= {"rows": task, "data": self.prompts, "continuation_tokens": 24, "tasks": ()}
+            about |= {"rows": task, "data": self.own_prompts(), "continuation_tokens": 24, "tasks": ()}
         else:
-            about |= {"apply_chat_template": task in dict(self.templated).get(model, ()), "task_data": self.squad or None}
+            about |= {
+                "apply_chat_template": task in dict(self.templated).get(model, ()),
+                "task_data": self.squad or None,
+            }
             about |= {"tasks": (task,), "windows": 1, "continuation_tokens": 8}
         found = bench_of(EvaluateStage(**about), *self.loaded(model), None, self.output / "answers")
         if isinstance(found.ask, HarnessTasks) and task != "own_answers":
@@ -125,6 +131,15 @@ class Comparison:
         from ftp_lightning.models import load
 
         return load(model)
+
+    def own_prompts(self) -> str:
+        """The file of prompts that the model answers itself."""
+        if self.prompts or not self.squad:
+            return self.prompts
+        path = self.output / "questions.jsonl"
+        asked = (f"{question.passage}\n\n{question.question}" for question in read_questions([Path(self.squad)], "all"))
+        write_text(path, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
+        return str(path)
 
     def tokens(self, model: str) -> int:
         return dict(self.prompt_tokens)[model]
