@@ -1,5 +1,8 @@
 """Methods compared on tasks: only the items that need the prompt are asked, and their answers are the same."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
@@ -60,7 +63,7 @@ def test_own_answers_are_those_to_the_questions_where_no_prompts_are_given(compa
     }
     squad = tmp_path / "squad.jsonl"
     squad.write_text("".join(json.dumps(record | {"id": str(number)}) + "\n" for number in range(2)))
-    asking = replace(comparison, squad=str(squad), output=tmp_path / "out")
+    asking = replace(comparison, squad=str(squad), output=tmp_path)
     lines = [json.loads(line) for line in open(asking.own_prompts())]
     assert lines == [{"prompt": "Ada has a red boat.\n\nWhat has Ada?"}] * 2
     assert replace(asking, prompts="mine.jsonl").own_prompts() == "mine.jsonl"
