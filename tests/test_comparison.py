@@ -52,8 +52,6 @@ def test_an_item_is_asked_where_none_needs_the_prompt(comparison, monkeypatch):
 
 
 def test_own_answers_are_those_to_the_questions_where_no_prompts_are_given(comparison, tmp_path):
-    import json
-    from dataclasses import replace
 
     record = {
         "context": "Ada has a red boat.",
