@@ -19,6 +19,7 @@ from ftp_lightning.data.reading import Question as Reading
 from ftp_lightning.data.template import rendered
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.replayed import Question
+from ftp_lightning.studies.other_prompts import KINDS, other_prompts
 
 NEW_TOKENS = 24
 PROSE = (200, 800)
@@ -30,8 +31,9 @@ class Asked:
     """What a model is asked.
 
     Attributes:
-        counts: task -> items. "needles-LOW-HIGH" is a haystack of so many tokens; "xquad" has gold answers; "own" asks
-            other questions of the same kind, and "prose" continues a passage: there the dense model's answer counts.
+        counts: task -> items. "needles-LOW-HIGH" is a haystack of so many tokens; "xquad" has gold answers. Elsewhere
+            the dense model's answer counts: "own" asks other questions of the same kind, "prose" continues a passage,
+            and the rest are kinds of `other_prompts`.
         keys: needles in a haystack, of which one is asked for. needle_tokens: the longest answer to that.
         chat: whether prompts are put into the chat template.
     """
@@ -44,10 +46,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where questions come from: BOOKS/SPLIT/*.txt, and a file of SQuAD's records."""
+    """Where questions come from: BOOKS/SPLIT/*.txt, a file of SQuAD's records, and a folder of tasks' files."""
 
     books: str
     squad: str
+    tasks: str = ""
 
     def texts(self, split: str) -> list[str]:
         files = sorted((Path(self.books).expanduser() / split).glob("*.txt"))
@@ -73,6 +76,9 @@ def record_questions(
         return _needles(tokenizer, write, sources.texts(split), split, range(first, last), (low, high), asked)
     if task == "prose":
         return _prose(tokenizer, sources.texts(split), split, last)[first:]
+    if task in KINDS:
+        prompts = other_prompts(task, sources.tasks, last)
+        return [Question(write(prompt), document, NEW_TOKENS) for document, prompt in prompts[first:]]
     readings = sources.readings(split)
     if task == "xquad":
         ask = f"{CHAT.ask}" if asked.chat else f"{ASK}\nAnswer:"
