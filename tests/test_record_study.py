@@ -178,7 +178,11 @@ def test_the_figure_is_drawn_from_stored_rows(monkeypatch, tmp_path):
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("words", "methods"), [((), 7), (("--model", "gemma3-270m", "--split", "validation"), 3)])
+GEMMA = ("--model", "gemma3-270m", "--split", "validation")
+OTHER = ("--tasks", "few-shot,choice,story,code")
+
+
+@pytest.mark.parametrize(("words", "methods"), [((), 7), (GEMMA, 3), (OTHER, 7)])
 def test_the_page_shows_what_the_stored_rows_say(monkeypatch, capsys, tmp_path, words, methods):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["record.py", "--tables", "--output", str(tmp_path), *words])
