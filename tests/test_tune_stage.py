@@ -13,6 +13,7 @@ from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation import own_answers
 from ftp_lightning.evaluation.statistics import Interval
+from ftp_lightning.models import load
 from ftp_lightning.tuning import measured, parts, recipes
 from ftp_lightning.tuning.parts import LEAST, repeats, split_rows
 from ftp_lightning.tuning.recipes import RECIPES, given
@@ -139,6 +140,29 @@ def test_prompts_that_cannot_be_tuned_on_are_told(command, tmp_path, records, fl
     assert "out" not in files(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "answered",
+    [
+        lambda text: {"instruction": text},
+        lambda text: {"instruction": text, "input": "", "output": None},
+        lambda text: {"instruction": text, "output": 7},
+        lambda text: {"prompt": text, "completion": " "},
+        lambda text: {"prompt": text, "completion": 7},
+        lambda text: {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": " "}]},
+    ],
+)
+def test_answers_of_records_are_not_read(tmp_path, answered):
+    lines(tmp_path / "prompts.jsonl", map(answered, PROMPTS))
+    found = parts.read_prompts(str(tmp_path / "prompts.jsonl"), load("embedded")[1], 32, 900, None, 0)
+    assert len(found) == 60 and not any(found.left_out.values())
+
+
+@pytest.mark.parametrize("line", [5, None])
+def test_a_line_that_is_no_record_is_told(command, tmp_path, line):
+    lines(tmp_path / "prompts.jsonl", [*({"text": text} for text in PROMPTS), line])
+    refused(command("tune", "--prompts", "prompts.jsonl", "--output", "out"), "line 61", "must be an object")
+
+
 def test_a_model_that_repeats_itself_and_one_that_is_silent_are_told(command, tmp_path, monkeypatch):
     lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
     flags = ["--prompts", "prompts.jsonl", "--keep", 0.5, "--output", "out"]
@@ -160,6 +184,7 @@ def test_a_model_that_repeats_itself_and_one_that_is_silent_are_told(command, tm
         (["--prompts", "missing.jsonl"], ["missing.jsonl"]),
         (["--prompts", "embedded", "--keep", "0"], ["keep is 0"]),
         (["--prompts", "embedded", "--cuts", "0.3,0.2"], ["cuts must rise"]),
+        (["--prompts", "embedded", "--limit", "10", "--keep", "0.3"], ["limit is 10", "at least 30"]),
         (["--prompts", "embedded", "--data", "x.txt"], ["--prompts", "--data"]),
         (
             ["--prompts", "embedded", "--minutes", "0.0001", "--keep", "0.5"],

@@ -128,6 +128,13 @@ def test_a_first_recipe_that_leaves_no_time_to_compare_is_validated_at_once(cloc
     assert found.chosen.name == "recipe 0" and found.untried == ["recipe 1"] and found.chosen.curve == []
 
 
+def test_a_recipe_is_fitted_without_a_clock(clock, tmp_path):
+    """As experiments do that compare recipes."""
+    rows = {name: Rows([Row([1, 2, 3], [4], "plain", 0)]) for name in PARTS}
+    tuning = Tuner(Counted(clock, tmp_path, 5.0), rows, 0.8, CUTS, Allowance(0.0))
+    assert tuning.prepared(recipe_of("slow", clock, 3, 7.0)).scheduled.budget == 0.0 and clock.now == 21.0
+
+
 def test_the_time_before_an_interruption_counts(clock):
     start = Allowance(100.0, before=70.0)
     clock.work(20.0)

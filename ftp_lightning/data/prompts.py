@@ -50,6 +50,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompt_tokens: int | None = None,
     continuation_tokens: int | None = None,
+    answers: bool = True,
 ) -> Rows:
     """The rows of `source`, a JSON(L) file or a Hub data set, that belong to `split`.
 
@@ -57,7 +58,7 @@ def load_prompts(
       without one `role: content` per message, a blank line between, the prompt ending in the answering `role:`;
     * `{"prompt", "completion"}` or `{"prompt"}`: lists of messages as above; a string is one user turn where the
       tokenizer has a chat template, else the text as it is;
-    * `{"instruction", "input", "output"}`: the Stanford Alpaca prompt, and the output.
+    * `{"instruction", "input", "output"}`: the Stanford Alpaca prompt, and the output if there is one.
 
     All hold before `text`, which some data sets give beside them. A record without an answer gives a row without a
     continuation. Where no template says otherwise the prompt begins as the tokenizer begins a text, and EOS comes last.
@@ -67,9 +68,12 @@ def load_prompts(
     Longer prompts than `prompt_tokens` are left out and counted, as are prompts and responses without words;
     continuations are cut at `continuation_tokens`. Raises UserError for text without records, records without a prompt,
     fewer than 20 prompts that are to be split, and where nothing is left.
+
+    Without `answers` no record's answer is read, so that none can be blank or broken.
     """
     check_split(split)
-    exchanges = _of_split(source, split, read_records(source, partial(_exchange, tokenizer=tokenizer)))
+    make = partial(_exchange, tokenizer=tokenizer)
+    exchanges = _of_split(source, split, read_records(source, make if answers else lambda one: make(_asked(one))))
     found = _rows(exchanges, tokenizer, prompt_tokens, continuation_tokens)
     if not found.rows:
         counted = ", ".join(f"{name} {count}" for name, count in found.left_out.items() if count) or "none has words"
@@ -170,13 +174,26 @@ def _exchange(record: Any, tokenizer: PreTrainedTokenizerBase) -> _Exchange:
         return _chat(text, record["messages"], tokenizer)
     if "prompt" in record:
         return _prompt(text, record["prompt"], record.get("completion"), tokenizer)
-    if "instruction" not in record or "output" not in record:
+    if "instruction" not in record:
         raise ValueError("plain 'text' has no prompt: take --rows windows")
     prompt, asked = alpaca_prompt(record), f"{record['instruction']}{record.get('input') or ''}"
-    response = record["output"]
-    if not isinstance(response, str):
+    response = record.get("output")
+    if not isinstance(response, str | None):
         raise ValueError(f"'output' must be a string, not {type(response).__name__}")
-    return _Exchange(text, valid_text(prompt if asked.strip() else ""), valid_text(response), "instruction")
+    known = None if response is None else valid_text(response)
+    return _Exchange(text, valid_text(prompt if asked.strip() else ""), known, "instruction")
+
+
+def _asked(record: Any) -> Any:
+    """The record without its answer: up to and with its last user turn, without completion and output."""
+    if not isinstance(record, Mapping):
+        return record
+    found = {name: value for name, value in record.items() if name not in ("completion", "output")}
+    for name in ("messages", "prompt"):
+        if isinstance(turns := found.get(name), list):
+            users = [n for n, turn in enumerate(turns) if isinstance(turn, Mapping) and turn.get("role") == "user"]
+            found[name] = turns[: users[-1] + 1] if users else turns
+    return found
 
 
 def _prompt(text: str, prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> _Exchange:

@@ -33,10 +33,10 @@ def record_text(record: Any) -> str:
     * `{"messages": [{"role": R, "content": C}, ...]}` -> `R: C` per message, a blank line between: plain text for any
       model;
     * `{"prompt": P}` or `{"prompt": P, "completion": C}` -> P, then C; both are text, or lists of messages;
-    * `{"instruction": I, "input": X, "output": O}` -> the Stanford Alpaca prompt, then O. With an input the prompt is
-      "Below is an instruction that describes a task, paired with an input that provides further context. Write a
-      response that appropriately completes the request.", `### Instruction:`, I, `### Input:`, X, `### Response:`;
-      without one the shorter wording of the same.
+    * `{"instruction": I, "input": X, "output": O}` -> the Stanford Alpaca prompt, then O if it is given. With an input
+      the prompt is "Below is an instruction that describes a task, paired with an input that provides further context.
+      Write a response that appropriately completes the request.", `### Instruction:`, I, `### Input:`, X, and
+      `### Response:`; without one the shorter wording of the same.
     """
     return valid_text(_text(record))
 
@@ -57,13 +57,12 @@ def _text(record: Any) -> str:
         return _string(record, "text")
     if "messages" in record:
         return chat_text(record["messages"])
-    if "instruction" in record and "output" in record:
-        return alpaca_prompt(record) + _string(record, "output")
+    if "instruction" in record and ("output" in record or "prompt" not in record):
+        return alpaca_prompt(record) + ("" if record.get("output") is None else _string(record, "output"))
     if "prompt" in record:
         return _prompt_text(record)
     raise ValueError(
-        "a record needs 'text', 'messages', 'prompt', or 'instruction' and 'output'; this one has "
-        + ", ".join(sorted(record)[:6])
+        "a record needs 'text', 'messages', 'prompt' or 'instruction'; this one has " + ", ".join(sorted(record)[:6])
     )
 
 

@@ -35,7 +35,7 @@ class TuneStage(StageSettings):
     minutes: float = option(30.0, "time that it may take; where it is short, fewer prompts are used", above=0.0)
     cuts: tuple[float, ...] = option(CUTS, "cuts of the prefill's FLOPs to try, ascending")
     pruned: str | None = option(None, "a pruner to try as well, from its last block down", is_file=True)
-    limit: int | None = option(1000, "prompts at most", least=1, most=10**7)
+    limit: int | None = option(1000, "prompts at most", least=30, most=10**7)
     batch_size: int = option(4, "prompts per forward", least=1, most=10**6)
     own_answers: str = option("runs/own_answers", "folder that keeps answers and measurements", passive=True)
     prompt_tokens: int = option(

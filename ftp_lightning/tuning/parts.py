@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def read_prompts(
 
 def _records(source: str, tokenizer: PreTrainedTokenizerBase, most: int) -> Rows:
     try:
-        return load_prompts(source, "all", tokenizer, most)
+        return load_prompts(source, "all", tokenizer, most, answers=False)
     except UserError as error:
         if "no prompt to use" not in str(error):
             raise
@@ -72,7 +73,6 @@ def check_enough(source: str, rows: list[Row], left_out: Any, most: int) -> None
     names = {
         "long_prompt": f"longer than {most} tokens",
         "empty_prompt": "without words",
-        "empty_response": "with a blank answer",
         "repeated": "repeated",
         "empty_answer": "answered by nothing",
     }
@@ -84,9 +84,13 @@ def check_enough(source: str, rows: list[Row], left_out: Any, most: int) -> None
 
 
 def _only_text(source: str) -> bool:
-    """Whether all records hold plain text alone."""
+    """Whether all records hold plain text alone; what is no record is told when the text is read."""
     asked = {"messages", "prompt", "instruction"}
-    return all(read_records(source, lambda record: "text" in record and not asked & set(record)))
+
+    def only_text(record: Any) -> bool:
+        return not isinstance(record, Mapping) or ("text" in record and not asked & set(record))
+
+    return all(read_records(source, only_text))
 
 
 def split_rows(rows: Rows, seed: int) -> dict[str, Rows]:

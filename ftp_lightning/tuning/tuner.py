@@ -251,7 +251,7 @@ class Tuner:
         self.note()
         return Rung.of(cut, candidate.schedules[cut], items, speed)
 
-    def prepared(self, recipe: Recipe, between: Callable[[], None]) -> TokenPruner:
+    def prepared(self, recipe: Recipe, between: Callable[[], None] = lambda: None) -> TokenPruner:
         """What a recipe fits, from disk where that is done."""
         about = (str(model_identity(self.ground.model)), str(self.ground.model.dtype), self.ground.rows.hash())
         key = digest(*(str(part).encode() for part in (*about, recipe.name, self.seed, code_version())))
