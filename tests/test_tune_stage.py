@@ -14,10 +14,13 @@ from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation import own_answers
 from ftp_lightning.evaluation.statistics import Interval
 from ftp_lightning.models import load
+from ftp_lightning.routing import UntrainedRouter
 from ftp_lightning.tuning import measured, parts, recipes
+from ftp_lightning.tuning.allowance import Allowance
+from ftp_lightning.tuning.measured import Measured
 from ftp_lightning.tuning.parts import LEAST, repeats, split_rows
 from ftp_lightning.tuning.recipes import RECIPES, given
-from ftp_lightning.tuning.tuner import Candidate, Rung, Tuned
+from ftp_lightning.tuning.tuner import Candidate, Rung, Tuned, Tuner
 
 SMALL = [*TINY, "--prompts", "embedded", "--prompt_tokens", 32, "--continuation_tokens", 5, "--limit", 44]
 QUICK = [*SMALL, "--keep", 0.5, "--cuts", "0.02,0.1,0.5", "--output", "out"]
@@ -163,6 +166,14 @@ def test_a_line_that_is_no_record_is_told(command, tmp_path, line):
     refused(command("tune", "--prompts", "prompts.jsonl", "--output", "out"), "line 61", "must be an object")
 
 
+def test_texts_of_which_one_is_far_longer_than_the_others_are_told(command, tmp_path):
+    """A text goes to one part as a whole, so that another part may get none."""
+    for place, text in enumerate([" ".join(load_documents("embedded", "training")[:9]), *PROMPTS[:22]]):
+        (tmp_path / f"{place:02}.txt").write_text(text)
+    flags = ["--prompt_tokens", 32, "--keep", 0.3, "--output", "out"]
+    refused(command("tune", "--prompts", ".", *flags), "0 of these are left for the choice", "Give more texts")
+
+
 def test_a_model_that_repeats_itself_and_one_that_is_silent_are_told(command, tmp_path, monkeypatch):
     lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
     flags = ["--prompts", "prompts.jsonl", "--keep", 0.5, "--output", "out"]
@@ -239,6 +250,14 @@ def test_a_pruner_that_is_given_is_tried_from_its_last_block_down(embedded_groun
         pruned = [block for block, s in enumerate(schedule.sparsity) if s]
         routed = [6, 8, 9, 10, 11]
         assert pruned == routed[-len(pruned) :] and schedule.kv == form.kv
+
+
+def test_another_pruner_that_is_given_is_not_taken_for_the_former(tmp_path, embedded_ground):
+    found = {name: embedded_ground.rows for name in parts.SHARES}
+    tuner = Tuner(Measured(embedded_ground.model, tmp_path), found, 0.5, (0.1,), Allowance(60.0))
+    schedule = Schedule([0.0] * 11 + [0.5], kv="keep")
+    for pruner in (TokenPruner(StaticRouter(), schedule), TokenPruner(UntrainedRouter(("rank",)), schedule)):
+        assert type(tuner.prepared(given(pruner)).router) is type(pruner.router)
 
 
 def recipes_family(schedules):

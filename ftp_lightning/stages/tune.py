@@ -125,9 +125,11 @@ class TuneStage(StageSettings):
 
     def _check_reachable(self, parts: dict[str, Rows]) -> dict[str, int]:
         """Phase -> prompts that it measures at most; UserError where so few cannot show what is asked for."""
+        from ftp_lightning.tuning.parts import check_texts
         from ftp_lightning.tuning.promise import prompts_needed, reachable
         from ftp_lightning.tuning.recipes import RECIPES
 
+        check_texts(parts)
         most, total = reachable(parts["validation"].documents), sum(map(len, parts.values()))
         if most < self.keep:
             documents, enough = parts["validation"].documents, ""

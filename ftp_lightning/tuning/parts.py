@@ -108,6 +108,18 @@ def split_rows(rows: Rows, seed: int) -> dict[str, Rows]:
     return {name: rows.subset(found) for name, found in places.items()}
 
 
+def check_texts(parts: dict[str, Rows]) -> None:
+    """UserError where a part is empty, or where the validation prompts are of one text: then nothing can be shown."""
+    texts = {part: len(set(rows.documents)) for part, rows in parts.items()}
+    for part, count in texts.items():
+        if count < (least := 2 if part == "validation" else 1):
+            raise UserError(
+                f"the prompts come from {sum(texts.values())} texts: {count} of these are left for the "
+                f"{part.replace('_', '-')} prompts, at least {least} must be, because one text goes to one part as a "
+                "whole\nGive more texts, or cut the longest ones into several."
+            )
+
+
 def check_answers(rows: Rows) -> None:
     """UserError where the answers of a model say nothing about what it keeps: more than half of them run in a circle,
     or all of them are the same."""

@@ -77,11 +77,14 @@ class Recipe:
         fit: router, compensation and settings, under any schedule; whatever is trained is trained here, once.
         schedules: the schedules that make these FLOPs cuts, in ascending order and as many as are within reach; each
             says its kv modes.
+        identity: JSON-able, what else `fit` depends on than the ground and this package's code. What was fitted is
+            taken from disk where name and identity are the same.
     """
 
     name: str
     fit: Callable[[Ground], TokenPruner]
     schedules: Callable[[Ground, TokenPruner, Sequence[float]], dict[float, Schedule]]
+    identity: Any = None
 
 
 def each(
@@ -169,7 +172,7 @@ def given(pruner: TokenPruner) -> Recipe:
         saved = [planned_cut(ground.model, pruner, ground.length) for pruner in tried]
         return {cut: member(float(np.interp(cut, saved, amounts))) for cut in cuts if cut <= saved[-1]}
 
-    return Recipe("given", lambda ground: of_any_length, schedules)
+    return Recipe("given", lambda ground: of_any_length, schedules, of_any_length.identity())
 
 
 def _by_attention() -> UntrainedRouter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -254,7 +255,8 @@ class Tuner:
     def prepared(self, recipe: Recipe, between: Callable[[], None] = lambda: None) -> TokenPruner:
         """What a recipe fits, from disk where that is done."""
         about = (str(model_identity(self.ground.model)), str(self.ground.model.dtype), self.ground.rows.hash())
-        key = digest(*(str(part).encode() for part in (*about, recipe.name, self.seed, code_version())))
+        who = (recipe.name, json.dumps(recipe.identity, sort_keys=True))
+        key = digest(*(str(part).encode() for part in (*about, *who, self.seed, code_version())))
         place = Path(self.measured.folder) / f"recipe-{key}"
         if not place.exists():
             ground = replace(self.ground, folder=place.with_suffix(".training"), between=between)
