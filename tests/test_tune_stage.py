@@ -72,7 +72,8 @@ def test_nothing_measured_is_measured_again_after_a_kill(command, tmp_path, one_
 
     monkeypatch.setattr(measured, "evaluate_rows", evaluate)
     assert command("tune", *QUICK)[0] == 130
-    assert (tmp_path / "out" / "state.json").exists()
+    state = json.loads(json.loads((tmp_path / "out" / "state.json").read_text())["state"])
+    assert 0 < state["answered"] < state["seconds"]  # from which the limits of a resumed run are taken
     assert command("tune", *QUICK)[0] == 0
     done = [one for one in asked if one]
     prompts = [(key, prompt) for key, rows in done for prompt in rows]

@@ -146,6 +146,50 @@ def test_the_time_before_an_interruption_counts(clock):
         start.check()
 
 
+def rows_of(count):
+    return Rows([Row([1, 2, 3], [4], "plain", place) for place in range(count)])
+
+
+def test_an_interruption_does_not_prolong_the_choice(clock, tmp_path):
+    """It ends after 40 % of what the answers left, however often the command was begun."""
+    parts, measured = {name: rows_of(count) for name, count in PARTS.items()}, Counted(clock, tmp_path, 5.0)
+    first = Allowance(600.0)
+    clock.work(100.0)  # answers
+    assert Tuner(measured, parts, 0.8, CUTS, first).validating == pytest.approx(0.6 * 500.0)
+    clock.work(150.0)
+    again = Allowance(600.0, before=first.spent, answered=first.answered)
+    assert Tuner(measured, parts, 0.8, CUTS, again).validating == pytest.approx(0.6 * 500.0)
+
+
+class Remembered(Counted):
+    """As `Counted`, and what was measured before takes no time: all choice prompts, and the smallest cut."""
+
+    def items(self, name, pruner, rows, tell):
+        known = len(rows) == 4 or pruner.scheduled.budget < 0.15
+        now, tell = self.clock.now, (lambda done, of: None) if known else tell
+        found = super().items(name, pruner, rows, tell)
+        self.clock.now = now if known else self.clock.now
+        return found
+
+
+def test_what_is_measured_already_does_not_hide_how_long_the_confirmation_takes(clock, tmp_path):
+    parts = {name: rows_of(count) for name, count in (PARTS | {"choice": 4}).items()}
+    tuning = Tuner(Remembered(clock, tmp_path, 5.0), parts, 0.8, CUTS, Allowance(35.0))
+    found = tuning.run([recipe_of("quick", clock, 0, 7.0)])
+    assert found.confirmed and [rung.cut for rung in found.rungs] == [0.1] and found.timed_out
+
+
+def test_the_time_is_noted_before_each_batch(clock, tmp_path):
+    """So that a kill in the midst of a long fit or measurement does not give its time back."""
+    noted = []
+    parts = {name: rows_of(count) for name, count in PARTS.items()}
+    tuning = Tuner(
+        Counted(clock, tmp_path, 5.0), parts, 0.8, CUTS, Allowance(600.0), note=lambda: noted.append(clock.now)
+    )
+    tuning.run([recipe_of("one", clock, 2, 7.0)])
+    assert noted[:5] == [0.0, 0.0, 7.0, 14.0, 14.0] and 19.0 in noted
+
+
 def test_prompts_that_the_time_allows():
     """Of 100 prompts 15 fit and 15 choose, 50 validate and 20 confirm: three cuts and the dense model, then one."""
     prefills = 15 + 4 * 15 + 4 * 50 + 2 * 20

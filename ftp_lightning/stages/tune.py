@@ -78,7 +78,8 @@ class TuneStage(StageSettings):
         prompts = self._prompts(model, tokenizer)
         planned = self._check_reachable(split_rows(prompts, self.seed))
         former = folder.load_state() or {}
-        allowance = Allowance(60 * self.minutes, former.get("seconds", 0.0), progress.started)
+        before, answers = former.get("seconds", 0.0), former.get("answered")
+        allowance = Allowance(60 * self.minutes, before, progress.started, answers)
         place = Path(self.own_answers).expanduser()
         used = former.get("prompts") or _affordable(self, model, prompts, planned, place, progress)
         unused, prompts = len(prompts) - used, prompts.subset(range(used))
@@ -87,12 +88,12 @@ class TuneStage(StageSettings):
             progress.step(allowance.spent, allowance.seconds, what, allowance.left)
 
         def note() -> None:
-            folder.save_state({"seconds": allowance.spent, "prompts": used})
+            folder.save_state({"seconds": allowance.spent, "prompts": used, "answered": allowance.answered})
 
         def answered(done: int, of: int) -> None:
+            note()
             allowance.check()
             tell(f"own answers, {done} of {of}")
-            note()
 
         note()
         try:

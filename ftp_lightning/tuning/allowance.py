@@ -22,11 +22,17 @@ class OutOfTime(Exception):
 
 @dataclass
 class Allowance:
-    """The time that a tuning may take, in seconds; `before`: what was spent before an interruption."""
+    """The time that a tuning may take, in seconds.
+
+    Attributes:
+        before: what was spent before an interruption.
+        answered: what was spent when the model had answered all prompts; None before.
+    """
 
     seconds: float
     before: float = 0.0
     started: float = field(default_factory=lambda: time.monotonic())
+    answered: float | None = None
 
     @property
     def spent(self) -> float:

@@ -119,7 +119,7 @@ class Tuner:
 
     Args:
         measured: of the model. parts: see `parts.split_rows`, with answers. keep: the share of answers to keep.
-        cuts: FLOPs cuts to try, ascending. allowance: its time; saved by `note`, which is called between measurements.
+        cuts: FLOPs cuts to try, ascending. allowance: its time; saved by `note`, which is called between batches.
         tell: is told what is measured.
     """
 
@@ -137,7 +137,9 @@ class Tuner:
         self.measured, self.parts, self.keep, self.cuts = measured, parts, keep, tuple(cuts)
         self.allowance, self.seed, self.tell, self.note = allowance, seed, tell, note
         every = [row.prompt for rows in parts.values() for row in rows.rows]
-        self.validating = (1 - CHOICE_TIME) * allowance.left  # seconds that the choice among recipes must leave
+        allowance.answered = allowance.spent if allowance.answered is None else allowance.answered
+        self.validating = (1 - CHOICE_TIME) * (allowance.seconds - allowance.answered)  # seconds that the choice leaves
+        self.pace = 0.0  # seconds that a validation prompt takes, 0 until some are measured
         self.typical = sorted(every, key=len)[len(every) // 2]
         self.ground = Ground(measured.model, parts["fit"], round(statistics.fmean(map(len, every))), seed)
 
@@ -199,6 +201,7 @@ class Tuner:
         """The candidate of a recipe. OutOfTime where fitting it would leave less than `reserve` seconds."""
 
         def between() -> None:
+            self.note()
             self.allowance.check(reserve)
             self.tell(f"fitting {recipe.name}")
 
@@ -209,21 +212,21 @@ class Tuner:
     def compare(self, candidate: Candidate) -> None:
         """Add the candidate's curve on the choice prompts, as far as it is worth following."""
         for cut in candidate.schedules:
-            candidate.curve.append(self.rung(candidate, cut, "choice", self.validating))
+            candidate.curve.append(self.rung(candidate, cut, "choice", lambda: self.validating))
             if (candidate.curve[-1].kept.value or 0.0) < self.keep - SLACK:
                 break
 
     def validated(self, candidate: Candidate) -> tuple[list[Rung], int, bool]:
         """The candidate's cuts on validation prompts, from the smallest up; how many hold; whether time ended it."""
         rungs: list[Rung] = []
-        cuts, took = list(candidate.schedules), [0.0]
+        cuts, took, self.pace = list(candidate.schedules), [0.0], 0.0
 
         def confirming() -> float:
-            return max(took) * len(self.parts["held_out"]) / len(self.parts["validation"])
+            return self.pace * len(self.parts["held_out"]) if rungs else 0.0
 
         def measure(number: int) -> Interval:
             started = time.monotonic()
-            rungs.append(self.rung(candidate, cuts[number], "validation", confirming(), timed=True))
+            rungs.append(self.rung(candidate, cuts[number], "validation", confirming, timed=True))
             took.append(time.monotonic() - started)
             return rungs[-1].kept
 
@@ -238,16 +241,28 @@ class Tuner:
             passed = len(rungs)  # all of them hold: the first that fails would have ended the climb
         return rungs, passed, len(rungs) == passed < len(cuts)
 
-    def rung(self, candidate: Candidate, cut: float, part: str, reserve: float = 0.0, timed: bool = False) -> Rung:
+    def rung(
+        self,
+        candidate: Candidate,
+        cut: float,
+        part: str,
+        reserve: Callable[[], float] = lambda: 0.0,
+        timed: bool = False,
+    ) -> Rung:
         """One cut of a candidate on one part of the prompts. OutOfTime where it would leave less than `reserve` s."""
         pruner, what = candidate.at(cut), f"{candidate.name}, cut of {cut:.0%}, {part.replace('_', '-')} prompts"
-        rows = self.parts[part]
+        rows, before = self.parts[part], self.pace
+        looks: list[tuple[float, int]] = []
 
         def between(done: int, of: int) -> None:
-            self.allowance.check(reserve)
+            looks.append((time.monotonic(), done))
+            self.pace = before or _pace(looks[1:])  # the first batch may be slow
+            self.note()
+            self.allowance.check(reserve())
             self.tell(f"{what}, {done} of {of}")
 
         items = self.measured.items(candidate.name, pruner, rows, between)
+        self.pace = max(before, _pace([*looks, (time.monotonic(), len(rows))]))
         speed = self.measured.speed(pruner, self.typical, self.seed).ratio if timed else None
         self.note()
         return Rung.of(cut, candidate.schedules[cut], items, speed)
@@ -263,6 +278,12 @@ class Tuner:
             recipe.fit(ground).save(place)
             self.note()
         return TokenPruner.load(place)
+
+
+def _pace(looks: Sequence[tuple[float, int]]) -> float:
+    """Seconds per prompt from the first to the last of these (time, prompts done); 0 where nothing was done."""
+    done = looks[-1][1] - looks[0][1] if looks else 0
+    return (looks[-1][0] - looks[0][0]) / done if done else 0.0
 
 
 def _nothing(keep: float, rung: Rung, part: str) -> str:
