@@ -226,7 +226,8 @@ def tune_need(shape: Shape, stage: Any) -> Need:
 
     prompts, cuts, tokens = stage.limit or 1000, len(stage.cuts), (stage.prompt_tokens, stage.continuation_tokens)
     fitted = SHARES["fit"] * (1 + 3 * DistillationSettings().epochs)
-    measured = SHARES["choice"] * len(RECIPES) * cuts + SHARES["validation"] * cuts + SHARES["held_out"]
+    recipes = len(RECIPES) + (stage.pruned is not None)
+    measured = SHARES["choice"] * recipes * cuts + SHARES["validation"] * cuts + SHARES["held_out"]
     forwards = prompts * (2 + fitted + measured)  # the answers, and their distributions
     working = forward_bytes(shape, stage.batch_size, *tokens, comparing=True)
     working = max(working, training_bytes(shape, 1, *tokens, logits=True))

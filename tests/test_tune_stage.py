@@ -1,6 +1,7 @@
 """`tune`: from prompts to a pruner, on the embedded model; what cannot be tuned is told in a sentence."""
 
 import json
+import re
 from dataclasses import replace
 from html import unescape
 
@@ -15,6 +16,7 @@ from ftp_lightning.evaluation import own_answers
 from ftp_lightning.evaluation.statistics import Interval
 from ftp_lightning.models import load
 from ftp_lightning.routing import UntrainedRouter
+from ftp_lightning.stages.tune import TuneStage
 from ftp_lightning.tuning import measured, parts, recipes
 from ftp_lightning.tuning.allowance import Allowance
 from ftp_lightning.tuning.measured import Measured
@@ -207,6 +209,17 @@ def test_a_model_that_repeats_itself_and_one_that_is_silent_are_told(command, tm
 def test_bad_flags_are_told(command, tmp_path, flags, fragments):
     refused(command("tune", *flags, "--output", "out"), *fragments)
     assert files(tmp_path) == []
+
+
+def test_a_pruner_that_is_given_costs_as_a_recipe_does(command, tmp_path):
+    TokenPruner(StaticRouter(), Schedule([0.0] * 11 + [0.5], kv="keep")).save(tmp_path / "p")
+    flags = ["tune", "--prompts", "embedded", "--estimate", "1x24"]
+    told = [command(*flags, *more)[1] for more in ([], ["--pruned", "p"])]
+    alone, both = (float(re.search(r"; (\S+) FLOP", one).group(1)) for one in told)
+    assert 1.02 < both / alone < 1.2  # of seven recipes one more
+    stage = TuneStage(prompts="embedded", keep=0.5, cuts=(0.1, 0.2, 0.3))
+    rows = {part: Rows([Row([1], [], "plain", place) for place in range(20)]) for part in parts.SHARES}
+    assert stage._check_reachable(rows, 8) == {"choice": 20 * 25, "validation": 20 * 4, "confirmation": 20 * 2}
 
 
 def test_documents_stay_together_and_seeds_shuffle_them():

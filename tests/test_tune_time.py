@@ -237,8 +237,19 @@ def test_fewer_prompts_are_used_where_the_time_is_short(command, tmp_path, ten_s
 def test_a_time_too_short_for_the_promise_is_told(command, tmp_path, ten_seconds_a_prompt):
     flags = [*SMALL, "--cuts", "0.02", "--output", "out"]
     failed(command("tune", *flags, "--keep", 0.7, "--minutes", 10), "which can show at most 0.", "--minutes 18")
+    ten_seconds_a_prompt.now = time.monotonic()
     failed(command("tune", *flags, "--keep", 0.5, "--minutes", 3), "at least 30 are needed", "--minutes 18")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_time_that_loading_took_is_gone(command, tmp_path, ten_seconds_a_prompt, monkeypatch):
+    from ftp_lightning.stages import inputs
+
+    real = inputs.load_model
+    monkeypatch.setattr(inputs, "load_model", lambda stage: (ten_seconds_a_prompt.work(300.0), real(stage))[1])
+    flags = [*SMALL, "--keep", 0.5, "--cuts", "0.02", "--minutes", 10, "--output", "out"]
+    used = int(0.75 * 300 / (10.0 + 0.15 + 4 * 0.65 + 2 * 0.2))
+    failed(command("tune", *flags), f"allows about {used} of 60 prompts", "--minutes 23 for all of them")
 
 
 def test_answers_that_take_longer_than_was_estimated_end_with_the_time(

@@ -16,6 +16,7 @@ from ftp_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from ftp_lightning.data.rows import Rows
+    from ftp_lightning.tuning.allowance import Allowance
 
 CUTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 
@@ -76,12 +77,13 @@ class TuneStage(StageSettings):
         num_blocks(model)
         recipes = [] if self.pruned is None else [given(load_pruner(self.pruned, model))]
         prompts = self._prompts(model, tokenizer)
-        planned = self._check_reachable(split_rows(prompts, self.seed))
+        recipes += RECIPES
+        planned = self._check_reachable(split_rows(prompts, self.seed), len(recipes))
         former = folder.load_state() or {}
         before, answers = former.get("seconds", 0.0), former.get("answered")
         allowance = Allowance(60 * self.minutes, before, progress.started, answers)
         place = Path(self.own_answers).expanduser()
-        used = former.get("prompts") or _affordable(self, model, prompts, planned, place, progress)
+        used = former.get("prompts") or _affordable(self, model, prompts, planned, place, allowance, progress)
         unused, prompts = len(prompts) - used, prompts.subset(range(used))
 
         def tell(what: str) -> None:
@@ -106,10 +108,10 @@ class TuneStage(StageSettings):
         check_enough(str(self.prompts), rows.rows, rows.left_out, _longest(self, model))
         check_answers(rows)
         parts = split_rows(rows, self.seed)
-        self._check_reachable(parts)  # prompts that are answered by nothing are gone
+        self._check_reachable(parts, len(recipes))  # prompts that are answered by nothing are gone
         measured = Measured(model, place / "measured", self.batch_size)
         tuner = Tuner(measured, parts, self.keep, self.cuts, allowance, self.seed, tell, note)
-        tuned = tuner.run([*recipes, *RECIPES])
+        tuned = tuner.run(recipes)
         counts = rows.counts() | {part: len(found) for part, found in parts.items()} | {"no_time": unused}
         found = outcome(tuned, self.keep, counts)
         tuned.pruner.save(folder.place("pruned"), base=self.model, model=model)
@@ -124,11 +126,13 @@ class TuneStage(StageSettings):
         most = _longest(self, model)
         return read_prompts(str(self.prompts), tokenizer, self.prompt_tokens, most, self.limit, self.seed)
 
-    def _check_reachable(self, parts: dict[str, Rows]) -> dict[str, int]:
-        """Phase -> prompts that it measures at most; UserError where so few cannot show what is asked for."""
+    def _check_reachable(self, parts: dict[str, Rows], recipes: int) -> dict[str, int]:
+        """Phase -> prefills at most, the dense ones among them, where so many recipes are compared.
+
+        UserError where so few prompts cannot show what is asked for.
+        """
         from ftp_lightning.tuning.parts import check_texts
         from ftp_lightning.tuning.promise import prompts_needed, reachable
-        from ftp_lightning.tuning.recipes import RECIPES
 
         check_texts(parts)
         most, total = reachable(parts["validation"].documents), sum(map(len, parts.values()))
@@ -145,8 +149,8 @@ class TuneStage(StageSettings):
                 f"Give --keep {int(1000 * most) / 1000:g} or less{enough}."
             )
         sizes, cuts = {name: len(rows) for name, rows in parts.items()}, len(self.cuts)
-        choice, validation = len(RECIPES) * cuts * sizes["choice"], cuts * sizes["validation"]
-        return {"choice": choice, "validation": validation, "confirmation": sizes["held_out"]}
+        choice, validation = (1 + recipes * cuts) * sizes["choice"], (1 + cuts) * sizes["validation"]
+        return {"choice": choice, "validation": validation, "confirmation": 2 * sizes["held_out"]}
 
 
 def _longest(settings: TuneStage, model: Any) -> int:
@@ -158,7 +162,13 @@ def _longest(settings: TuneStage, model: Any) -> int:
 
 
 def _affordable(
-    settings: TuneStage, model: Any, prompts: Rows, planned: dict[str, int], place: Path, progress: Progress
+    settings: TuneStage,
+    model: Any,
+    prompts: Rows,
+    planned: dict[str, int],
+    place: Path,
+    allowance: Allowance,
+    progress: Progress,
 ) -> int:
     """How many of the prompts --minutes allows, by the time of a few of them; says what they will take. UserError where
     so few cannot show what is asked for."""
@@ -167,6 +177,7 @@ def _affordable(
     from ftp_lightning.tuning.parts import LEAST, split_rows
     from ftp_lightning.tuning.promise import reachable
 
+    spent, left = allowance.spent, allowance.left
     middle = max(0, (len(prompts) - BATCH) // 2)
     typical, ends = prompts.batch(prompts.order[middle : middle + BATCH]), end_tokens(model)
     greedy(model, prompts.batch(prompts.order[:1]), 1, ends)  # the first call of a process is slow
@@ -174,12 +185,12 @@ def _affordable(
     answer = _seconds(lambda: greedy(model, typical, settings.continuation_tokens, ends)) / BATCH
     asked = unanswered(model, prompts, settings.continuation_tokens, place)
     seconds = needed(asked, answer, prefill)
-    used = affordable(seconds, 60 * settings.minutes)
+    used = affordable(seconds, left)
     if used < len(prompts):
         told = f"--minutes {settings.minutes:g} allows about {used} of {len(prompts)} prompts"
         documents = split_rows(prompts.subset(range(used)), settings.seed)["validation"].documents
         shown = int(1000 * reachable(documents)) / 1000
-        enough = f"Give --minutes {math.ceil(seconds[-1] / FILLED / 60)} for all of them"
+        enough = f"Give --minutes {math.ceil((spent + seconds[-1] / FILLED) / 60)} for all of them"
         if used < LEAST:
             raise UserError(f"{told}, at least {LEAST} are needed\n{enough}.")
         if shown < settings.keep:
