@@ -125,6 +125,7 @@ PROMPTS = [text[at : at + 150] for text in load_documents("embedded", "training"
     ("records", "flags", "fragments"),
     [
         ([{"prompt": text} for text in PROMPTS[:12]], [], ["12 prompts", "at least 30"]),
+        ([*({"prompt": text} for text in PROMPTS), {"text": "More."}], [], ["line 61", "other records have one"]),
         ([{"prompt": " "} for _ in range(40)], [], ["no prompt to use", "without words"]),
         (
             [{"prompt": text} for text in PROMPTS[:40]],

@@ -179,6 +179,18 @@ def test_what_is_measured_already_does_not_hide_how_long_the_confirmation_takes(
     assert found.confirmed and [rung.cut for rung in found.rungs] == [0.1] and found.timed_out
 
 
+def test_recipes_compared_before_an_interruption_are_compared_again(clock, tmp_path):
+    """Although the time for the choice is over: they lie on disk, and the same recipe must be chosen."""
+    parts = {name: rows_of(count) for name, count in (PARTS | {"choice": 4}).items()}
+    recipes = [recipe_of(name, clock, 1, 7.0) for name in ("one", "two")]
+    first = Allowance(600.0)
+    Tuner(Counted(clock, tmp_path, 5.0), parts, 0.8, CUTS, first).candidates(recipes)
+    again = Allowance(600.0, before=400.0, answered=first.answered)
+    more = [*recipes, recipe_of("never begun", clock, 1, 7.0)]
+    found, untried = Tuner(Remembered(clock, tmp_path, 5.0), parts, 0.8, CUTS, again).candidates(more)
+    assert [one.name for one in found] == ["one", "two"] and untried == ["never begun"]
+
+
 def test_the_time_is_noted_before_each_batch(clock, tmp_path):
     """So that a kill in the midst of a long fit or measurement does not give its time back."""
     noted = []

@@ -58,6 +58,8 @@ def _records(source: str, tokenizer: PreTrainedTokenizerBase, most: int) -> Rows
     try:
         return load_prompts(source, "all", tokenizer, most, answers=False)
     except UserError as error:
+        if (advice := ": take --rows windows") in str(error):  # a flag of other stages
+            raise UserError(str(error).replace(advice, ", other records have one")) from None
         if "no prompt to use" not in str(error):
             raise
         raise UserError(

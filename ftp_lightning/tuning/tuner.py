@@ -205,7 +205,6 @@ class Tuner:
             self.allowance.check(reserve)
             self.tell(f"fitting {recipe.name}")
 
-        between()
         pruner = self.prepared(recipe, between)
         return Candidate(recipe.name, pruner, recipe.schedules(self.ground, pruner, self.cuts), [])
 
@@ -268,12 +267,13 @@ class Tuner:
         return Rung.of(cut, candidate.schedules[cut], items, speed)
 
     def prepared(self, recipe: Recipe, between: Callable[[], None] = lambda: None) -> TokenPruner:
-        """What a recipe fits, from disk where that is done."""
+        """What a recipe fits, from disk where that is done; `between` is called between the batches of a fit."""
         about = (str(model_identity(self.ground.model)), str(self.ground.model.dtype), self.ground.rows.hash())
         who = (recipe.name, json.dumps(recipe.identity, sort_keys=True))
         key = digest(*(str(part).encode() for part in (*about, *who, self.seed, code_version())))
         place = Path(self.measured.folder) / f"recipe-{key}"
         if not place.exists():
+            between()
             ground = replace(self.ground, folder=place.with_suffix(".training"), between=between)
             recipe.fit(ground).save(place)
             self.note()
