@@ -52,7 +52,7 @@ def cells(args: argparse.Namespace, model: str) -> list[Recorded]:
     methods = [one.strip() for one in args.methods.split(";") if one.strip()] or METHODS[model]
     if args.pruned:
         methods = [f"{args.pruned} at {args.budget}"]
-    tasks = args.tasks.split(",") if args.tasks else [task for task, _ in ASKED[model].counts if task not in KINDS]
+    tasks = args.tasks.split(",") if args.tasks else ASKED[model].fitted_on
     counts = [(task, min(count, args.limit or count)) for task, count in ASKED[model].counts if task in tasks]
     return [
         Recorded(model, args.split, task, chunk, method)

@@ -191,9 +191,14 @@ def _asked(record: Any) -> Any:
     found = {name: value for name, value in record.items() if name not in ("completion", "output")}
     for name in ("messages", "prompt"):
         if isinstance(turns := found.get(name), list):
-            users = [n for n, turn in enumerate(turns) if isinstance(turn, Mapping) and turn.get("role") == "user"]
-            found[name] = turns[: users[-1] + 1] if users else turns
+            found[name] = turns[: _turns_asked(turns) or None]
     return found
+
+
+def _turns_asked(messages: Sequence[Any]) -> int:
+    """How many turns there are up to and with the last one of the user; 0 without any."""
+    users = [n for n, turn in enumerate(messages, 1) if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    return users[-1] if users else 0
 
 
 def _prompt(text: str, prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> _Exchange:
@@ -214,8 +219,7 @@ def _prompt(text: str, prompt: Any, completion: Any, tokenizer: PreTrainedTokeni
 def _chat(text: str, messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> _Exchange:
     """The words of a chat: up to and with the last user turn, and what follows, if anything does."""
     whole = chat_text(messages)
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    turns = users[-1] + 1 if users else 0
+    turns = _turns_asked(messages)
     answered = turns < len(messages)
     if not _has_words(messages[:turns]):
         return _Exchange(text, "", "", "chat")

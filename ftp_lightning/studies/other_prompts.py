@@ -16,6 +16,7 @@ import inspect
 import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ MODULES = (
 
 def other_prompts(kind: str, folder: str, count: int) -> list[tuple[str, str]]:
     """`count` prompts of a kind: which document each is, and its words. UserError where a file is missing."""
+    return [(f"{kind} {number}", prompt) for number, prompt in enumerate(_shuffled(kind, folder)[:count])]
+
+
+@cache
+def _shuffled(kind: str, folder: str) -> tuple[str, ...]:
     found = list(KINDS[kind](Path(folder).expanduser()))
     random.Random(kind).shuffle(found)
-    return [(f"{kind} {number}", prompt) for number, prompt in enumerate(found[:count])]
+    return tuple(found)
 
 
 def _few_shot(folder: Path) -> Iterator[str]:
@@ -73,9 +79,10 @@ def _code(_: Path) -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     for module in MODULES:
         source = (library / f"{module}.py").read_text(encoding="utf-8")
+        written = source.splitlines()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno:
-                lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+                lines = written[node.lineno - 1 : node.end_lineno]
                 if CODE_LINES[0] <= len(lines) <= CODE_LINES[1]:
                     text = inspect.cleandoc("\n".join(["", *lines]))
                     yield f"What does this Python function do?\n\n{text}"

@@ -43,6 +43,11 @@ class Asked:
     needle_tokens: int = NEW_TOKENS
     chat: bool = True
 
+    @property
+    def fitted_on(self) -> list[str]:
+        """The tasks that maps are fitted on: all but the kinds of `other_prompts`."""
+        return [task for task, _ in self.counts if task not in KINDS]
+
 
 @dataclass(frozen=True)
 class Sources:

@@ -107,11 +107,9 @@ class RecordStudy:
     def fitted(self, model: str, rank: int) -> Any:
         from ftp_lightning import fit_compensation
         from ftp_lightning.data.rows import Row, Rows
-        from ftp_lightning.studies.other_prompts import KINDS
 
         asked = dict(self.asked)[model]
-        fitted_on = [task for task, _ in asked.counts if task not in KINDS]
-        found = [self.questions(model, "calibration", task, 0, self.fit_items) for task in fitted_on]
+        found = [self.questions(model, "calibration", task, 0, self.fit_items) for task in asked.fitted_on]
         rows = Rows([Row(list(question.ids), []) for questions in found for question in questions])
         return fit_compensation(self.loaded(model)[0], rows, rank, batch_size=1, parts="attention+mlp").rounded()
 
