@@ -98,15 +98,6 @@ def test_backends_agree(flash_name, kv, padded):
             assert torch.allclose(found[name][1][block][real], table[real], atol=1e-5)
 
 
-@pytest.mark.slow
-def test_flex_attention_agrees():
-    model, pruner = family("llama", torch.float32, "sdpa"), TokenPruner(RandomRouter(2), SCHEDULE, kv="keep")
-    expected, _ = prefill_and_continue(model, pruner, False)
-    model.set_attn_implementation("flex_attention")
-    found, _ = prefill_and_continue(model, pruner, False)
-    assert relative(found, expected) < 1e-5
-
-
 def test_unknown_and_paged_backends_are_refused():
     model = family("llama", torch.float32)
     ALL_ATTENTION_FUNCTIONS.register("unmasked", flash_like)  # and no mask function

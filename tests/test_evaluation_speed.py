@@ -178,3 +178,20 @@ def test_a_block_that_cannot_be_timed_alone_is_told_once(model, pruner):
     rows = [bench.cell(pruner, prompts(model), Broken()) for _ in range(2)]
     assert [row["shape_limit"] for row in rows] == [None, None]
     assert len(bench.notes) == before + 1 and "a block wants more" in bench.notes[-1]
+
+
+def test_each_run_of_a_round_is_called_once_and_goes_first_in_turn():
+    order = []
+    runs = [lambda name=name: order.append(name) or float(ord(name)) for name in "abc"]
+    times = timing.in_turn(runs, 3, warmup=1)
+    assert times.tolist() == [[97.0, 98.0, 99.0]] * 3
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_several_pruners_share_the_dense_prefill_of_a_round(model, pruner, faked):
+    clock, order = faked
+    clock.update(pruned=3.0)
+    pruners = [pruner.changed(kv="keep"), pruner]  # the clock knows the second
+    one, two = speed.prefill_speeds(model, pruners, prompts(model), 4, 0, generator=generator())
+    assert len(order) == 4 * (1 + len(pruners))
+    assert (one.ratio.value, two.ratio.value) == (1.0, 3.0)

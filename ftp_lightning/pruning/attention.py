@@ -39,6 +39,8 @@ QUERY_CHUNK = {"cpu": 64}
 """Queries whose mask is made at once, by device [ours]: keys that the chunk cannot see are left out. Small chunks leave
 out more; on an accelerator each one is a launch."""
 LARGEST_CHUNK = 512
+FLEX_NEVER = {"cpu"}
+"""Devices whose flex attention is not used."""
 _MASK_KINDS = {sdpa_mask: "bool", eager_mask: "additive", flash_attention_mask: "none", flex_attention_mask: "none"}
 _CHANGING = {
     "s_aux", "position_bias", "alibi", "head_mask", "score_mask", "score_mod", "block_mask", "cache", "block_table",
@@ -57,8 +59,8 @@ class Backend:
     """How a model attends: the name of its implementation, and which masks that takes.
 
     mask: "bool" (SDPA and what is registered like it), "additive" (eager), or "none" (FlashAttention, flex attention):
-    it takes no mask of the kind gathered tokens need, so that where one is needed SDPA attends instead (eager, where
-    logits are soft-capped).
+    it takes no mask as a tensor, so that where one is needed SDPA attends instead (eager, where logits are
+    soft-capped). Flex attention gets a block mask (`flex.block_mask`) on an accelerator.
     foreign: it is someone's own function, which may read anything.
     changing: arguments by which it would attend in a way that is not understood here.
     """
@@ -147,9 +149,13 @@ def attend(
     backend, stock = plan.site.backend, plan.stock
     if backend.foreign or not backend.changing.isdisjoint(kwargs):
         _check_arguments(backend, module, kwargs)
-    maskless = sight.everything or (sight.causal and backend.mask != "additive")
-    if maskless and backend.name != "flex_attention":
+    causal = sight.causal and backend.mask != "additive" and backend.name != "flex_attention"
+    if sight.everything or causal:
         return stock(module, query, key, value, None, **kwargs)
+    if backend.name == "flex_attention" and _flexes(query, kwargs):
+        from ftp_lightning.pruning.flex import block_mask  # needs torch's compiler, which takes its time to import
+
+        return stock(module, query, key, value, block_mask(sight), **kwargs)
     if backend.mask == "additive" or (backend.mask == "none" and kwargs.get("softcap") is not None):
         mask = _additive(sight.mask(0, query.shape[2], 0, key.shape[2]), query.dtype)
         return interface("eager", module)(module, query, key, value, mask, **kwargs)
@@ -157,6 +163,14 @@ def attend(
         mask = sight.mask(0, query.shape[2], 0, key.shape[2])
         return stock(module, query, key, value, mask, **kwargs)
     return _chunked_sdpa(sight, query, key, value, kwargs.get("scaling"), kwargs.get("dropout", 0.0)), None
+
+
+def _flexes(query: Tensor, kwargs: dict) -> bool:
+    """Whether flex attention takes these queries: it knows no dropout, and one query is not worth a block mask.
+
+    On a CPU it has no gradient, and what torch 2.13 compiles for lengths that change is not always right: SDPA there.
+    """
+    return query.shape[2] > 1 and not kwargs.get("dropout") and query.device.type not in FLEX_NEVER
 
 
 def _chunked_sdpa(sight: Sight, query: Tensor, key: Tensor, value: Tensor, scale, dropout: float) -> Tensor:

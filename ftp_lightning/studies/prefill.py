@@ -1,10 +1,12 @@
-"""One cell of the study of prefills: how fast a pruned one is, beside what its FLOPs and its shapes allow."""
+"""The study of prefills: how fast pruned ones are, beside what their FLOPs and their shapes allow."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from ftp_lightning.costs.flops import realised_flops
 from ftp_lightning.costs.request import scout_flops
 from ftp_lightning.evaluation.speed.block_clock import BlockClock
 from ftp_lightning.evaluation.speed.limits import shape_limit
-from ftp_lightning.evaluation.speed.prefill import prefill_speed
+from ftp_lightning.evaluation.speed.prefill import Speed, prefill_speeds
 from ftp_lightning.evaluation.speed.prompts import Prompts, random_prompts
 from ftp_lightning.models import load
 from ftp_lightning.pruning import TokenPruner
@@ -53,11 +55,21 @@ def placed(cell: Prefill, model: Any) -> TokenPruner:
 
 
 def timed(
-    model: Any, pruner: TokenPruner, prompts: Prompts, pairs: int, generator: torch.Generator, settled: bool = False
-) -> dict[str, float]:
-    """Dense and pruned prefills in turn, by the processor time of this thread: dense / pruned with its 95 % interval,
-    both medians in milliseconds, and what the FLOPs allow."""
-    found = prefill_speed(model, pruner, prompts, pairs, generator=generator, clock=time.process_time, settled=settled)
+    model: Any,
+    pruners: Sequence[TokenPruner],
+    prompts: Prompts,
+    rounds: int,
+    generator: torch.Generator,
+    settled: bool = False,
+) -> list[dict[str, Any]]:
+    """Dense prefills and those under each pruner in turn, by the processor time of this thread: of each pruner dense /
+    pruned with its 95 % interval, both medians in milliseconds, and what the FLOPs allow."""
+    about: Any = {"generator": generator, "clock": time.process_time, "settled": settled}
+    found = prefill_speeds(model, pruners, prompts, rounds, **about)
+    return [_row(model, pruner, prompts, speed) for pruner, speed in zip(pruners, found, strict=True)]
+
+
+def _row(model: Any, pruner: TokenPruner, prompts: Prompts, found: Speed) -> dict[str, Any]:
     trace, ratio = pruner.trace.routed, found.ratio
     dense, left = realised_flops(model, trace, pruner.kv, rank=pruner.skip_rank, last_only=trace.last_only)
     left += scout_flops(model, pruner.router.needs.scout, prompts.ids.shape[1])
@@ -65,13 +77,31 @@ def timed(
     return row | {"dense_ms": found.dense_ms, "pruned_ms": found.pruned_ms, "pairs": found.pairs}
 
 
-def measure(cell: Prefill) -> DataFrame:
-    """`timed`, and what stock blocks of the kept count allow."""
-    from pandas import DataFrame
+@dataclass(frozen=True)
+class Prefills:
+    """Measures cells; those of one model, precision and length that `folder` lacks share the dense prefill of a round.
 
-    model, generator = loaded(cell.model, cell.dtype), torch.Generator().manual_seed(0)
-    prompts = random_prompts(model, cell.tokens, 1, generator=generator)
-    pruner, pairs = placed(cell, model), max(PAIRS, min(MOST, PAIRS * SHORT // cell.tokens))
-    row = timed(model, pruner, prompts, pairs, generator, settled=cell.tokens < SHORT)
-    clock = BlockClock(model, prompts, clock=time.process_time)
-    return DataFrame([row | {"shape_limit": shape_limit(clock, row["dense_ms"], pruner.trace.routed, pruner.kv)}])
+    Attributes:
+        cells: of the whole grid. folder: where a cell that is finished has its file.
+    """
+
+    cells: tuple[Prefill, ...]
+    folder: Path
+
+    def measure(self, cell: Prefill) -> DataFrame:
+        """`timed`, and what stock blocks of the kept count allow."""
+        from pandas import DataFrame
+
+        return DataFrame([self._together(cell.model, cell.dtype, cell.tokens)[cell]])
+
+    @lru_cache(maxsize=1)  # noqa: B019  it lives as long as the process
+    def _together(self, name: str, dtype: str, tokens: int) -> dict[Prefill, dict[str, Any]]:
+        model, generator = loaded(name, dtype), torch.Generator().manual_seed(0)
+        prompts = random_prompts(model, tokens, 1, generator=generator)
+        missing = [one for one in self.cells if (one.model, one.dtype, one.tokens) == (name, dtype, tokens)]
+        missing = [one for one in missing if not (self.folder / f"{one.name}.jsonl").exists()]
+        pruners, rounds = [placed(one, model) for one in missing], max(PAIRS, min(MOST, PAIRS * SHORT // tokens))
+        rows = timed(model, pruners, prompts, rounds, generator, settled=tokens < SHORT)
+        clock = BlockClock(model, prompts, clock=time.process_time)
+        limits = [shape_limit(clock, row["dense_ms"], p.trace.routed, p.kv) for row, p in zip(rows, pruners)]
+        return {one: row | {"shape_limit": limit} for one, row, limit in zip(missing, rows, limits, strict=True)}

@@ -39,7 +39,7 @@ class RecordTimes:
         model, generator = self.study.loaded(cell.model)[0], torch.Generator().manual_seed(0)
         pruner = self.study.pruner(cell.model, cell.method)
         prompts = random_prompts(model, cell.tokens, 1, generator=generator)
-        return DataFrame([timed(model, pruner, prompts, PAIRS, generator)])
+        return DataFrame(timed(model, [pruner], prompts, PAIRS, generator))
 
 
 def times_table(items: DataFrame) -> str:

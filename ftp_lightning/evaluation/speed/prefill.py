@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftp_lightning.evaluation.speed.prompts import Prompts
-from ftp_lightning.evaluation.speed.timing import Clock, Interval, interleaved, median_interval, seconds
+from ftp_lightning.evaluation.speed.timing import Clock, Interval, in_turn, interleaved, median_interval, seconds
 from ftp_lightning.pruning import TokenPruner
 from ftp_lightning.pruning.family import cache_argument
 from ftp_lightning.routing import FixedRouter
@@ -34,7 +35,6 @@ class Speed:
     pairs: int
 
 
-@torch.no_grad()
 def prefill_speed(
     model,
     pruner: TokenPruner,
@@ -53,17 +53,32 @@ def prefill_speed(
     prefill comes one that is not, in the same attachment; the first one after attaching is slower by a millisecond or
     two, which short prompts show.
     """
+    about = {"generator": generator, "clock": clock, "settled": settled}
+    return prefill_speeds(model, [pruner], prompts, pairs, warmup, **about)[0]
 
-    def timed() -> float:
-        if settled:
-            prefill(model, prompts)
-        return prefill_seconds(model, prompts, clock)
 
-    def pruned() -> float:
-        with pruner(model):
-            return timed()
+@torch.no_grad()
+def prefill_speeds(
+    model,
+    pruners: Sequence[TokenPruner],
+    prompts: Prompts,
+    rounds: int = 15,
+    warmup: int = WARMUP,
+    *,
+    generator: torch.Generator,
+    clock: Clock = time.perf_counter,
+    settled: bool = False,
+) -> list[Speed]:
+    """`prefill_speed` of several pruners: a round is one dense prefill and one under each pruner."""
 
-    return _speed(interleaved(timed, pruned, pairs, warmup), generator)
+    def timed(pruner: TokenPruner | None) -> float:
+        with nullcontext() if pruner is None else pruner(model):
+            if settled:
+                prefill(model, prompts)
+            return prefill_seconds(model, prompts, clock)
+
+    times = in_turn([partial(timed, one) for one in (None, *pruners)], rounds, warmup)
+    return [_speed(times[:, [0, place]], generator) for place in range(1, 1 + len(pruners))]
 
 
 def prefill_seconds(model, prompts: Prompts, clock: Clock = time.perf_counter) -> float:

@@ -1,9 +1,9 @@
-"""The stopwatch: two things timed in turn, and what their pairs say."""
+"""The stopwatch: things timed in turn, and what their pairs say."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,21 @@ from ftp_lightning.evaluation.statistics import Interval
 
 
 def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: int, warmup: int = 0) -> Tensor:
-    """(pairs, 2) float64: what the two returned, called in turn [ours].
+    """(pairs, 2) float64: what the two returned, called in turn; see `in_turn`."""
+    return in_turn((first, second), pairs, warmup)
 
-    Who goes first alternates, so that neither profits from the other's warm caches or suffers from a slow drift of the
-    clock rate; the first `warmup` pairs are thrown away.
+
+def in_turn(runs: Sequence[Callable[[], float]], rounds: int, warmup: int = 0) -> Tensor:
+    """(rounds, runs) float64: what all returned, each called once in a round [ours].
+
+    Who goes first changes from round to round, so that none profits from another's warm caches or suffers from a slow
+    drift of the clock rate; the first `warmup` rounds are thrown away.
     """
     times = []
-    for pair in range(warmup + pairs):
-        if pair % 2 == 0:
-            one = first()
-            times.append((one, second()))
-        else:
-            other = second()
-            times.append((first(), other))
+    for number in range(warmup + rounds):
+        order = [(number + place) % len(runs) for place in range(len(runs))]
+        found = {place: runs[place]() for place in order}
+        times.append([found[place] for place in range(len(runs))])
     return torch.tensor(times[warmup:], dtype=torch.float64)
 
 
