@@ -23,6 +23,7 @@ from ftp_lightning import (
     FixedRouter,
     RandomRouter,
     Schedule,
+    ScheduleFamily,
     StaticRouter,
     TokenPruner,
     UserError,
@@ -591,3 +592,99 @@ def test_what_is_read_of_the_last_block_is_compensated(skip, kv):
             assert not pruner.trace.keep[-1][:, -5:].all()
             part = MODEL(TEXT, logits_to_keep=5).logits
         assert torch.allclose(part, whole[:, -5:])
+
+
+# ---------------------------------------------------------------- others for smaller budgets
+
+
+def graded():
+    """For budgets of at most 0.1 rank 3 of another text, of at most 0.2 rank 4, beyond rank 5."""
+    first, second = (fit_compensation(MODEL, windows(seed=seed), rank) for seed, rank in ((1, 3), (2, 4)))
+    return dataclasses.replace(FITTED["low-rank"], smaller=((0.1, first.only([2, 3])), (0.2, second)))
+
+
+def test_each_budget_gets_the_compensation_that_is_meant_for_it():
+    whole = graded()
+    (_, first), (_, second) = whole.smaller
+    for budget, meant in [(0.0, first), (0.1, first), (0.1 + 1e-12, first), (0.11, second), (0.2, second)]:
+        assert whole.at(budget) is meant
+    for budget in (0.21, 1.0):
+        assert whole.at(budget).digest() == FITTED["low-rank"].digest() != whole.digest()
+    assert first.at(0.9) is first
+
+
+@pytest.mark.parametrize("kv", ["evict", "keep"])
+def test_a_pruner_adds_what_its_schedule_is_meant_to_get(kv):
+    whole, family = graded(), ScheduleFamily([Schedule([0, 0, s, s]) for s in (0.2, 0.4, 0.8)])
+    pruner = TokenPruner(StaticRouter(), family.schedules[2], kv, skip="low-rank", compensation=whole, family=family)
+    for budget in (0.05, 0.1, 0.15, 0.2, 0.4):
+        found = pruner.at(budget)
+        alone = found.changed(compensation=whole.at(budget))
+        assert found.family is family and found.skip_rank == alone.skip_rank == {0.05: 3, 0.1: 3, 0.4: 5}.get(budget, 4)
+        logits = []
+        for one in (found, alone):
+            with torch.no_grad(), one(MODEL):
+                logits.append(MODEL(TEXT).logits)
+        assert torch.equal(*logits)
+    with torch.no_grad(), pruner.at(0.2).changed(compensation=FITTED["low-rank"])(MODEL):
+        assert not torch.allclose(MODEL(TEXT).logits, logits[0])
+    assert pruner.at(0.1).at(0.4).maps.digest() == pruner.maps.digest()
+
+
+def test_others_for_smaller_budgets_are_stored_in_the_same_file(tmp_path):
+    whole = graded()
+    pruner_of("low-rank", StaticRouter(), compensation=whole).save(tmp_path / "p")
+    again = TokenPruner.load(tmp_path / "p").compensation
+    assert again.digest() == whole.digest()
+    assert [budget for budget, _ in again.smaller] == [0.1, 0.2]
+    for budget in (0.1, 0.2, 0.3):
+        assert again.at(budget).digest() == whole.at(budget).digest()
+    file = tmp_path / "p" / "compensation.safetensors"
+    assert len(load_file(file)) == 9
+    told = json.loads((tmp_path / "p" / "pruner.json").read_text())["compensation"]
+    rounded = whole.rounded()
+    assert rounded.at(0.1).digest() == whole.at(0.1).rounded().digest()
+    pruner_of("low-rank", StaticRouter(), compensation=rounded).save(tmp_path / "p")
+    assert file.stat().st_size < 0.7 * sum(one["bytes"] for one in (told, *told["smaller"]))
+    good = file.read_bytes()
+    file.write_bytes(good[:-50])
+    with pytest.raises(UserError, match="cannot be read"):
+        TokenPruner.load(tmp_path / "p")
+    file.write_bytes(good)
+    told = json.loads((tmp_path / "p" / "pruner.json").read_text())["compensation"]
+    first, second = told["smaller"]
+    nameless = {key: value for key, value in first.items() if key != "budget"}
+    wrong = [
+        [second, first],
+        [first],
+        [first | {"budget": "x"}, second],
+        [first | {"rank": 2}, second],
+        [nameless, second],
+    ]
+    for smaller in (3, [first] * 101, *wrong):
+        edit(tmp_path / "p", compensation=told | {"smaller": smaller})
+        with pytest.raises(UserError):
+            TokenPruner.load(tmp_path / "p")
+
+
+def test_others_for_smaller_budgets_must_fit():
+    low, other = FITTED["low-rank"], fit_compensation(MODEL, windows(), 2, parts="attention")
+    mean = FITTED["mean"]
+    for smaller in (
+        ((0.1, other),),
+        ((0.1, mean),),
+        ((0.2, low), (0.1, low)),
+        ((0.1, low), (0.1, low)),
+        ((0.3, graded()),),
+    ):
+        with pytest.raises(ValueError, match="compensation"):
+            dataclasses.replace(low, smaller=smaller)
+    with pytest.raises(ValueError, match="rank"):
+        dataclasses.replace(mean, smaller=((0.1, low),))
+
+
+def test_all_of_them_are_for_the_blocks_that_are_asked_for():
+    few = graded().only([3])
+    for budget in (0.1, 0.2, 0.3):
+        assert not any(bool(t[:3].any()) for t in few.at(budget).tensors.values())
+    assert few.to(dtype=torch.float64).at(0.1).tensors["block.bias"].dtype == torch.float64

@@ -3,7 +3,7 @@ few kB) and, where its skip is compensated, `compensation.safetensors`. No pickl
 
 A compensation has N D (2 r + 1) numbers per part: in float32 0.2 MB for 12 blocks of 256 at rank 8, 8.9 MB for 32 of
 4096. Blocks for which it is zero are left out, and numbers that bfloat16 holds exactly are stored in it: what is loaded
-is what was saved. `pruner.json` tells its sizes and bytes.
+is what was saved. `pruner.json` tells its sizes and bytes. Those for smaller budgets lie in the same file.
 
 Written beside the target and swapped in, so that a folder is whole or not there.
 """
@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a compensation may be stored in."""
 _LARGEST_COMPENSATION = 1_000_000_000
 """Bytes of a stored compensation [ours]: rank 64 of a model of 80 blocks and 8192 has a third of them."""
+_MOST_SMALLER = 100
+"""Compensations for smaller budgets that a stored one may have [ours]."""
 _HEADER, _HEADER_PER_TENSOR = 4096, 256
 """Bytes that a file of weights may have beside them: names, shapes, offsets [ours]."""
 _MOST = {"width": 4096, "num_blocks": 1000, "hidden_size": 65536}
@@ -63,8 +66,7 @@ def save_pruner(pruner, folder, base: str | None = None, model: nn.Module | None
     folder = Path(folder)
     folder = folder.resolve() if folder.is_symlink() else folder  # a link goes on to point at what is written
     router = _described_router(pruner.router)
-    compensation = None if pruner.compensation is None else _described(_packing(pruner.compensation))
-    _check_finite({} if pruner.compensation is None else pruner.compensation.tensors, "this compensation's numbers")
+    compensation = None if pruner.compensation is None else _described_all(pruner.compensation)
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -108,7 +110,7 @@ def _write(folder: Path, record: dict, pruner) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.router.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(state))
     if pruner.compensation is not None:
-        (folder / COMPENSATION).write_bytes(save(_packed(pruner.compensation, record["compensation"])))
+        (folder / COMPENSATION).write_bytes(save(_packed_all(pruner.compensation, record["compensation"])))
     record = record | {"sha256": _checksum(record, folder)}
     (folder / SETTINGS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -285,13 +287,15 @@ def _router(config: dict) -> Router:
 
 
 def _load_weights(router: Router, path: Path) -> None:
-    router.load_state_dict(_read(path, "router", _shapes(router), _bytes(router), torch.float32))
+    wanted = {name: (shape, torch.float32) for name, shape in _shapes(router).items()}
+    router.load_state_dict(_read(path, "router", wanted, _bytes(router)))
 
 
 def _read(
-    path: Path, what: str, wanted: dict[str, tuple[int, ...]], size: int, dtype: torch.dtype
+    path: Path, what: str, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], size: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors in a file that should hold `size` bytes of them; UserError for more, or for other names or shapes."""
+    """The tensors in a file that should hold `size` bytes of them, each of the shape and dtype in `wanted`; UserError
+    for more, or for others."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -304,11 +308,13 @@ def _read(
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the {what}'s weights {path} cannot be read: {error}") from None
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    if wanted != found:
-        raise UserError(f"{path} holds a {what} of another shape: {str(found)[:300]}, expected {str(wanted)[:300]}.")
-    if not all(tensor.dtype == dtype and bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise UserError(f"{path} holds a {what} whose numbers are not {str(dtype).removeprefix('torch.')} and finite.")
+    found, expected = {n: tuple(t.shape) for n, t in state.items()}, {n: shape for n, (shape, _) in wanted.items()}
+    if expected != found:
+        raise UserError(f"{path} holds a {what} of another shape: {str(found)[:300]}, expected {str(expected)[:300]}.")
+    for name, (_, dtype) in wanted.items():
+        if state[name].dtype != dtype or not bool(state[name].isfinite().all()):
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds a {what} whose numbers are not {kind} and finite.")
     return state
 
 
@@ -336,6 +342,23 @@ def _described(sizes: dict) -> dict:
     if size > _LARGEST_COMPENSATION:
         raise UserError(f"this compensation takes {size} bytes, more than the {_LARGEST_COMPENSATION} of a stored one.")
     return {**sizes, "bytes": size}
+
+
+def _described_all(compensation: Compensation) -> dict:
+    """`_described` of a compensation; those for smaller budgets stand in its "smaller", each with its budget."""
+    _check_finite(compensation.tensors, "this compensation's numbers")
+    own = _described(_packing(compensation))
+    smaller = [{"budget": budget, **_described_all(other)} for budget, other in compensation.smaller]
+    return own | {"smaller": smaller} if smaller else own
+
+
+def _packed_all(compensation: Compensation, described: dict) -> dict[str, torch.Tensor]:
+    """The tensors as they are stored; the names of those for the first smaller budget begin with "0/", and so on."""
+    state = _packed(compensation, described)
+    for place, (_, other) in enumerate(compensation.smaller):
+        packed = _packed(other, described["smaller"][place])
+        state |= {f"{place}/{name}": tensor for name, tensor in packed.items()}
+    return state
 
 
 def _packing(compensation: Compensation) -> dict:
@@ -369,14 +392,34 @@ def _load_compensation(described: dict | None, path: Path) -> Compensation | Non
     """The compensation of these sizes; UserError where the file holds another one, or numbers that are none."""
     if described is None:
         return None
-    packing = {name: described[name] for name in (*_SIZES, "dtype", "blocks") if name in described or name in _SIZES}
-    size = _described(packing)["bytes"]
-    state = _read(path, "compensation", _stored_shapes(packing), size, _dtype(packing))
+    smaller = described.get("smaller", [])
+    if not isinstance(smaller, list) or len(smaller) > _MOST_SMALLER:
+        raise UserError(f"a compensation has at most {_MOST_SMALLER} others for smaller budgets.")
+    packings = [_checked(one) for one in (described, *smaller)]
+    names = ["", *(f"{place}/" for place in range(len(smaller)))]
+    wanted = [
+        {f"{before}{name}": (shape, _dtype(packing)) for name, shape in _stored_shapes(packing).items()}
+        for before, packing in zip(names, packings, strict=True)
+    ]
+    size = sum(packing["bytes"] for packing in packings)
+    state = _read(path, "compensation", {name: about for one in wanted for name, about in one.items()}, size)
+    parts = [{name.removeprefix(before): state[name] for name in one} for before, one in zip(names, wanted)]
+    own, *others = [_unpacked(part, packing) for part, packing in zip(parts, packings, strict=True)]
+    budgets = [float(one["budget"]) for one in smaller]
+    return replace(own, smaller=tuple(zip(budgets, others, strict=True)))
+
+
+def _checked(described: dict) -> dict:
+    return _described({n: described[n] for n in (*_SIZES, "dtype", "blocks") if n in described or n in _SIZES})
+
+
+def _unpacked(state: dict[str, torch.Tensor], packing: dict) -> Compensation:
+    """From the stored tensors, those of all blocks in float32."""
     state = {name: tensor.float() for name, tensor in state.items()}
+    sizes = {name: packing[name] for name in _SIZES}
     if (blocks := packing.get("blocks")) is not None:
-        sizes = {n: packing[n] for n in _SIZES}
         whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes(**sizes).items()}
         state = {
             name: whole[name].index_copy(0, torch.tensor(blocks, dtype=torch.int64), state[name]) for name in whole
         }
-    return Compensation(tensors=state, **{n: packing[n] for n in _SIZES} | {"parts": tuple(packing["parts"])})
+    return Compensation(tensors=state, **sizes | {"parts": tuple(packing["parts"])})

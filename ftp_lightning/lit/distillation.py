@@ -81,7 +81,7 @@ class Distillation(L.LightningModule):
         settings: DistillationSettings | None = None,
     ):
         super().__init__()
-        if pruner.compensation is None:
+        if pruner.maps is None:
             raise UserError(
                 "the pruner adds nothing to skipped tokens: there is nothing to distil.\nGive it skip='low-rank' and "
                 "compensation=fit_compensation(model, rows, rank=R)."
@@ -89,7 +89,7 @@ class Distillation(L.LightningModule):
         self.__dict__["model"] = model  # not through nn.Module: the frozen model stays out of checkpoints
         self.pruner, self.settings = pruner, settings or DistillationSettings()
         self.teaching, self.checking = teaching, checking
-        self.start = pruner.compensation
+        self.start = pruner.maps
         self.blocks = [block for block, s in enumerate(pruner.scheduled.sparsity) if s > 0.0]
         self.maps = nn.ParameterDict(
             {name.replace(".", "/"): nn.Parameter(t[self.blocks]) for name, t in balanced(self.start).tensors.items()}

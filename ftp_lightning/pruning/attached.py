@@ -56,7 +56,8 @@ class Attached:
         ambient: what this thread is doing.
         gate: what `undo` waits at.
         full_queries: blocks whose keys and values cannot be made with the queries of one head.
-        compensations: the pruner's, where tokens are and in their dtype.
+        maps: what skipped tokens get under the pruner's schedule; compensations: the same, where tokens are and in
+            their dtype.
         taps: of each block, what attends in place of its attention function.
         gives_router_logits: the model may be asked for those of a mixture of experts.
     """
@@ -68,6 +69,7 @@ class Attached:
         self.home = home(model) if any(site.place for site in sites) else None
         self.gate = Gate()
         self.full_queries: set[int] = set()
+        self.maps = pruner.maps
         self.compensations: dict[tuple[torch.device, torch.dtype], Compensation] = {}
         self.taps = [functools.partial(self.attend, index) for index in range(len(blocks))]
         self.gives_router_logits = hasattr(decoder.config, "output_router_logits")

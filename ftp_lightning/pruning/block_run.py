@@ -83,7 +83,7 @@ class BlockRun:
         if training is not None:
             return run_with_gates(self, self.inner, self.call, "block")
         hidden, output = self.call.hidden, self.run_kept(self.inner, self.call, kept)
-        if self.attached.pruner.compensation is None:
+        if self.attached.maps is None:
             return hidden if output is None else kept.put(hidden, tensor_of(output))
         return self.spread("block", hidden, kept, None if output is None else tensor_of(output))
 
@@ -194,7 +194,7 @@ class BlockRun:
 
         A compensation is computed for the skipped tokens alone where rows are even, else for all of them.
         """
-        if computed is not None and kept.even and self.attached.pruner.compensation is not None:
+        if computed is not None and kept.even and self.attached.maps is not None:
             return kept.join(computed, self.skipped(kept.rest.take(hidden), part))
         base = self.skipped(hidden, part)
         return base if computed is None else kept.put(base, computed)
@@ -202,7 +202,7 @@ class BlockRun:
     def skipped(self, hidden: Tensor, part: str) -> Tensor:
         """What tokens hidden (B, n, D) become where they skip: of a block the residual stream behind it, of a part its
         update. The compensation is taken where the tokens are, in their dtype."""
-        compensation = self.attached.pruner.compensation
+        compensation = self.attached.maps
         if compensation is None or part not in compensation.parts:  # of a part that was not fitted padding alone skips
             return hidden if part == "block" else torch.zeros_like(hidden)
         moved, place = self.attached.compensations, (hidden.device, hidden.dtype)

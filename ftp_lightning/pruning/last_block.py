@@ -25,7 +25,7 @@ def run_last(run: BlockRun, kept: Kept | None) -> Tensor | None:
         return None
     run.forward.trace.last_only = True
     output = run.run_kept(run.inner, run.call, read if kept is None else kept, read, dense=kept is None)
-    if kept is not None and attached.pruner.compensation is not None:  # some of those that are read skip
+    if kept is not None and attached.maps is not None:  # some of those that are read skip
         split = hidden.shape[1] - (run.forward.last_tokens or 0)
         tail = run.skipped(hidden[:, split:], "block")
         hidden = torch.cat([hidden[:, :split].to(tail.dtype), tail], 1)

@@ -215,7 +215,15 @@ class TokenPruner:
     @property
     def skip_rank(self) -> int:
         """Rank of what a skipped token is multiplied with; 0 where it is not."""
-        return 0 if self.compensation is None else self.compensation.rank
+        return 0 if self.maps is None else self.maps.rank
+
+    @property
+    def maps(self) -> Compensation | None:
+        """What skipped tokens get under this schedule: of a compensation with others for smaller budgets the one that
+        is meant."""
+        if self.compensation is None or self.schedule is None:
+            return self.compensation
+        return self.compensation.at(self.schedule.budget)
 
     # ---------------------------------------------------------------- in force
 

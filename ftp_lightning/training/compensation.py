@@ -7,7 +7,7 @@ Shapes: N blocks, D hidden size, r rank, B rows, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +37,10 @@ class Compensation:
     Attributes:
         parts: of "block", "attention", "mlp" those that were fitted.
         tensors: per part `{part}.bias` (N, D) and, where r > 0, `{part}.down` (N, r, D) and `{part}.up` (N, D, r).
+        smaller: (budget, compensation) pairs that rise: what schedules of at most that budget take instead, see `at`.
+            Maps that are distilled for few blocks are better there than those that serve all cuts.
+
+    ValueError where one of `smaller` is for another model, for other parts, or has smaller ones itself.
 
     Size: N D (2 r + 1) numbers per part; in float32 at rank 8 0.2 MB for 12 blocks of 256, 8.9 MB for 32 of 4096.
     """
@@ -46,6 +50,24 @@ class Compensation:
     hidden_size: int
     rank: int
     tensors: dict[str, Tensor]
+    smaller: tuple[tuple[float, Compensation], ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = (self.parts, self.num_blocks, self.hidden_size)
+        for _, other in self.smaller:
+            if (other.parts, other.num_blocks, other.hidden_size) != shape or other.smaller or not other.rank:
+                raise ValueError(f"a compensation for smaller budgets must have the sizes {shape}, and a rank")
+        budgets = [budget for budget, _ in self.smaller]
+        if budgets != sorted({*budgets}) or (budgets and not self.rank):
+            raise ValueError(f"budgets of compensations must rise, and all have a rank; they are {budgets}")
+
+    def at(self, budget: float) -> Compensation:
+        """What tokens get under a schedule of mean sparsity `budget`: the one for the least budget that is not below
+        it, else this one."""
+        for most, other in self.smaller:
+            if budget <= most + 1e-9:
+                return other
+        return replace(self, smaller=()) if self.smaller else self
 
     def update(self, hidden: Tensor, block: int, part: str = "block") -> Tensor:
         """u (B, T, D) for hidden (B, T, D), in the dtype of both."""
@@ -59,7 +81,8 @@ class Compensation:
         """The same elsewhere, fit for training even where it is asked for in inference mode."""
         with torch.inference_mode(False):
             normal = {name: t.clone() if t.is_inference() else t for name, t in self.tensors.items()}
-            return replace(self, tensors={name: t.to(device, dtype) for name, t in normal.items()})
+            moved = {name: t.to(device, dtype) for name, t in normal.items()}
+        return replace(self, tensors=moved, smaller=self._smaller(lambda one: one.to(device, dtype)))
 
     def only(self, blocks: Sequence[int]) -> Compensation:
         """The same for these blocks; in the others a skipped token gets nothing. A stored one is smaller by them."""
@@ -67,11 +90,15 @@ class Compensation:
         kept = {name: tensor.clone() for name, tensor in self.tensors.items()}
         for tensor in kept.values():
             tensor[gone] = 0.0
-        return replace(self, tensors=kept)
+        return replace(self, tensors=kept, smaller=self._smaller(lambda one: one.only(blocks)))
 
     def rounded(self, dtype: torch.dtype = torch.bfloat16) -> Compensation:
         """The same, its numbers rounded to `dtype`. One in bfloat16 is stored in half of the bytes."""
-        return replace(self, tensors={name: t.to(dtype).to(t.dtype) for name, t in self.tensors.items()})
+        rounded = {name: t.to(dtype).to(t.dtype) for name, t in self.tensors.items()}
+        return replace(self, tensors=rounded, smaller=self._smaller(lambda one: one.rounded(dtype)))
+
+    def _smaller(self, change: Callable[[Compensation], Compensation]) -> tuple[tuple[float, Compensation], ...]:
+        return tuple((budget, change(other)) for budget, other in self.smaller)
 
     def sizes(self) -> dict[str, Any]:
         """JSON-able: what `shapes` takes."""
@@ -83,6 +110,8 @@ class Compensation:
         found = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             found.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
+        for budget, other in self.smaller:
+            found.update(f"{budget} {other.digest()}".encode())
         return found.hexdigest()[:16]
 
 
