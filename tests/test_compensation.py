@@ -30,6 +30,8 @@ from ftp_lightning import (
     fit_compensation,
 )  # fmt: skip
 from ftp_lightning.costs import flops
+from ftp_lightning.costs.budget import budget_with_cut
+from ftp_lightning.costs.request import planned_cut
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.evaluation.speed import prefill as speed
 from ftp_lightning.evaluation.speed.prompts import random_prompts
@@ -629,6 +631,17 @@ def test_a_pruner_adds_what_its_schedule_is_meant_to_get(kv):
     with torch.no_grad(), pruner.at(0.2).changed(compensation=FITTED["low-rank"])(MODEL):
         assert not torch.allclose(MODEL(TEXT).logits, logits[0])
     assert pruner.at(0.1).at(0.4).maps.digest() == pruner.maps.digest()
+
+
+def test_a_cut_is_counted_with_the_rank_of_its_own_maps():
+    family = ScheduleFamily([Schedule([0, 0, s, s]) for s in (0.2, 0.4, 0.8)])
+    about = {"kv": "keep", "skip": "low-rank", "compensation": graded(), "family": family}
+    pruner = TokenPruner(StaticRouter(), family.schedules[2], **about)
+    for budget in (0.08, 0.15, 0.35):
+        cut = planned_cut(MODEL, pruner.at(budget), 500)
+        alone = pruner.at(budget).changed(compensation=pruner.compensation.at(budget))
+        assert cut == planned_cut(MODEL, alone, 500)
+        assert budget_with_cut(MODEL, pruner, cut, 500) == pytest.approx(budget, abs=2e-3)
 
 
 def test_others_for_smaller_budgets_are_stored_in_the_same_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from torch import nn
 
@@ -153,11 +154,12 @@ def budget_with_cut(model: nn.Module, pruner, reduction: float, length: int) -> 
     """
     if not 0.0 <= reduction < 1.0:
         raise UserError(f"the FLOPs reduction is {reduction}, must be in [0, 1)\nGive another --budget.")
-    routed, costs = pruner.changed(least_tokens=0), block_costs(model, pruner.skip_rank)
-    top = pruner.family.budgets[-1]
+    routed, top = pruner.changed(least_tokens=0), pruner.family.budgets[-1]
+    costs_of = cache(partial(block_costs, model))  # by the rank of what skipped tokens get
 
     def saved(budget: float) -> float:
-        return planned_cut(model, routed.at(budget), length, costs=costs)
+        under = routed.at(budget)
+        return planned_cut(model, under, length, costs=costs_of(under.skip_rank))
 
     if reduction > saved(top):
         raise _out_of_reach(reduction, length, saved(top))
