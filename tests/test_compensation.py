@@ -635,7 +635,8 @@ def test_a_pruner_adds_what_its_schedule_is_meant_to_get(kv):
 
 def test_a_cut_is_counted_with_the_rank_of_its_own_maps():
     family = ScheduleFamily([Schedule([0, 0, s, s]) for s in (0.2, 0.4, 0.8)])
-    about = {"kv": "keep", "skip": "low-rank", "compensation": graded(), "family": family}
+    maps = dataclasses.replace(FITTED["low-rank"], smaller=((0.2, fit_compensation(MODEL, windows(), 28)),))
+    about = {"kv": "keep", "skip": "low-rank", "compensation": maps, "family": family}
     pruner = TokenPruner(StaticRouter(), family.schedules[2], **about)
     for budget in (0.08, 0.15, 0.35):
         cut = planned_cut(MODEL, pruner.at(budget), 500)
