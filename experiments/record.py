@@ -34,14 +34,15 @@ ASKED = {
 }
 SPREAD = "12,14,18,20-29"
 READY = [f"{SMOL} at {budget}" for budget in ("0.433333", "0.333333", "0.233333", "0.133333")]
+SHARED = f"{SMOL} shared at 0.133333"
 METHODS = {
-    SMOL: ["17-29", "17-29 fitted 56", f"{SPREAD} fitted 36", *READY],
+    SMOL: ["17-29", "17-29 fitted 56", f"{SPREAD} fitted 36", *READY[:-1], SHARED, READY[-1]],
     GEMMA: ["11-17", "12-17", "14-17"],
 }
 PAIRS = {
     SMOL: [
         (READY[0], f"{SPREAD} fitted 36"), (f"{SPREAD} fitted 36", "17-29 fitted 56"), ("17-29 fitted 56", "17-29"),
-        (READY[1], READY[0]),
+        (READY[1], READY[0]), (READY[3], SHARED),
     ],
     GEMMA: [("12-17", "11-17")],
 }  # fmt: skip

@@ -4,7 +4,8 @@ A method is named by what it is:
 
 * "17-29" or "12,14,18,20-29": the blocks that all prompt tokens but the first and last skip; they get nothing;
 * "17-29 fitted 56": the same, and skipped tokens get maps of that rank, fitted on the calibration questions;
-* "NAME at 0.2": a ready-made pruner, or one in a folder, at that budget of its family;
+* "NAME at 0.2": a ready-made pruner, or one in a folder, at that budget of its family; "NAME shared at 0.2": without
+  the maps of their own that it has for small cuts;
 * "fast_kv to 0.2": a method of the registry that needs no calibration, under its own schedule, where a prompt of
   1,000 tokens saves that share of its FLOPs.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,10 @@ class RecordStudy:
 
         if " at " in method:
             name, budget = method.split(" at ")
-            return load_pruner(name).at(float(budget))
+            found = load_pruner(name.removesuffix(" shared")).at(float(budget))
+            if name.endswith(" shared") and found.compensation is not None:
+                found = found.changed(compensation=replace(found.compensation, smaller=()))
+            return found
         if " to " in method:
             return _placed(method, self.loaded(model)[0])
         named, _, rank = method.partition(" fitted ")
