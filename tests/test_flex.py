@@ -86,6 +86,9 @@ def test_nothing_of_the_size_of_queries_times_keys_is_made():
     mask = flex.block_mask(sight)
     assert mask.kv_indices.numel() == (1024 // 128) * (4096 // 128)
     assert mask.seq_lengths == (1024, 4096)
+    assert mask.q_indices is not None
+    with torch.no_grad():
+        assert flex.block_mask(sight).q_indices is None
 
 
 @pytest.fixture
@@ -146,6 +149,7 @@ def test_what_flex_attention_cannot_do_goes_to_sdpa(monkeypatch):
 
 
 @pytest.mark.slow
+@torch.no_grad()
 @pytest.mark.parametrize("window", [None, 70])
 def test_the_compiled_kernel_obeys_the_tiles(window):
     """Tiles that the block mask leaves out are not computed: what is not compiled asks each pair."""

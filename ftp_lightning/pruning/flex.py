@@ -60,6 +60,7 @@ def block_mask(sight: Sight) -> BlockMask:
         BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(query_slots.shape[1], key_slots.shape[1]),
+        compute_q_blocks=torch.is_grad_enabled(),  # what the backward alone reads
     )
 
 
