@@ -141,3 +141,10 @@ def test_a_tuning_becomes_a_ready_made_pruner(tmp_path, shelf, monkeypatch):
     monkeypatch.setattr(ready_made, "LARGEST", 10)
     with pytest.raises(UserError, match="at most 10"):
         make_ready(folder, "embedded", "stories")
+
+
+def test_the_command_says_what_it_needs(tmp_path, capsys):
+    assert ready_made.main([str(tmp_path)]) == 2
+    assert "three arguments are needed" in capsys.readouterr().err
+    assert ready_made.main([str(tmp_path), "embedded", "stories"]) == 2
+    assert "no finished tuning" in capsys.readouterr().err

@@ -44,6 +44,10 @@ class _Exchange:
     templated: bool = False
 
 
+class NoPrompt(UserError):
+    """A split of a source holds no prompt that can be used."""
+
+
 def load_prompts(
     source: str,
     split: str,
@@ -77,7 +81,7 @@ def load_prompts(
     found = _rows(exchanges, tokenizer, prompt_tokens, continuation_tokens)
     if not found.rows:
         counted = ", ".join(f"{name} {count}" for name, count in found.left_out.items() if count) or "none has words"
-        raise UserError(
+        raise NoPrompt(
             f"{source}: the split {split!r} holds no prompt to use ({counted})\n"
             "Give other records, or more --prompt_tokens."
         )

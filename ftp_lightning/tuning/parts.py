@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ftp_lightning.data.prompts import load_prompts, text_windows
+from ftp_lightning.data.prompts import NoPrompt, load_prompts, text_windows
 from ftp_lightning.data.rows import Row, Rows
 from ftp_lightning.data.sources import MANY_DOCUMENTS, has_records, read_records, split_at
 from ftp_lightning.errors import UserError
@@ -57,15 +57,15 @@ def read_prompts(
 def _records(source: str, tokenizer: PreTrainedTokenizerBase, most: int) -> Rows:
     try:
         return load_prompts(source, "all", tokenizer, most, answers=False)
-    except UserError as error:
-        if (advice := ": take --rows windows") in str(error):  # a flag of other stages
-            raise UserError(str(error).replace(advice, ", other records have one")) from None
-        if "no prompt to use" not in str(error):
-            raise
+    except NoPrompt:
         raise UserError(
             f"{source} holds no prompt to use: each is without words or has more than the {most} tokens that leave "
             "room for an answer\nGive other prompts, or fewer --continuation_tokens."
         ) from None
+    except UserError as error:
+        if (advice := ": take --rows windows") in str(error):  # a flag of other stages
+            raise UserError(str(error).replace(advice, ", other records have one")) from None
+        raise
 
 
 def check_enough(source: str, rows: list[Row], left_out: Any, most: int) -> None:

@@ -55,8 +55,17 @@ def make_ready(folder: str | Path, name: str, prompts: str) -> Path:
     return target
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 3:
+        print("three arguments are needed: FOLDER NAME PROMPTS, as in\n" + (__doc__ or "").strip(), file=sys.stderr)
+        return 2
     try:
-        print(make_ready(*sys.argv[1:4]))
+        print(make_ready(*arguments))
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
