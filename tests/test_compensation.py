@@ -605,14 +605,40 @@ def graded():
     return dataclasses.replace(FITTED["low-rank"], smaller=((0.1, first.only([2, 3])), (0.2, second)))
 
 
+def at(whole, budget, blocks=(2, 3)):
+    return whole.under(Schedule([budget * BLOCKS / len(blocks) * (block in blocks) for block in range(BLOCKS)]))
+
+
 def test_each_budget_gets_the_compensation_that_is_meant_for_it():
     whole = graded()
     (_, first), (_, second) = whole.smaller
-    for budget, meant in [(0.0, first), (0.1, first), (0.1 + 1e-12, first), (0.11, second), (0.2, second)]:
-        assert whole.at(budget) is meant
-    for budget in (0.21, 1.0):
-        assert whole.at(budget).digest() == FITTED["low-rank"].digest() != whole.digest()
-    assert first.at(0.9) is first
+    for budget, meant in [(0.01, first), (0.1, first), (0.1 + 1e-12, first), (0.11, second), (0.2, second)]:
+        assert at(whole, budget) is meant
+    for budget in (0.21, 0.5):
+        assert at(whole, budget).digest() == FITTED["low-rank"].digest() != whole.digest()
+    assert at(first, 0.4).digest() == first.digest()
+
+
+def test_maps_that_lack_a_block_are_not_taken_for_it():
+    whole = graded()
+    (_, first), (_, second) = whole.smaller
+    assert at(whole, 0.1, (3,)) is first and at(whole, 0.1, (1, 3)) is second
+    few = dataclasses.replace(whole, smaller=whole.smaller[:1])
+    assert at(few, 0.1, (0,)).digest() == FITTED["low-rank"].digest()
+    nowhere = whole.only([3])
+    assert at(nowhere, 0.1, (1, 3)) is nowhere.smaller[0][1]  # none has maps for block 1
+    assert first.blocks == {2, 3} and whole.blocks == {0, 1, 2, 3}
+
+
+def test_what_is_trained_further_stands_where_it_stood():
+    whole, other = graded(), FITTED["low-rank"].rounded()
+    for budget, digest in ((0.1, 0), (0.2, 1), (0.4, 2)):
+        schedule = Schedule([0, 0, 2 * budget, 2 * budget])
+        found = whole.with_maps(schedule, other)
+        kept = [whole.smaller[0][1], whole.smaller[1][1], whole.under(Schedule.uniform(BLOCKS, 0.9))]
+        kept[digest] = other
+        assert [one.digest() for _, one in found.smaller] == [one.digest() for one in kept[:2]]
+        assert found.under(Schedule.uniform(BLOCKS, 0.9)).digest() == kept[2].digest()
 
 
 @pytest.mark.parametrize("kv", ["evict", "keep"])
@@ -621,7 +647,8 @@ def test_a_pruner_adds_what_its_schedule_is_meant_to_get(kv):
     pruner = TokenPruner(StaticRouter(), family.schedules[2], kv, skip="low-rank", compensation=whole, family=family)
     for budget in (0.05, 0.1, 0.15, 0.2, 0.4):
         found = pruner.at(budget)
-        alone = found.changed(compensation=whole.at(budget))
+        alone = found.changed(compensation=found.maps)
+        assert found.maps.digest() == at(whole, budget).digest()
         assert found.family is family and found.skip_rank == alone.skip_rank == {0.05: 3, 0.1: 3, 0.4: 5}.get(budget, 4)
         logits = []
         for one in (found, alone):
@@ -640,7 +667,7 @@ def test_a_cut_is_counted_with_the_rank_of_its_own_maps():
     pruner = TokenPruner(StaticRouter(), family.schedules[2], **about)
     for budget in (0.08, 0.15, 0.35):
         cut = planned_cut(MODEL, pruner.at(budget), 500)
-        alone = pruner.at(budget).changed(compensation=pruner.compensation.at(budget))
+        alone = pruner.at(budget).changed(compensation=pruner.at(budget).maps)
         assert cut == planned_cut(MODEL, alone, 500)
         assert budget_with_cut(MODEL, pruner, cut, 500) == pytest.approx(budget, abs=2e-3)
 
@@ -652,12 +679,12 @@ def test_others_for_smaller_budgets_are_stored_in_the_same_file(tmp_path):
     assert again.digest() == whole.digest()
     assert [budget for budget, _ in again.smaller] == [0.1, 0.2]
     for budget in (0.1, 0.2, 0.3):
-        assert again.at(budget).digest() == whole.at(budget).digest()
+        assert at(again, budget).digest() == at(whole, budget).digest()
     file = tmp_path / "p" / "compensation.safetensors"
     assert len(load_file(file)) == 9
     told = json.loads((tmp_path / "p" / "pruner.json").read_text())["compensation"]
     rounded = whole.rounded()
-    assert rounded.at(0.1).digest() == whole.at(0.1).rounded().digest()
+    assert at(rounded, 0.1).digest() == at(whole, 0.1).rounded().digest()
     pruner_of("low-rank", StaticRouter(), compensation=rounded).save(tmp_path / "p")
     assert file.stat().st_size < 0.7 * sum(one["bytes"] for one in (told, *told["smaller"]))
     good = file.read_bytes()
@@ -693,12 +720,24 @@ def test_others_for_smaller_budgets_must_fit():
     ):
         with pytest.raises(ValueError, match="compensation"):
             dataclasses.replace(low, smaller=smaller)
-    with pytest.raises(ValueError, match="rank"):
-        dataclasses.replace(mean, smaller=((0.1, low),))
+    for one, budget in ((mean, 0.1), (low, float("nan"))):
+        with pytest.raises(ValueError, match="rank"):
+            dataclasses.replace(one, smaller=((budget, low),))
+    assert (
+        dataclasses.replace(low, smaller=((1, low),)).digest()
+        == dataclasses.replace(low, smaller=((1.0, low),)).digest()
+    )
+
+
+def test_more_than_a_stored_one_may_have_are_not_stored(tmp_path):
+    many = dataclasses.replace(FITTED["low-rank"], smaller=tuple((i / 200, FITTED["low-rank"]) for i in range(101)))
+    with pytest.raises(UserError, match="at most 100"):
+        pruner_of("low-rank", StaticRouter(), compensation=many).save(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 def test_all_of_them_are_for_the_blocks_that_are_asked_for():
     few = graded().only([3])
     for budget in (0.1, 0.2, 0.3):
-        assert not any(bool(t[:3].any()) for t in few.at(budget).tensors.values())
-    assert few.to(dtype=torch.float64).at(0.1).tensors["block.bias"].dtype == torch.float64
+        assert not any(bool(t[:3].any()) for t in at(few, budget).tensors.values())
+    assert at(few.to(dtype=torch.float64), 0.1).tensors["block.bias"].dtype == torch.float64

@@ -91,3 +91,12 @@ def test_a_packed_grid_goes_on_where_it_was(tmp_path):
     assert seen == CELLS[2:]
     found = read_grid(CELLS, tmp_path / "b")
     assert len(found) == 8 and found.score.notna().sum() == 2  # what was left out is gone
+
+
+def test_a_cell_of_no_items_is_an_empty_file_and_can_be_packed(tmp_path):
+    run_grid(CELLS[:1], lambda cell: pandas.DataFrame([]), tmp_path / "cells", lambda said: None)
+    (file,) = (tmp_path / "cells").glob("*.jsonl")
+    assert file.read_bytes() == b""
+    pack(tmp_path / "cells", tmp_path / "packed.xz")
+    unpack(tmp_path / "packed.xz", tmp_path / "again")
+    assert (tmp_path / "again" / file.name).read_bytes() == b""

@@ -134,6 +134,13 @@ def test_a_cell_is_one_method_on_one_chunk(sources):
         assert found["flops"].lt(found["dense_flops"]).all()
 
 
+def test_a_small_cut_has_maps_of_its_own_and_can_do_without_them(sources):
+    study, name = RecordStudy((), sources), "smollm2-135m-instruct"
+    own, shared, large = (study.pruner(name, f"{name}{more}") for more in (" at 0.13", " shared at 0.13", " at 0.4"))
+    assert own.scheduled == shared.scheduled
+    assert shared.maps.digest() == large.maps.digest() != own.maps.digest()
+
+
 @pytest.mark.parametrize("method", ["8-11", "gem_filter to 0.2"])
 def test_a_time_stands_beside_what_the_flops_allow(monkeypatch, sources, method):
     monkeypatch.setattr("ftp_lightning.studies.record_times.PAIRS", 2)

@@ -26,7 +26,7 @@ def beside(name: str, chosen: TokenPruner, setting: Setting, prompt_tokens: int)
     shared: dict[str, Any] = {"least_tokens": routed_from(setting.model, chosen)}
     if name in EQUAL_TOKENS and isinstance(method, Allocated):
         return method.equal_tokens(setting, chosen).changed(**shared)
-    setting = replace(setting, given=chosen.compensation, given_parts=chosen.parts)
+    setting = replace(setting, given=chosen.maps, given_parts=chosen.parts)
     cut = planned_cut(setting.model, chosen.changed(least_tokens=0), prompt_tokens)
     pruner = method.place(setting, cut, Profile(prompt_tokens))
     if not pruner.router.ranks_only:

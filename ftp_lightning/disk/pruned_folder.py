@@ -348,8 +348,15 @@ def _described_all(compensation: Compensation) -> dict:
     """`_described` of a compensation; those for smaller budgets stand in its "smaller", each with its budget."""
     _check_finite(compensation.tensors, "this compensation's numbers")
     own = _described(_packing(compensation))
+    _check_smaller(compensation.smaller)
     smaller = [{"budget": budget, **_described_all(other)} for budget, other in compensation.smaller]
     return own | {"smaller": smaller} if smaller else own
+
+
+def _check_smaller(smaller: Any) -> None:
+    """UserError for more compensations for smaller budgets than a stored one may have."""
+    if not isinstance(smaller, (list, tuple)) or len(smaller) > _MOST_SMALLER:
+        raise UserError(f"a compensation has at most {_MOST_SMALLER} others for smaller budgets.")
 
 
 def _packed_all(compensation: Compensation, described: dict) -> dict[str, torch.Tensor]:
@@ -367,7 +374,7 @@ def _packing(compensation: Compensation) -> dict:
     packing = compensation.sizes()
     if all(bool((t.bfloat16().to(t.dtype) == t).all()) for t in tensors):
         packing["dtype"] = "bfloat16"
-    filled = [block for block in range(compensation.num_blocks) if any(bool(t[block].any()) for t in tensors)]
+    filled = sorted(compensation.blocks)
     return packing if len(filled) == compensation.num_blocks else packing | {"blocks": filled}
 
 
@@ -377,13 +384,17 @@ def _packed(compensation: Compensation, packing: dict) -> dict[str, torch.Tensor
     return {name: t.detach().cpu()[kept].to(_dtype(packing)).contiguous() for name, t in compensation.tensors.items()}
 
 
+def _sizes(packing: dict) -> dict[str, Any]:
+    return {name: packing[name] for name in _SIZES}
+
+
 def _dtype(packing: dict) -> torch.dtype:
     return _STORED[packing.get("dtype", "float32")]
 
 
 def _stored_shapes(packing: dict) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the stored tensors."""
-    whole = shapes(**{name: packing[name] for name in _SIZES})
+    whole = shapes(**_sizes(packing))
     count = len(packing["blocks"]) if packing.get("blocks") is not None else packing["num_blocks"]
     return {name: (count, *shape[1:]) for name, shape in whole.items()}
 
@@ -393,9 +404,11 @@ def _load_compensation(described: dict | None, path: Path) -> Compensation | Non
     if described is None:
         return None
     smaller = described.get("smaller", [])
-    if not isinstance(smaller, list) or len(smaller) > _MOST_SMALLER:
-        raise UserError(f"a compensation has at most {_MOST_SMALLER} others for smaller budgets.")
+    _check_smaller(smaller)
     packings = [_checked(one) for one in (described, *smaller)]
+    unpacked = 4 * sum(math.prod(shape) for one in packings for shape in shapes(**_sizes(one)).values())
+    if unpacked > 2 * _LARGEST_COMPENSATION:
+        raise UserError(f"this compensation takes {unpacked} bytes, more than the {2 * _LARGEST_COMPENSATION} of one.")
     names = ["", *(f"{place}/" for place in range(len(smaller)))]
     wanted = [
         {f"{before}{name}": (shape, _dtype(packing)) for name, shape in _stored_shapes(packing).items()}
@@ -416,7 +429,7 @@ def _checked(described: dict) -> dict:
 def _unpacked(state: dict[str, torch.Tensor], packing: dict) -> Compensation:
     """From the stored tensors, those of all blocks in float32."""
     state = {name: tensor.float() for name, tensor in state.items()}
-    sizes = {name: packing[name] for name in _SIZES}
+    sizes = _sizes(packing)
     if (blocks := packing.get("blocks")) is not None:
         whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes(**sizes).items()}
         state = {

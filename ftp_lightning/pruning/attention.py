@@ -149,10 +149,13 @@ def attend(
     backend, stock = plan.site.backend, plan.stock
     if backend.foreign or not backend.changing.isdisjoint(kwargs):
         _check_arguments(backend, module, kwargs)
-    causal = sight.causal and backend.mask != "additive" and backend.name != "flex_attention"
-    if sight.everything or causal:
+    flex = backend.name == "flex_attention"
+    if sight.everything and flex and query.device.type in FLEX_NEVER:
+        name = "sdpa" if kwargs.get("softcap") is None else "eager"
+        return interface(name, module)(module, query, key, value, None, **kwargs)
+    if sight.everything or (sight.causal and backend.mask != "additive" and not flex):
         return stock(module, query, key, value, None, **kwargs)
-    if backend.name == "flex_attention" and _flexes(query, kwargs):
+    if flex and _flexes(query, kwargs):
         from ftp_lightning.pruning.flex import block_mask  # needs torch's compiler, which takes its time to import
 
         return stock(module, query, key, value, block_mask(sight), **kwargs)

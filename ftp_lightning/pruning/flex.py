@@ -11,6 +11,7 @@ is asked of the device.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,10 @@ TILE = 128
 """Queries and keys of a tile, flex attention's own default."""
 _BEYOND = 2**40
 """More than any slot, and exact as the float that `pad` makes of it."""
+_MORE: dict = (
+    {"compute_q_blocks": False} if "compute_q_blocks" in signature(BlockMask.from_kv_blocks).parameters else {}
+)
+"""Without a gradient: no lists that the backward alone reads, where torch (2.9 on) can do without."""
 
 
 def block_mask(sight: Sight) -> BlockMask:
@@ -43,16 +48,13 @@ def block_mask(sight: Sight) -> BlockMask:
         seen = seen & (last_key[:, None] > first_query - window)
         full = full & (first_key[:, None] > last_query - window)
     query_slots, key_slots, valid = queries.slots, keys.slots, keys.valid
-    all_valid, themselves = keys.all_valid, sight.themselves
+    # one form for all blocks and calls, numbers as tensors: each other form would be compiled on its own
+    reach = query_slots.new_full((), _BEYOND if window is None else window)
+    itself = valid.new_full((), sight.themselves)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own, other = query_slots[row, query], key_slots[row, key]
-        found = other <= own
-        if window is not None:
-            found = found & (other > own - window)
-        if not all_valid:
-            found = found & valid[row, key]
-        return found | (own == other) if themselves else found
+        return ((other <= own) & (other > own - reach) & valid[row, key]) | (itself & (own == other))
 
     return BlockMask.from_kv_blocks(
         *_listed(seen & ~full),
@@ -60,7 +62,7 @@ def block_mask(sight: Sight) -> BlockMask:
         BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(query_slots.shape[1], key_slots.shape[1]),
-        compute_q_blocks=torch.is_grad_enabled(),  # what the backward alone reads
+        **_MORE if not torch.is_grad_enabled() else {},
     )
 
 

@@ -220,10 +220,14 @@ class TokenPruner:
     @property
     def maps(self) -> Compensation | None:
         """What skipped tokens get under this schedule: of a compensation with others for smaller budgets the one that
-        is meant."""
+        is meant (`Compensation.under`)."""
         if self.compensation is None or self.schedule is None:
             return self.compensation
-        return self.compensation.at(self.schedule.budget)
+        return self.compensation.under(self.schedule)
+
+    def rank_under(self, schedule: Schedule) -> int:
+        """`skip_rank` of this pruner under another schedule."""
+        return 0 if self.compensation is None else self.compensation.under(schedule).rank
 
     # ---------------------------------------------------------------- in force
 

@@ -188,7 +188,8 @@ def _uniform(settings: BenchmarkStage, model: PreTrainedModel, budget: float, ba
     from ftp_lightning.schedule import Schedule
     from ftp_lightning.stages.inputs import num_blocks, token_budget
 
-    tokens = token_budget(settings, model, base.kv, budget, base.skip_rank) or 0.0
+    rank = base.rank_under(Schedule.uniform(num_blocks(model), budget))
+    tokens = token_budget(settings, model, base.kv, budget, rank) or 0.0
     return Schedule.uniform(num_blocks(model), tokens).under(base.kv)
 
 

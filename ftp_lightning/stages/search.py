@@ -181,6 +181,7 @@ def carry_out(
 
     timing: `Progress.place`; state: what an interrupted search has saved, read before any process writes a new one.
     """
+    from ftp_lightning.schedule import Schedule
     from ftp_lightning.stages.inputs import load_model, token_budget
     from ftp_lightning.tracking import logging_to
 
@@ -189,7 +190,8 @@ def carry_out(
     first, progress = processes.rank == 0, Progress(**timing)
     budgets = sorted(set(settings.budgets)) or [settings.budget]
     where = settings, model, "keep" if settings.search_kv else start.kv  # a cut that all modes can make
-    asked = {budget: settings.in_tokens(token_budget(*where, budget, start.skip_rank) or 0.0) for budget in budgets}
+    ranks = {budget: start.rank_under(Schedule.uniform(len(start.kv), budget)) for budget in budgets}
+    asked = {one: settings.in_tokens(token_budget(*where, one, ranks[one]) or 0.0) for one in budgets}
     fitness, text = _fitness(settings, model, tokenizer, start)
     if first:
         what = settings.rows if settings.task is None else f"items of {settings.task}"
@@ -198,7 +200,7 @@ def carry_out(
     logging = logging_to(settings.tracking, folder.place("logs").parent, settings.config(), job) if first else None
     with logging or nullcontext() as logger:
         listener = _Listener(settings, folder, progress, logger) if first else None
-        repair = _repair(settings, model, start.skip_rank)
+        repair = _repair(settings, model, ranks[budgets[0]])
         found = _search(asked, start, fitness, listener, state, processes, repair)
         if first:
             _write(settings, folder, model, start, found, text)
@@ -335,7 +337,9 @@ def _write(
         numbers = {"value": result.value, "allocations": result.allocations, "generations": result.generations}
         if settings.budget_kind == "flops":
             kv = result.schedule.kv or start.kv
-            cut = flops_reduction(model, result.schedule, settings.budget_length, kv, rank=start.skip_rank)
+            cut = flops_reduction(
+                model, result.schedule, settings.budget_length, kv, rank=start.rank_under(result.schedule)
+            )
             numbers["flops_reduction"] = cut
         return numbers | {"stopped": result.stopped}
 

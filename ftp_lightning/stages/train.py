@@ -258,7 +258,9 @@ def _distilled(
         folder.fingerprint,
     )  # fmt: skip
     told = {"rows": len(rows), "epochs": system.history, "validation_kl": system.best[0]}
-    return pruner.changed(compensation=found), told
+    whole = pruner.compensation
+    assert whole is not None
+    return pruner.changed(compensation=whole.with_maps(pruner.scheduled, found)), told
 
 
 def _sharded(settings: TrainStage, processes: Processes, device: torch.device) -> tuple[Any, Any]:

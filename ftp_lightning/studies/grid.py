@@ -57,7 +57,8 @@ def run_grid(
         try:
             if not path.exists():
                 found = measure(cell)
-                write_text(path, "" if found is None else found.to_json(orient="records", lines=True))
+                some = found is not None and not found.empty  # of none pandas would write a blank line
+                write_text(path, found.to_json(orient="records", lines=True) if found is not None and some else "")
                 say(f"{cell.name}: {0 if found is None else len(found)} items")
         except UserError as error:
             say(f"{cell.name}: left out: {str(error).splitlines()[0]}")

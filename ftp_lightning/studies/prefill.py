@@ -14,6 +14,7 @@ import torch
 from ftp_lightning.costs.budget import default_with_cut, solve_budget, stages_with_cut
 from ftp_lightning.costs.flops import realised_flops
 from ftp_lightning.costs.request import scout_flops
+from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.speed.block_clock import BlockClock
 from ftp_lightning.evaluation.speed.limits import shape_limit
 from ftp_lightning.evaluation.speed.prefill import Speed, prefill_speeds
@@ -54,6 +55,14 @@ def placed(cell: Prefill, model: Any) -> TokenPruner:
     return TokenPruner(StaticRouter(), solve_budget(model, cell.cut, cell.tokens, "evict").under("evict"))
 
 
+def _placed(cell: Prefill, model: Any) -> TokenPruner | None:
+    """None for a cell that is refused."""
+    try:
+        return placed(cell, model)
+    except UserError:
+        return None
+
+
 def timed(
     model: Any,
     pruners: Sequence[TokenPruner],
@@ -92,6 +101,7 @@ class Prefills:
         """`timed`, and what stock blocks of the kept count allow."""
         from pandas import DataFrame
 
+        placed(cell, loaded(cell.model, cell.dtype))  # a cell that cannot be placed is refused alone
         return DataFrame([self._together(cell.model, cell.dtype, cell.tokens)[cell]])
 
     @lru_cache(maxsize=1)  # noqa: B019  it lives as long as the process
@@ -100,8 +110,9 @@ class Prefills:
         prompts = random_prompts(model, tokens, 1, generator=generator)
         missing = [one for one in self.cells if (one.model, one.dtype, one.tokens) == (name, dtype, tokens)]
         missing = [one for one in missing if not (self.folder / f"{one.name}.jsonl").exists()]
-        pruners, rounds = [placed(one, model) for one in missing], max(PAIRS, min(MOST, PAIRS * SHORT // tokens))
+        made = {one: pruner for one in missing if (pruner := _placed(one, model)) is not None}
+        pruners, rounds = list(made.values()), max(PAIRS, min(MOST, PAIRS * SHORT // tokens))
         rows = timed(model, pruners, prompts, rounds, generator, settled=tokens < SHORT)
         clock = BlockClock(model, prompts, clock=time.process_time)
         limits = [shape_limit(clock, row["dense_ms"], p.trace.routed, p.kv) for row, p in zip(rows, pruners)]
-        return {one: row | {"shape_limit": limit} for one, row, limit in zip(missing, rows, limits, strict=True)}
+        return {one: row | {"shape_limit": limit} for one, row, limit in zip(made, rows, limits, strict=True)}

@@ -7,10 +7,12 @@ Shapes: N blocks, D hidden size, r rank, B rows, T tokens.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from ftp_lightning.pruning.calls import WrappedMethod
 from ftp_lightning.pruning.devices import home, hooked_place
 from ftp_lightning.pruning.family import find_attention, find_decoder, find_mlp
 from ftp_lightning.pruning.kept import padding_arguments
+
+if TYPE_CHECKING:
+    from ftp_lightning.schedule import Schedule
 
 SKIP = ("identity", "mean", "low-rank")
 """What a skipped token may get: nothing (paper), the mean update, or a linear map of rank r of its input."""
@@ -37,8 +42,9 @@ class Compensation:
     Attributes:
         parts: of "block", "attention", "mlp" those that were fitted.
         tensors: per part `{part}.bias` (N, D) and, where r > 0, `{part}.down` (N, r, D) and `{part}.up` (N, D, r).
-        smaller: (budget, compensation) pairs that rise: what schedules of at most that budget take instead, see `at`.
-            Maps that are distilled for few blocks are better there than those that serve all cuts.
+        smaller: (budget, compensation) pairs that rise: what schedules of at most that budget take instead, where it
+            has maps for all blocks that they skip, see `under`. Maps that are distilled for few blocks are better there
+            than those that serve all cuts.
 
     ValueError where one of `smaller` is for another model, for other parts, or has smaller ones itself.
 
@@ -57,17 +63,36 @@ class Compensation:
         for _, other in self.smaller:
             if (other.parts, other.num_blocks, other.hidden_size) != shape or other.smaller or not other.rank:
                 raise ValueError(f"a compensation for smaller budgets must have the sizes {shape}, and a rank")
+        object.__setattr__(self, "smaller", tuple((float(budget), other) for budget, other in self.smaller))
         budgets = [budget for budget, _ in self.smaller]
-        if budgets != sorted({*budgets}) or (budgets and not self.rank):
+        if budgets != sorted({*budgets}) or not all(map(math.isfinite, budgets)) or (budgets and not self.rank):
             raise ValueError(f"budgets of compensations must rise, and all have a rank; they are {budgets}")
 
-    def at(self, budget: float) -> Compensation:
-        """What tokens get under a schedule of mean sparsity `budget`: the one for the least budget that is not below
-        it, else this one."""
+    @cached_property
+    def blocks(self) -> frozenset[int]:
+        """Blocks in which a skipped token gets something."""
+        filled = [tensor.flatten(1).any(1) for tensor in self.tensors.values()]
+        return frozenset(torch.stack(filled).any(0).nonzero().flatten().tolist())
+
+    def under(self, schedule: Schedule) -> Compensation:
+        """What tokens get under a schedule: of those for its mean sparsity or more, least first, the first one that has
+        maps for all blocks that skip here, else this one. A block for which this one has none needs none."""
+        skipped = {block for block, share in enumerate(schedule.sparsity) if share > 0.0}
         for most, other in self.smaller:
-            if budget <= most + 1e-9:
+            if schedule.budget <= most + 1e-9 and skipped & self.blocks <= other.blocks:
                 return other
+        return self._alone
+
+    @cached_property
+    def _alone(self) -> Compensation:
         return replace(self, smaller=()) if self.smaller else self
+
+    def with_maps(self, schedule: Schedule, found: Compensation) -> Compensation:
+        """The same, but that `found` stands where `under(schedule)` stood."""
+        old = self.under(schedule)
+        if old is self._alone:
+            return replace(found, smaller=self.smaller)
+        return replace(self, smaller=tuple((most, found if one is old else one) for most, one in self.smaller))
 
     def update(self, hidden: Tensor, block: int, part: str = "block") -> Tensor:
         """u (B, T, D) for hidden (B, T, D), in the dtype of both."""

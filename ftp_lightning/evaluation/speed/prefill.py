@@ -161,7 +161,7 @@ def router_overhead(
     parts = ["attention", "mlp"] if len(pruner.addressed) > 1 else pruner.addressed
     names = ["keep" if part == "block" else f"keep_{part}" for part in parts]
     decided = {name: [keep | padding for keep in getattr(trace, name)] for name in names}
-    fixed = pruner.changed(router=FixedRouter(**decided), schedule=None)
+    fixed = pruner.changed(router=FixedRouter(**decided), schedule=None, compensation=pruner.maps)
 
     def timed(which: TokenPruner) -> float:
         with which(model):

@@ -20,8 +20,8 @@ def interleaved(first: Callable[[], float], second: Callable[[], float], pairs: 
 def in_turn(runs: Sequence[Callable[[], float]], rounds: int, warmup: int = 0) -> Tensor:
     """(rounds, runs) float64: what all returned, each called once in a round [ours].
 
-    Who goes first changes from round to round, so that none profits from another's warm caches or suffers from a slow
-    drift of the clock rate; the first `warmup` rounds are thrown away.
+    Who goes first changes from round to round, so that a slow drift of the clock rate falls on all; of two, neither
+    profits from the other's warm caches. The first `warmup` rounds are thrown away.
     """
     times = []
     for number in range(warmup + rounds):
