@@ -29,6 +29,8 @@ from ftp_lightning import (
     UserError,
     fit_compensation,
 )  # fmt: skip
+from ftp_lightning.baselines.beside import beside
+from ftp_lightning.baselines.setting import Setting
 from ftp_lightning.costs import flops
 from ftp_lightning.costs.budget import budget_with_cut
 from ftp_lightning.costs.request import planned_cut
@@ -741,3 +743,20 @@ def test_all_of_them_are_for_the_blocks_that_are_asked_for():
     for budget in (0.1, 0.2, 0.3):
         assert not any(bool(t[:3].any()) for t in at(few, budget).tensors.values())
     assert at(few.to(dtype=torch.float64), 0.1).tensors["block.bias"].dtype == torch.float64
+
+
+def test_a_replay_of_decisions_adds_what_the_router_s_run_adds(monkeypatch):
+    attached, attach = [], TokenPruner.attach
+    monkeypatch.setattr(
+        TokenPruner, "attach", lambda self, model: attached.append(self.maps.digest()) or attach(self, model)
+    )
+    pruner = TokenPruner(StaticRouter(), Schedule([0, 0, 0.2, 0.2]), skip="low-rank", compensation=graded())
+    draw = torch.Generator().manual_seed(0)
+    speed.router_overhead(MODEL, pruner, random_prompts(MODEL, 20, 1, generator=draw), 1, 0, generator=draw)
+    assert len(attached) == 3 and set(attached) == {graded().smaller[0][1].digest()}
+
+
+def test_rivals_get_the_maps_of_the_pruner_that_they_stand_beside():
+    pruner = TokenPruner(StaticRouter(), Schedule([0, 0, 0.2, 0.2]), skip="low-rank", compensation=graded())
+    rival = beside("fast_kv", pruner, Setting(MODEL), 200)
+    assert rival.compensation.digest() == pruner.maps.digest() and rival.skip_rank == 3
