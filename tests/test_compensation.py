@@ -660,6 +660,7 @@ def test_a_pruner_adds_what_its_schedule_is_meant_to_get(kv):
     with torch.no_grad(), pruner.at(0.2).changed(compensation=FITTED["low-rank"])(MODEL):
         assert not torch.allclose(MODEL(TEXT).logits, logits[0])
     assert pruner.at(0.1).at(0.4).maps.digest() == pruner.maps.digest()
+    assert [pruner.rank_under(one) for one in (Schedule.uniform(4, 0.1), family.schedules[0])] == [4, 3]
 
 
 def test_a_cut_is_counted_with_the_rank_of_its_own_maps():
