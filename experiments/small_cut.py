@@ -1,4 +1,4 @@
-"""Maps of their own for a small cut of a ready-made pruner: how those of SmolLM2's cuts of 12 and 21 % were made.
+"""Maps of their own for a small cut of a ready-made pruner: how those of SmolLM2's cut of 12 % were made.
 
     python experiments/small_cut.py --books BOOKS --squad xquad_en.jsonl --prompts instructions.jsonl
     python experiments/small_cut.py … --budget 0.233333 --rank 40 --pruned runs/small_cut/pruned

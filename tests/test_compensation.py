@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -737,6 +739,19 @@ def test_more_than_a_stored_one_may_have_are_not_stored(tmp_path):
     with pytest.raises(UserError, match="at most 100"):
         pruner_of("low-rank", StaticRouter(), compensation=many).save(tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_one_without_others_is_freed_as_soon_as_nobody_holds_it():
+    """Each step of a distillation makes one, and what it was computed from hangs on it."""
+    gc.disable()
+    try:
+        one = dataclasses.replace(FITTED["low-rank"])
+        seen = weakref.ref(one)
+        assert one.under(SCHEDULE) is one
+        del one
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_all_of_them_are_for_the_blocks_that_are_asked_for():

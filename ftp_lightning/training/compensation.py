@@ -81,16 +81,17 @@ class Compensation:
         for most, other in self.smaller:
             if schedule.budget <= most + 1e-9 and skipped & self.blocks <= other.blocks:
                 return other
-        return self._alone
+        return self._alone if self.smaller else self
 
     @cached_property
     def _alone(self) -> Compensation:
-        return replace(self, smaller=()) if self.smaller else self
+        """This one without others. Never asked of one that has none: it would hold itself, and what trains it."""
+        return replace(self, smaller=())
 
     def with_maps(self, schedule: Schedule, found: Compensation) -> Compensation:
         """The same, but that `found` stands where `under(schedule)` stood."""
         old = self.under(schedule)
-        if old is self._alone:
+        if all(one is not old for _, one in self.smaller):
             return replace(found, smaller=self.smaller)
         return replace(self, smaller=tuple((most, found if one is old else one) for most, one in self.smaller))
 
