@@ -112,7 +112,9 @@ def main() -> None:
         axes.spines[["top", "right"]].set_visible(False)
     both[0].set_ylim(-4, 104)
     both[1].set(yscale="log", ylim=(1.5, 0.0025))
-    both[1].set_yticks([0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], labels="0.005 0.01 0.02 0.05 0.1 0.2 0.5 1".split())
+    both[1].set_yticks(
+        [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], labels="0.005 0.01 0.02 0.05 0.1 0.2 0.5 1".split()
+    )
     both[1].minorticks_off()
     handles, labels = both[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8.5, ncol=3, loc="lower center")

@@ -171,10 +171,33 @@ def test_answers_to_one_prompt_share_its_split_and_are_one_document(tmp_path):
         assert len({(tuple(row.prompt), row.document) for row in rows}) == len(own)
 
 
+def test_records_of_a_named_document_share_its_split_and_are_one_document(tmp_path):
+    records = [{"prompt": f"Question {i} of {book}?", "document": book} for i in range(4) for book in range(40)]
+    source = written(tmp_path, records)
+    found = {split: load_prompts(source, split, TOKENIZER).rows for split in SPLITS}
+    assert sum(map(len, found.values())) == 160
+    for rows in found.values():
+        books = {(words(row.prompt).split()[-1], row.document) for row in rows}
+        assert len(books) == len({book for book, _ in books}) == len({document for _, document in books})
+        assert len(rows) == 4 * len(books)
+
+
+def test_documents_that_share_a_prompt_are_one(tmp_path):
+    chain = [{"prompt": "a", "document": "A"}, {"prompt": "b", "document": "B"}, {"prompt": "c", "document": "C"}]
+    chain += [{"prompt": "a", "completion": "x", "document": "B"}, {"prompt": "b", "completion": "y", "document": "D"}]
+    rows = load_prompts(written(tmp_path, chain), "all", TOKENIZER).rows
+    assert [row.document for row in rows] == [0, 0, 2, 0, 0]
+
+
+def test_a_document_is_a_name(tmp_path):
+    with pytest.raises(UserError, match="line 1: 'document' must be a name, not list"):
+        read(tmp_path, [{"prompt": "a", "document": ["A"]}])
+
+
 def test_few_records_cannot_be_split(tmp_path):
     records = [alpaca(i) for i in range(19)]
     assert len(read(tmp_path, records)) == 19
-    with pytest.raises(UserError, match="holds 19 different prompts, 20 are needed"):
+    with pytest.raises(UserError, match="holds 19 different prompts or documents, 20 are needed"):
         read(tmp_path, records + records, split="training")
 
 

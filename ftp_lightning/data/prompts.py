@@ -35,6 +35,7 @@ class _Exchange:
     Attributes:
         response: None where the record has no answer.
         templated: the tokenizer's chat template made both, special tokens included.
+        document: what the record says that it comes from.
     """
 
     text: str
@@ -42,6 +43,7 @@ class _Exchange:
     response: str | None
     kind: str
     templated: bool = False
+    document: str | None = None
 
 
 class NoPrompt(UserError):
@@ -66,8 +68,9 @@ def load_prompts(
 
     All hold before `text`, which some data sets give beside them. A record without an answer gives a row without a
     continuation. Where no template says otherwise the prompt begins as the tokenizer begins a text, and EOS comes last.
-    The split is that of the record as a document, by the hash of its text; duplicates count once. Records with one
-    prompt and different answers go where the first of them goes, and are one document in intervals.
+    The split is that of the record as a document, by the hash of its text; duplicates count once. Records that name the
+    same `document`, a text of any length, or that have one prompt and different answers, go where the first of them
+    goes, and are one document in intervals.
 
     Longer prompts than `prompt_tokens` are left out and counted, as are prompts and responses without words;
     continuations are cut at `continuation_tokens`. Raises UserError for text without records, records without a prompt,
@@ -77,8 +80,8 @@ def load_prompts(
     """
     check_split(split)
     make = partial(_exchange, tokenizer=tokenizer)
-    exchanges = _of_split(source, split, read_records(source, make if answers else lambda one: make(_asked(one))))
-    found = _rows(exchanges, tokenizer, prompt_tokens, continuation_tokens)
+    records = read_records(source, make if answers else lambda one: make(_asked(one)))
+    found = _rows(_of_split(source, split, records), tokenizer, prompt_tokens, continuation_tokens)
     if not found.rows:
         counted = ", ".join(f"{name} {count}" for name, count in found.left_out.items() if count) or "none has words"
         raise NoPrompt(
@@ -116,35 +119,55 @@ def text_windows(
     return plain_windows(tokenizer, documents, prompt_tokens, continuation_tokens, count, rng)
 
 
-def _of_split(source: str, split: str, exchanges: Iterable[_Exchange]) -> list[_Exchange]:
-    """Those of the split, each text once, in the order of `load_documents`."""
+def _of_split(source: str, split: str, exchanges: Iterable[_Exchange]) -> list[tuple[_Exchange, int]]:
+    """Those of the split, each text once, in the order of `load_documents`, each with the number of its document."""
     by_text: dict[str, _Exchange] = {}
     for exchange in exchanges:
         if exchange.text.strip():
             by_text.setdefault(exchange.text, exchange)
-    first: dict[str, str] = {}  # whose split all records of one prompt share
-    for text, exchange in by_text.items():
-        first.setdefault(exchange.prompt.strip() or text, text)
+    first: dict[int, str] = {}  # whose split all records of one document share
+    numbers = _documents(list(by_text.values()))
+    for number, text in zip(numbers, by_text):
+        first.setdefault(number, text)
     if split != "all" and len(first) < MANY_DOCUMENTS:  # as documents each of them would be cut into all splits
         raise UserError(
-            f"{source} holds {len(first)} different prompts, {MANY_DOCUMENTS} are needed to tell splits apart\n"
-            "Give more records, or take all of them by --split all"
+            f"{source} holds {len(first)} different prompts or documents, {MANY_DOCUMENTS} are needed to tell splits "
+            "apart\nGive more records, or take all of them by --split all"
         )
     chosen = set(split_documents(list(first.values()), split))
-    return [one for text, one in by_text.items() if first[one.prompt.strip() or text] in chosen]
+    return [(one, number) for number, one in zip(numbers, by_text.values()) if first[number] in chosen]
+
+
+def _documents(exchanges: Sequence[_Exchange]) -> list[int]:
+    """The number of each one's document: those that name one document, or have one prompt, share it, also by others
+    in between."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not exchanges:
+        return []
+    names: dict[tuple[str, str], int] = {}
+    pairs = [
+        (place, len(exchanges) + names.setdefault((kind, name), len(names)))
+        for place, one in enumerate(exchanges)
+        for kind, name in (("prompt", one.prompt.strip() or one.text), ("document", one.document))
+        if name is not None
+    ]
+    nodes = len(exchanges) + len(names)
+    graph = coo_array(([1] * len(pairs), tuple(zip(*pairs, strict=True))), shape=(nodes, nodes))
+    return [int(number) for number in connected_components(graph, directed=False)[1][: len(exchanges)]]
 
 
 def _rows(
-    exchanges: Sequence[_Exchange],
+    exchanges: Sequence[tuple[_Exchange, int]],
     tokenizer: PreTrainedTokenizerBase,
     prompt_tokens: int | None,
     continuation_tokens: int | None,
 ) -> Rows:
     rows: list[Row] = []
     left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
-    cut, documents = 0, dict[str, int]()
-    for number, exchange in enumerate(exchanges):
-        document = documents.setdefault(exchange.prompt, number)
+    cut, places = 0, dict[int, int]()
+    for place, (exchange, document) in enumerate(exchanges):
         prompt, response = _tokens(exchange, tokenizer)
         if not exchange.prompt.strip() or not prompt:
             left_out["empty_prompt"] += 1
@@ -153,7 +176,7 @@ def _rows(
         elif prompt_tokens is not None and len(prompt) > prompt_tokens:
             left_out["long_prompt"] += 1
         else:
-            rows.append(Row(prompt, response[:continuation_tokens], exchange.kind, document))
+            rows.append(Row(prompt, response[:continuation_tokens], exchange.kind, places.setdefault(document, place)))
             cut += len(response) > len(rows[-1].continuation)
     return Rows(rows, dict(left_out), cut)
 
@@ -172,7 +195,14 @@ def _tokens(exchange: _Exchange, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 
 def _exchange(record: Any, tokenizer: PreTrainedTokenizerBase) -> _Exchange:
-    """The words of a record; ValueError where it has no known form or no prompt."""
+    """The words of a record and its document; ValueError where it has no known form or no prompt."""
+    found, document = _words(record, tokenizer), record.get("document")
+    if not isinstance(document, str | int | None):
+        raise ValueError(f"'document' must be a name, not {type(document).__name__}")
+    return found if document is None else replace(found, document=str(document))
+
+
+def _words(record: Any, tokenizer: PreTrainedTokenizerBase) -> _Exchange:
     text = record_text(record)
     if "messages" in record:
         return _chat(text, record["messages"], tokenizer)

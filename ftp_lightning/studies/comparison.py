@@ -137,8 +137,11 @@ class Comparison:
         if self.prompts or not self.squad:
             return self.prompts
         path = self.output / "questions.jsonl"
-        asked = (f"{question.passage}\n\n{question.question}" for question in read_questions([Path(self.squad)], "all"))
-        write_text(path, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
+        asked = (
+            {"prompt": f"{question.passage}\n\n{question.question}", "document": question.article}
+            for question in read_questions([Path(self.squad)], "all")
+        )
+        write_text(path, "".join(json.dumps(record) + "\n" for record in asked))
         return str(path)
 
     def tokens(self, model: str) -> int:
