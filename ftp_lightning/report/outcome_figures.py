@@ -97,7 +97,7 @@ def kept_by_distance(rows: Rows) -> "Figure":
     axis.set_xticks(range(len(distances)), distances)
     axis.set(ylim=(0, 1.03), ylabel="answers kept (share)", xlabel="distance of the fact from the question (tokens)")
     axis.grid(visible=False, axis="x")
-    top_legend(axis, 6 if len(labels) <= 6 else 4)
+    figure.legend(loc="outside right upper", handlelength=1.6)
     return figure
 
 
