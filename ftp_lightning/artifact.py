@@ -50,6 +50,7 @@ class StageFolder:
         self.finished = False
         self._files: list[str] = []
         self._created: list[Path] = []
+        self._resumes = False
         self._started = time.monotonic()
         self._lock = Lock(self.path / LOCK)
 
@@ -81,6 +82,7 @@ class StageFolder:
             for name in (STATE, UNFINISHED):  # of a run that was killed after its last file
                 (self.path / name).unlink(missing_ok=True)
             self.finished = not self.overwrite and self._is_done(former)
+        self._resumes = any((self.path / name).exists() for name in (*KEPT, UNFINISHED))
         return self
 
     def _is_done(self, former: dict) -> bool:
@@ -147,8 +149,10 @@ class StageFolder:
         try:
             if kind is None and not self.finished:
                 self._finish()
-            elif self._created and kind is not None and not (_may_resume(kind) and self._resumable()):
+            elif kind is not None and not (_may_resume(kind) and self._resumable()):
                 remove_created(self.path, self._created)
+                for name in () if self._resumes else (*KEPT, UNFINISHED):
+                    remove(self.path / name)
         except OSError as failed:
             told = told or file_error(failed)
             if told is None:

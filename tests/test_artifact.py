@@ -117,6 +117,24 @@ def test_an_unfinished_stage_of_other_settings_is_refused_and_kept(tmp_path, mon
         assert stage.load_state() == {"generation": 3}
 
 
+def test_a_refusal_leaves_no_state_in_a_folder_that_was_there(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError), folder(tmp_path) as stage:
+        stage.save_state({"generation": 3})
+        stage.place("checkpoints").mkdir()
+        raise UserError("too few prompts")
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_a_refusal_keeps_the_state_that_it_came_upon(tmp_path):
+    interrupted(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises(UserError), folder(tmp_path) as stage:
+        stage.save_state({"generation": 4})
+        raise UserError("too little time")
+    assert names(tmp_path) == before
+
+
 def test_overwriting_an_unfinished_stage_discards_its_state(tmp_path):
     interrupted(tmp_path)
     with folder(tmp_path, overwrite=True, kv="evict") as stage:
