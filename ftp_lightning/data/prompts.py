@@ -167,7 +167,8 @@ def _rows(
     rows: list[Row] = []
     left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
     cut, places = 0, dict[int, int]()
-    for place, (exchange, document) in enumerate(exchanges):
+    for place, (exchange, number) in enumerate(exchanges):
+        document = places.setdefault(number, place)
         prompt, response = _tokens(exchange, tokenizer)
         if not exchange.prompt.strip() or not prompt:
             left_out["empty_prompt"] += 1
@@ -176,7 +177,7 @@ def _rows(
         elif prompt_tokens is not None and len(prompt) > prompt_tokens:
             left_out["long_prompt"] += 1
         else:
-            rows.append(Row(prompt, response[:continuation_tokens], exchange.kind, places.setdefault(document, place)))
+            rows.append(Row(prompt, response[:continuation_tokens], exchange.kind, document))
             cut += len(response) > len(rows[-1].continuation)
     return Rows(rows, dict(left_out), cut)
 
