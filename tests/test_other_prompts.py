@@ -1,6 +1,8 @@
 """Prompts of kinds that nothing was tuned on: few-shot questions, choices, stories, code."""
 
 import ast
+import importlib
+import inspect
 import json
 
 import pytest
@@ -39,10 +41,12 @@ def test_choices_and_stories_are_said_whole(folder):
 
 def test_code_is_one_whole_function(folder):
     found = other_prompts("code", "", 30)
-    assert len({prompt for _, prompt in found}) == 30 == len({document for document, _ in found})
-    for _, prompt in found:
+    assert len({prompt for _, prompt in found}) == 30
+    for document, prompt in found:
         (function,) = ast.parse(prompt.split("\n\n", 1)[1]).body
         assert isinstance(function, ast.FunctionDef)
+        module = importlib.import_module(document.removeprefix("code "))
+        assert f"def {function.name}(" in inspect.getsource(module)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@
 | story | the beginning of a HellaSwag text, to go on with | hellaswag_validation.jsonl |
 | code | what does this function of Python's standard library do? | none |
 
-Every prompt is a document of its own.
+Functions of one module are one document, every other prompt is one of its own.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ MODULES = (
 
 def other_prompts(kind: str, folder: str, count: int) -> list[tuple[str, str]]:
     """`count` prompts of a kind: which document each is, and its words. UserError where a file is missing."""
-    return [(f"{kind} {number}", prompt) for number, prompt in enumerate(_shuffled(kind, folder)[:count])]
+    found = _shuffled(kind, folder)[:count]
+    return [(f"{kind} {number if source is None else source}", prompt) for number, (source, prompt) in enumerate(found)]
 
 
 @cache
-def _shuffled(kind: str, folder: str) -> tuple[str, ...]:
-    found = list(KINDS[kind](Path(folder).expanduser()))
+def _shuffled(kind: str, folder: str) -> tuple[tuple[str | None, str], ...]:
+    """Prompts of a kind in random order, each after what it comes from, None where no other prompt does."""
+    found = [(None, one) if isinstance(one, str) else one for one in KINDS[kind](Path(folder).expanduser())]
     random.Random(kind).shuffle(found)
     return tuple(found)
 
@@ -72,8 +74,8 @@ def _story(folder: Path) -> Sequence[str]:
     )
 
 
-def _code(_: Path) -> Iterator[str]:
-    """The source files are read, and no module is imported."""
+def _code(_: Path) -> Iterator[tuple[str, str]]:
+    """After the module of each. The source files are read, and no module is imported."""
     import ast
 
     library = Path(sysconfig.get_path("stdlib"))
@@ -85,7 +87,7 @@ def _code(_: Path) -> Iterator[str]:
                 lines = written[node.lineno - 1 : node.end_lineno]
                 if CODE_LINES[0] <= len(lines) <= CODE_LINES[1]:
                     text = inspect.cleandoc("\n".join(["", *lines]))
-                    yield f"What does this Python function do?\n\n{text}"
+                    yield module, f"What does this Python function do?\n\n{text}"
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {"few-shot": _few_shot, "choice": _choice, "story": _story, "code": _code}
