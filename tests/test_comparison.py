@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from pandas import DataFrame
 
 from ftp_lightning import Schedule, StaticRouter, TokenPruner
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation.record import kept
 from ftp_lightning.studies.comparison import Compared, Comparison
+from ftp_lightning.studies.method_table import kept_table
 
 TOKENS, ITEMS = 200, 8
 
@@ -63,5 +65,22 @@ def test_own_answers_are_those_to_the_questions_where_no_prompts_are_given(compa
     squad.write_text("".join(json.dumps(record | {"id": str(number)}) + "\n" for number in range(2)))
     asking = replace(comparison, squad=str(squad), output=tmp_path)
     lines = [json.loads(line) for line in open(asking.own_prompts())]
-    assert lines == [{"prompt": "Ada has a red boat.\n\nWhat has Ada?"}] * 2
+    assert lines == [{"prompt": "Ada has a red boat.\n\nWhat has Ada?", "document": "boats"}] * 2
     assert replace(asking, prompts="mine.jsonl").own_prompts() == "mine.jsonl"
+
+
+def test_a_table_has_a_column_per_cut_and_the_interval_of_each_number():
+    cell = {"model": "m", "task": "own_answers", "method": "static", "seed": 0, "needed": True, "flops": 80.0}
+    cell |= {"dense_flops": 100.0, "dense_right": True}
+    rows = [
+        cell | {"cut": cut, "item": n, "document": n, "right": n < kept_ones, "kl": 0.2 + 0.1 * (n % 2)}
+        for cut, kept_ones in ((0.1, 20), (0.2, 10))
+        for n in range(20)
+    ]
+    table = kept_table(DataFrame(rows))
+    assert table.startswith("### m, own_answers: 20 answers\n")
+    head, _, row = table.splitlines()[2:5]
+    assert [part.strip() for part in head.split("|")[2:4]] == ["10% of the FLOPs", "20% of the FLOPs"]
+    assert [part.strip() for part in row.split("|")[1:4]] == [
+        "static", "100 [84, 100] (20%, KL 0.25 [0.23, 0.27])", "50 [30, 70] (20%, KL 0.25 [0.23, 0.27])"
+    ]  # fmt: skip

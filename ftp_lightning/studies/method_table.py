@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ftp_lightning.evaluation.record import DENSE, flops_cut, kept, mean
+from ftp_lightning.evaluation.statistics import Interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 def kept_table(items: DataFrame, by: Sequence[str] = ("model", "task")) -> str:
     """Markdown: a table per model and task; a row per method, a column per cut.
 
-    A cell holds the answers kept in per cent with their 95 % interval, then the FLOPs cut that was realised. Columns of
-    KL and of the first token's agreement follow where the rows have them.
+    A cell holds the answers kept in per cent with their 95 % interval, then the FLOPs cut that was realised, and the KL
+    per token with its interval where the rows have one.
     """
     from pandas import DataFrame
 
@@ -35,9 +36,13 @@ def kept_table(items: DataFrame, by: Sequence[str] = ("model", "task")) -> str:
 
 
 def _cell(found: DataFrame) -> str:
-    share, cut = kept(found).scaled(100), flops_cut(found)
-    ends = f" [{share.low:.0f}, {share.high:.0f}]" if share.low is not None and share.high is not None else ""
+    cut = flops_cut(found)
     more = [f"{cut:.0%}"] if cut is not None else []
     if "kl" in found and found["kl"].notna().any():
-        more.append(f"KL {mean(found, 'kl').value:.2g}")
-    return f"{share.value:.0f}{ends} ({', '.join(more)})"
+        more.append(f"KL {_with_ends(mean(found, 'kl'), '.2g')}")
+    return f"{_with_ends(kept(found).scaled(100), '.0f')} ({', '.join(more)})"
+
+
+def _with_ends(found: Interval, form: str) -> str:
+    ends = "" if found.low is None or found.high is None else f" [{found.low:{form}}, {found.high:{form}}]"
+    return f"{found.value:{form}}{ends}"
