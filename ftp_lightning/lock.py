@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -69,14 +70,20 @@ class Lock:
 
 
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """One process at a time at work on `place`, machine-wide; others wait, and a process that dies lets go."""
+def locked(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """One process at a time at work on `place`, machine-wide; others wait, and a process that dies lets go.
+
+    `waiting` is called about once a second meanwhile; where it raises, the wait is over.
+    """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise file_error(error) or error from None
     lock = Lock(place.parent / f".{place.name}.lock")
-    lock.take(wait=True)
+    while not lock.take(wait=waiting is None):
+        assert waiting is not None
+        waiting()
+        time.sleep(1)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.evaluation import own_answers as module
 from ftp_lightning.evaluation.continuation import evaluate_rows
 from ftp_lightning.evaluation.own_answers import end_tokens, own_answers
+from ftp_lightning.lock import locked
 from ftp_lightning.models import load
 
 NEW = 6
@@ -156,6 +157,21 @@ def test_of_several_processes_one_asks_and_the_others_read(tiny, monkeypatch, tm
     assert one == two == own_answers(model, rows, 4).hash()
     assert len(set(asked)) == 2  # one of the two threads, and this one, which was given no folder
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_one_that_waits_for_anothers_answers_may_give_up(tiny, tmp_path):
+    model, rows = tiny
+    told = []
+
+    def tell(done, of):
+        told.append((done, of))
+        if len(told) == 2:
+            raise TimeoutError
+
+    with locked(tmp_path / module._identity(model, 4)), pytest.raises(TimeoutError):
+        own_answers(model, rows, 4, tmp_path, tell=tell)
+    assert told == [(0, len(rows))] * 2
+    own_answers(model, rows, 4, tmp_path)  # and nothing is locked any more
 
 
 def test_processes_that_share_a_sharded_model_ask_together(tiny, monkeypatch, tmp_path):

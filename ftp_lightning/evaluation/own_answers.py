@@ -101,8 +101,8 @@ def _answers(
 ) -> list[list[int]]:
     """The answer to each prompt, from the folder or from the model.
 
-    Of several processes that want the same, one asks the model and the others wait and read. A sharded model is asked
-    by all at once.
+    Of several processes that want the same, one asks the model and the others wait, telling so, and read. A sharded
+    model is asked by all at once.
     """
     identity, ends = _identity(model, new_tokens), end_tokens(model)
     keys = [request_key(row.prompt) for row in prompts.rows]
@@ -110,7 +110,7 @@ def _answers(
     if len(known) == len(set(keys)):
         return [known[key] for key in keys]
     place = None if folder is None or is_sharded(model) else Path(folder).expanduser() / identity
-    with nullcontext() if place is None else locked(place):
+    with nullcontext() if place is None else locked(place, lambda: tell(len(known), len(prompts))):
         book = AnswerBook(folder, identity)
         known = _known(book, keys)
         first = {key: i for i, key in enumerate(keys) if key not in known}
