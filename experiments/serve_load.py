@@ -16,7 +16,7 @@ import torch
 from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.evaluation.speed.timing import median_interval
-from ftp_lightning.studies.served import Server, generated, shown
+from ftp_lightning.studies.served import Server, generated
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
                 spent = [[sum(one["ftp"][name] for one in answers) for answers in both] for _, both in rounds]
                 ratio = torch.tensor([dense / pruned for dense, pruned in spent])
                 print(
-                    f"  dense / pruned {name}: {shown(median_interval(ratio, draw))}, FLOPs limit {limit:.3f}",
+                    f"  dense / pruned {name}: {median_interval(ratio, draw):.3f}, FLOPs limit {limit:.3f}",
                     flush=True,
                 )
 

@@ -13,7 +13,7 @@ from ftp_lightning import load_pruned
 from ftp_lightning.data.sources import load_documents
 from ftp_lightning.data.text import prompt_ids
 from ftp_lightning.evaluation.speed.timing import interleaved, median_interval, seconds
-from ftp_lightning.studies.served import Server, generated, shown
+from ftp_lightning.studies.served import Server, generated
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
                 ratio, more = times[:, 0] / times[:, 1], 1e3 * (times[:, 0] - times[:, 1])
                 print(
                     f"{len(prompt_ids(tokenizer, prompt))} tokens, {mode}, {name}: served / bare "
-                    f"{shown(median_interval(ratio, draw))}, {shown(median_interval(more, draw), 0)} ms more "
+                    f"{median_interval(ratio, draw):.3f}, {median_interval(more, draw):.0f} ms more "
                     f"than {1e3 * times[:, 1].median():.0f} ms; of processor time {used:.3f}",
                     flush=True,
                 )

@@ -150,9 +150,7 @@ class StageFolder:
             if kind is None and not self.finished:
                 self._finish()
             elif kind is not None and not (_may_resume(kind) and self._resumable()):
-                remove_created(self.path, self._created)
-                for name in () if self._resumes else (*KEPT, UNFINISHED):
-                    remove(self.path / name)
+                self._take_back()
         except OSError as failed:
             told = told or file_error(failed)
             if told is None:
@@ -256,6 +254,13 @@ class StageFolder:
         write_text(self.path / PROVENANCE, json.dumps(record, indent=1, default=str) + "\n")
         for name in (STATE, UNFINISHED):
             (self.path / name).unlink(missing_ok=True)
+
+    def _take_back(self) -> None:
+        """Remove what this call has created; progress that it came upon stays."""
+        remove_created(self.path, self._created)
+        if not self._resumes:
+            for name in (*KEPT, UNFINISHED):
+                remove(self.path / name)
 
     def _write_config(self) -> None:
         import yaml

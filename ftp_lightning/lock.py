@@ -80,10 +80,12 @@ def locked(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[N
     except OSError as error:
         raise file_error(error) or error from None
     lock = Lock(place.parent / f".{place.name}.lock")
-    while not lock.take(wait=waiting is None):
-        assert waiting is not None
-        waiting()
-        time.sleep(1)
+    if waiting is None:
+        lock.take(wait=True)
+    else:
+        while not lock.take():
+            waiting()
+            time.sleep(1)
     try:
         yield
     finally:

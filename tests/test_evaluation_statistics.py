@@ -173,3 +173,10 @@ def test_chance_is_the_best_constant_answer_where_labels_are_unbalanced():
     assert chance_of([0, 1, 2, 3, 3], 4) == 0.25
     assert chance_of([], 4) == 0.25
     assert chance_of([3] * 40, 4) == 1.0
+
+
+def test_an_interval_is_written_as_far_as_it_is_known():
+    known = Interval(0.668, 0.612, 0.72, 400, 328)
+    assert f"{known.scaled(100):.1f}" == "66.8 [61.2, 72.0]" and f"{known:+.2f}" == "+0.67 [+0.61, +0.72]"
+    assert f"{Interval(0.5, None, None, 1, 1):.1f}" == "0.5" and f"{Interval(None, None, None, 0, 0):.1f}" == "–"
+    assert f"{known}" == str(known)

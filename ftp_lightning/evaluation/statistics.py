@@ -46,6 +46,15 @@ class Interval:
             return 0
         return int(self.low > 0) - int(self.high < 0)
 
+    def __format__(self, form: str) -> str:
+        """`f"{interval:.1f}"` is "66.8 [61.2, 72.0]"; without ends the value alone, without a value a dash."""
+        if not form:
+            return str(self)
+        if self.value is None:
+            return "–"
+        ends = "" if self.low is None or self.high is None else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.value:{form}}{ends}"
+
     def scaled(self, factor: float) -> Interval:
         """The same in another unit, for example 100 for points. `factor` must be positive."""
         value, low, high = (None if end is None else factor * end for end in (self.value, self.low, self.high))

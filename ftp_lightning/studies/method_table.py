@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ftp_lightning.evaluation.record import DENSE, flops_cut, kept, mean
-from ftp_lightning.evaluation.statistics import Interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -39,10 +38,5 @@ def _cell(found: DataFrame) -> str:
     cut = flops_cut(found)
     more = [f"{cut:.0%}"] if cut is not None else []
     if "kl" in found and found["kl"].notna().any():
-        more.append(f"KL {_with_ends(mean(found, 'kl'), '.2g')}")
-    return f"{_with_ends(kept(found).scaled(100), '.0f')} ({', '.join(more)})"
-
-
-def _with_ends(found: Interval, form: str) -> str:
-    ends = "" if found.low is None or found.high is None else f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.value:{form}}{ends}"
+        more.append(f"KL {mean(found, 'kl'):.2g}")
+    return f"{kept(found).scaled(100):.0f} ({', '.join(more)})"

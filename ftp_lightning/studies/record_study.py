@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from ftp_lightning.errors import UserError
 from ftp_lightning.evaluation.record import difference, flops_cut, joined, kept, mean, record
-from ftp_lightning.evaluation.statistics import Interval
 from ftp_lightning.studies.grid import Cell
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ def record_table(items: DataFrame) -> str:
     rows = []
     for method, own in items.groupby("method", sort=False):
         cells = [_share(own[own["task"] == task]) for task in tasks]
-        shares = [_percent(one.scaled(100)) for one in (kept(own), mean(own, "first"))]
+        shares = [f"{one.scaled(100):.1f}" for one in (kept(own), mean(own, "first"))]
         rows.append([f"{method}, {flops_cut(own) or 0.0:.1%}", *cells, *shares])
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
@@ -163,7 +162,7 @@ def differences(items: DataFrame, pairs: Sequence[tuple[str, str]]) -> str:
     lines = ["| comparison | KL | answers kept, points |", "| --- | --- | --- |"]
     for one, two in pairs:
         kl, right = difference(items, one, two, "kl"), difference(items[items["needed"]], one, two).scaled(100)
-        lines.append(f"| {one} minus {two} | {_signed(kl, 3)} | {_signed(right, 0)} |")
+        lines.append(f"| {one} minus {two} | {kl:+.3f} | {right:+.0f} |")
     return "\n".join(lines)
 
 
@@ -172,16 +171,3 @@ def _share(items: DataFrame) -> str:
     if items.empty:
         return "–"
     return f"{int(needed['right'].sum())} of {len(needed)}, {mean(items, 'kl').value or 0.0:.3f}"
-
-
-def _percent(found: Interval) -> str:
-    if found.value is None:
-        return "–"
-    ends = "" if found.low is None or found.high is None else f" [{found.low:.1f}, {found.high:.1f}]"
-    return f"{found.value:.1f}{ends}"
-
-
-def _signed(found: Interval, digits: int) -> str:
-    ends = [found.value, found.low, found.high]
-    value, low, high = ("–" if end is None else f"{end:+.{digits}f}" for end in ends)
-    return f"{value} [{low}, {high}]"

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import torch
 
-from ftp_lightning.evaluation.statistics import Interval
 from ftp_lightning.pruning import TokenPruner
 
 
@@ -63,11 +62,6 @@ def generated(model: Any, tokenizer: Any, pruner: TokenPruner | None, ids: list[
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
         )
     return tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True)
-
-
-def shown(found: Interval, digits: int = 3) -> str:
-    """A median with its 95 % interval."""
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def _processes(pid: int) -> list[int]:
